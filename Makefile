@@ -1,0 +1,30 @@
+# `make demo` and `make test` each work as the first command in a fresh clone.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+DEMO_DIR ?= outputs_demo
+
+.PHONY: demo test lint clean
+
+# One environment for everything, at the exact versions of constraints.txt.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[vlmeval,lmms,dev]"
+	# The original LLaVA package pins a 2023 stack; alone it runs on this one. Tests compare with it.
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llava-torch
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python run_vlmeval.py --work-dir $(DEMO_DIR)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) $(DEMO_DIR) .pytest_cache .mypy_cache .ruff_cache *.egg-info

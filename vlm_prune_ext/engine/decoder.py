@@ -1,0 +1,539 @@
+"""Hooks on a causal decoder: prefill drops tokens, decoding lives with what is left.
+
+One hook on the decoder tells prompts from decode steps and keeps their state; one on each layer
+from the first drop on hands the layer its tokens, rotary positions and mask; one on the attention
+module of the layer in front of each stage reads the scores.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlm_prune_ext.engine import masks, scores
+from vlm_prune_ext.engine.layout import Layout, take
+from vlm_prune_ext.engine.parts import ModelParts, Undo
+from vlm_prune_ext.engine.prefill import Group, Prefill
+from vlm_prune_ext.engine.shorten import (
+    DecoderInput,
+    Shortened,
+    without_dropped,
+    without_marked,
+)
+from vlm_prune_ext.engine.spans import (
+    Image,
+    VisualSpan,
+    check_stated,
+    images_from_argument,
+    images_from_mask,
+)
+from vlm_prune_ext.engine.trace import Trace
+from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.methods.base import Evidence, Method, Stage
+
+
+class DecoderPruner:
+    """Carries a method's stages out on a decoder.
+
+    Args:
+        parts: where things are.
+        method: what to do.
+        visual_span: stated places of visual tokens, or ``None`` to have them found.
+        trace: filled at each prefill.
+        features_shrink: image features may arrive with rows marked as dropped (vision.py).
+    """
+
+    def __init__(
+        self,
+        parts: ModelParts,
+        method: Method,
+        visual_span: VisualSpan | None,
+        trace: Trace,
+        features_shrink: bool,
+    ) -> None:
+        assert parts.decoder is not None
+        self.parts, self.method, self.trace = parts, method, trace
+        self.visual_span, self.features_shrink = visual_span, features_shrink
+        self.num_layers = len(parts.layers)
+        self.stages = {stage.layer: stage for stage in method.stages(self.num_layers)}
+        self.shift = [method.decode_position_shift(layer) for layer in range(self.num_layers)]
+        self.pending: tuple[torch.Tensor, list[list[int]] | None] | None = None
+        # State by KV cache: several caches may be decoded in turn.
+        self.states: weakref.WeakKeyDictionary[Any, _State] = weakref.WeakKeyDictionary()
+        self.call: _Call | None = None
+
+    # -- attaching ---------------------------------------------------------------------------
+    def attach(self) -> list[Undo]:
+        """Register all hooks; the returned callables take them off."""
+        decoder = self.parts.decoder
+        assert decoder is not None
+        handles = [
+            decoder.register_forward_pre_hook(self._enter, with_kwargs=True),
+            decoder.register_forward_hook(self._leave, always_call=True),
+        ]
+        for index in self._touched_layers():
+            hook = _bind(self._before_layer, index)
+            handles.append(
+                self.parts.layers[index].register_forward_pre_hook(hook, with_kwargs=True)
+            )
+        for layer, stage in self.stages.items():
+            if layer > 0:
+                handles.append(self._watch_attention(layer, stage))
+        if self.num_layers in self.stages:
+            assert self.parts.final_norm is not None
+            handles.append(self.parts.final_norm.register_forward_pre_hook(self._after_last))
+        undos: list[Undo] = [handle.remove for handle in handles]
+        if self.parts.watch_spans is not None and self.visual_span is None:
+            undos += self.parts.watch_spans(self._see_spans)
+        return undos
+
+    def _touched_layers(self) -> range:
+        """Layers whose input may differ from what the decoder hands out."""
+        first = min([*self.stages, self.num_layers])
+        if any(self.shift):
+            first = min(first, 1)
+        if self.features_shrink:
+            first = 0
+        return range(first, self.num_layers)
+
+    def _watch_attention(self, layer: int, stage: Stage) -> Any:
+        attn = self.parts.layers[layer - 1].self_attn
+        hook = _bind(self._after_attention, layer)
+        return attn.register_forward_hook(hook, with_kwargs=True)
+
+    def _see_spans(self, mask: torch.Tensor, lengths: list[list[int]] | None) -> None:
+        self.pending = (mask, lengths)
+
+    # -- the decoder as a whole ----------------------------------------------------------------
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if args:  # LlamaModel and its kin take input_ids first
+            kwargs = {"input_ids": args[0], **kwargs}
+            if len(args) > 1:
+                raise InputError("Call the language model with keyword arguments while pruning.")
+        pending, self.pending = self.pending, None
+        cache = kwargs.get("past_key_values")
+        seen = int(cache.get_seq_length()) if cache is not None else 0
+        given = DecoderInput.of(module, kwargs)
+        if seen:
+            return self._enter_decode(given, kwargs, cache, seen, pending)
+        images = self._find_images(given, pending)
+        self.trace.clear_decoder()
+        self.trace.lengths[:] = [given.length] * self.num_layers
+        self.trace.visual_tokens[0] = [0] * given.batch
+        if not images:
+            self.call = None
+            return None
+        self.trace.visual_input[:] = Prefill.start(
+            images, given.batch, given.length, None, given.device
+        ).visual_counts()
+        check_stated(self.method.stated_span, images, given.first_tokens())
+        return self._enter_prefill(given, images, kwargs)
+
+    def _find_images(
+        self, given: DecoderInput, pending: tuple[torch.Tensor, list[list[int]] | None] | None
+    ) -> list[Image]:
+        if self.visual_span is not None:
+            return images_from_argument(self.visual_span, given.batch, given.length)
+        if pending is not None:
+            mask, lengths = pending
+            if tuple(mask.shape) != (given.batch, given.length):
+                raise InputError(
+                    f"Visual tokens were found in an input of shape {tuple(mask.shape)}, but the "
+                    f"language model was called with {(given.batch, given.length)}."
+                )
+            return images_from_mask(mask, lengths)
+        if self.parts.watch_spans is not None:
+            return []
+        start, length = self.method.stated_span
+        if start is None or length is None:
+            raise InputError(
+                "visual_span=None is not enough for a bare language model: give "
+                "visual_span=(start, length), or sys_length and the image length in the method."
+            )
+        return images_from_argument((start, length), given.batch, given.length)
+
+    def _enter_prefill(
+        self, given: DecoderInput, images: list[Image], kwargs: dict
+    ) -> tuple[tuple, dict] | None:
+        short: Shortened | None = None
+        if self.features_shrink:
+            short = without_marked(given, images)
+        elif 0 in self.stages:
+            short = without_dropped(given, images, self.stages[0], self.trace)
+        if short is None:
+            state = Prefill.start(images, given.batch, given.length, given.real, given.device)
+        else:
+            kwargs = short.prefill_arguments(kwargs)
+            state = short.start_prefill()
+            self.trace.lengths[:] = [short.length] * self.num_layers
+        self.trace.visual_tokens[0] = state.visual_counts()
+        self.call = _Call(_State(state, short), prefill=True)
+        return (), kwargs
+
+    def _enter_decode(
+        self, given: DecoderInput, kwargs: dict, cache: Any, seen: int, pending: Any
+    ) -> tuple[tuple, dict] | None:
+        if pending is not None and bool(pending[0].any()):
+            raise InputError(
+                f"The KV cache already holds {seen} tokens and the input brings new visual tokens: "
+                "while pruning, feed the whole prompt at once."
+            )
+        state = self.states.get(cache)
+        self.call = _Call(state, prefill=False) if state is not None else None
+        if state is None or state.short is None:
+            return None
+        return (), state.short.decode_arguments(kwargs, given, seen)
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        call, self.call = self.call, None
+        if call is None or not call.prefill or output is None:
+            return
+        cache = call.cache
+        if cache is not None:
+            self.states[cache] = call.state
+
+    # -- one layer ---------------------------------------------------------------------------
+    def _before_layer(
+        self, index: int, module: nn.Module, args: tuple, kwargs: dict
+    ) -> tuple[tuple, dict] | None:
+        call = self.call
+        if call is None:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        call.cache = kwargs.get("past_key_values", call.cache)
+        if call.prefill and index in self.stages and index > 0:
+            hidden = self._run_stage(index, hidden)
+        kwargs = self._layer_arguments(index, hidden, kwargs)
+        if args:
+            return (hidden, *args[1:]), kwargs
+        return (), {**kwargs, "hidden_states": hidden}
+
+    def _run_stage(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Select in front of ``layer``; returns the hidden states that go on."""
+        call, stage = self.call, self.stages[layer]
+        assert call is not None
+        prefill = call.state.prefill
+        gone = prefill.select(stage, _Looker(call, hidden))
+        call.forget_evidence()
+        if gone is not None and stage.mode == "drop":
+            index = prefill.drop(layer, gone)
+            hidden = take(hidden, index, -2)
+            for later in range(layer, self.num_layers):
+                self.trace.lengths[later] = prefill.layout.count
+        elif gone is not None:
+            prefill.hidden_keys[layer] = gone
+        prefill.record(layer, self.trace, prefill.hidden_keys.get(layer))
+        self._translate(layer, call)
+        return hidden
+
+    def _translate(self, layer: int, call: _Call) -> None:
+        """Slots -> positions of the sequence that entered layer 0, where layer 0 itself dropped."""
+        short = call.state.short
+        if short is not None and short.origin is not None:
+            kept = self.trace.kept[layer]
+            real = short.origin.gather(1, kept.clamp(min=0))
+            self.trace.kept[layer] = torch.where(kept < 0, kept, real)
+
+    def _after_last(self, module: nn.Module, args: tuple) -> tuple | None:
+        """In front of the final norm: a stage after the last layer."""
+        if self.call is None or not self.call.prefill:
+            return None
+        return (self._run_stage(self.num_layers, args[0]), *args[1:])
+
+    def _layer_arguments(self, index: int, hidden: torch.Tensor, kwargs: dict) -> dict:
+        """The layer's mask and rotary positions."""
+        call = self.call
+        assert call is not None
+        prefill = call.state.prefill
+        layout = prefill.layout_at(index)
+        cut = layout.count != layout.total or layout.valid is not None
+        hiding = any(first <= index for first in prefill.hidden_keys)
+        changes: dict[str, Any] = {}
+        if cut or hiding:
+            changes["attention_mask"] = self._mask(index, layout, hidden, kwargs)
+        if cut and call.prefill:
+            for name in ("position_embeddings", "position_ids"):
+                if kwargs.get(name) is not None:
+                    changes[name] = call.cut_positions(name, kwargs[name], layout)
+        if call.gaps(cut) and "flash" in self._attention():
+            # FlashAttention-2 reads gaps in position ids as the borders of packed prompts.
+            changes["position_ids"] = None
+        if not call.prefill and self.shift[index]:
+            changes["position_embeddings"] = self._shifted(hidden, kwargs, self.shift[index])
+        return {**kwargs, **changes} if changes else kwargs
+
+    def _shifted(self, hidden: torch.Tensor, kwargs: dict, shift: int) -> Any:
+        rotary = self.parts.decoder.rotary_emb  # type: ignore[union-attr]
+        return rotary(hidden, position_ids=kwargs["position_ids"] + shift)
+
+    def _attention(self) -> str:
+        return str(self.parts.decoder.config._attn_implementation)  # type: ignore[union-attr]
+
+    def _mask(self, index: int, layout: Layout, hidden: torch.Tensor, kwargs: dict) -> Any:
+        call = self.call
+        assert call is not None
+        mask = kwargs.get("attention_mask")
+        prefill = call.state.prefill
+        key = (id(layout), id(mask), tuple(f for f in prefill.hidden_keys if f <= index))
+        if key not in call.masks:
+            width = self._key_width(index, layout, hidden.shape[1], kwargs)
+            made = masks.adapt(
+                mask,
+                layout,
+                queries=hidden.shape[1],
+                prefill=call.prefill,
+                width=width,
+                attention=self._attention(),
+                dtype=hidden.dtype,
+            )
+            made = self._hide_keys(index, made, width, hidden, prefill)
+            # The original is kept beside it: an id is only unique while its object lives.
+            call.masks[key] = (mask, made)
+        return call.masks[key][1]
+
+    def _hide_keys(
+        self, index: int, mask: Any, width: int, hidden: torch.Tensor, prefill: Prefill
+    ) -> Any:
+        """Mask mode: forbid the keys that are hidden from ``index`` on."""
+        for first, gone in prefill.hidden_keys.items():
+            if first > index:
+                continue
+            allowed = ~torch.nn.functional.pad(gone, (0, width - gone.shape[1]))
+            if mask is None:
+                queries, call = hidden.shape[1], self.call
+                first_query = 0 if call is None or call.prefill else width - queries
+                mask = masks.fresh(allowed, queries, first_query, self._attention(), hidden.dtype)
+            else:
+                allowed = allowed if mask.dim() == 2 else allowed[:, None, None, :]
+                mask = masks.hide(mask, allowed)
+        return mask
+
+    def _key_width(self, index: int, layout: Layout, queries: int, kwargs: dict) -> int:
+        """Keys the layer's attention sees in this call."""
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            return queries
+        return int(cache.get_mask_sizes(queries, index)[0])
+
+    # -- evidence ----------------------------------------------------------------------------
+    def _after_attention(
+        self, layer: int, module: nn.Module, args: tuple, kwargs: dict, output: Any
+    ) -> None:
+        """After the attention of ``layer - 1``: read what the stage at ``layer`` wants to see."""
+        call, stage = self.call, self.stages[layer]
+        if call is None or not (call.prefill or stage.mode == "mask"):
+            return
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        reader = _AttentionReader(self, module, hidden, kwargs, call, layer - 1)
+        if "keys" in stage.needs:
+            call.keys = reader.keys
+        for need in stage.needs:
+            if need.startswith("attention:"):
+                call.attention = reader.attention(need)
+        if not call.prefill:
+            self._reselect(layer, stage, call)
+
+    def _reselect(self, layer: int, stage: Stage, call: _Call) -> None:
+        """Mask mode, decode step: choose anew what the layers from ``layer`` on may see."""
+        prefill = call.state.prefill
+        gone = prefill.select(stage, _Looker(call, None))
+        call.forget_evidence()
+        prefill.hidden_keys.pop(layer, None)
+        if gone is not None:
+            prefill.hidden_keys[layer] = gone
+        prefill.record(layer, self.trace, gone)
+
+
+def _bind(function: Callable[..., Any], index: int) -> Callable[..., Any]:
+    def hook(*args: Any) -> Any:
+        return function(index, *args)
+
+    return hook
+
+
+class _State:
+    """What decoding must remember of a prompt."""
+
+    def __init__(self, prefill: Prefill, short: Shortened | None) -> None:
+        self.prefill, self.short = prefill, short
+
+
+class _Call:
+    """One run of the decoder."""
+
+    def __init__(self, state: _State, prefill: bool) -> None:
+        self.state, self.prefill = state, prefill
+        self.cache: Any = None
+        self.masks: dict[Any, tuple[Any, Any]] = {}
+        self.positions: dict[Any, tuple[Any, Any]] = {}
+        self.attention: torch.Tensor | None = None
+        self.keys: torch.Tensor | None = None
+
+    def forget_evidence(self) -> None:
+        """Scores serve one stage only."""
+        self.attention = self.keys = None
+
+    def gaps(self, cut: bool) -> bool:
+        """Do this layer's positions have gaps?"""
+        short = self.state.short
+        return self.prefill and (cut or (short is not None and not short.whole))
+
+    def cut_positions(self, name: str, value: Any, layout: Layout) -> Any:
+        """Positions of the tokens a layer holds; computed once for all layers that hold them."""
+        key = (name, id(layout), id(value))
+        if key not in self.positions:
+            if name == "position_ids":
+                made: Any = take(value, layout.slots, -1)
+            else:
+                made = tuple(take(part, layout.slots, -2) for part in value)
+            self.positions[key] = (value, made)
+        return self.positions[key][1]
+
+
+class _Looker:
+    """Shows a rule the evidence about one group of images."""
+
+    def __init__(self, call: _Call, hidden: torch.Tensor | None) -> None:
+        self.call, self.hidden = call, hidden
+
+    def __call__(self, group: Group, places: torch.Tensor) -> Evidence:
+        rows = group.samples[:, None]
+        attention, keys = self.call.attention, self.call.keys
+        return Evidence(
+            total=group.total,
+            places=group.places,
+            attention=None if attention is None else attention[rows, places],
+            keys=None if keys is None else keys.transpose(1, 2)[rows, places].transpose(1, 2),
+            hidden=None if self.hidden is None else self.hidden[rows, places],
+            sample=group.names,
+        )
+
+
+class _AttentionReader:
+    """Reads attention rows and keys of a layer that has just attended."""
+
+    def __init__(
+        self,
+        pruner: DecoderPruner,
+        attn: nn.Module,
+        hidden: torch.Tensor,
+        kwargs: dict,
+        call: _Call,
+        layer: int,
+    ) -> None:
+        self.pruner, self.attn, self.hidden, self.call = pruner, attn, hidden, call
+        self.mask = kwargs.get("attention_mask")
+        self.rotary = kwargs.get("position_embeddings")
+        self.layout = call.state.prefill.layout_at(layer)
+        self.keys = self._keys(kwargs.get("past_key_values"), layer)
+
+    def _keys(self, cache: Any, layer: int) -> torch.Tensor:
+        """The cached keys; projected anew only where no cache holds them."""
+        if cache is not None:
+            keys = cache.layers[layer].keys
+            if self.call.prefill and keys.shape[-2] >= self.hidden.shape[1]:
+                return keys[..., : self.hidden.shape[1], :]
+            if not self.call.prefill:
+                return keys[..., : int(cache.get_seq_length(layer)), :]
+        projection = self.pruner.parts.keys
+        assert projection is not None
+        return projection(self.attn, self.hidden, self.rotary)
+
+    def attention(self, need: str) -> torch.Tensor:
+        """Attention every token received from the rows ``need`` names, float32 ``(batch, n)``."""
+        rows, weights = self._rows(need)
+        batch, count = rows.shape
+        heads = getattr(self.attn.config, "num_attention_heads", 1)
+        step = scores.rows_per_block(batch, heads, self.keys.shape[-2])
+        total = torch.zeros(batch, self.keys.shape[-2], device=self.hidden.device)
+        for first in range(0, count, step):
+            block = rows[:, first : first + step]
+            total += scores.received(
+                self._queries(block),
+                self.keys,
+                self._allowed(block),
+                weights[:, first : first + step],
+                self.pruner.parts.scaling(self.attn),
+            )
+        return total
+
+    def _queries(self, rows: torch.Tensor) -> torch.Tensor:
+        rotary = self.rotary
+        if rotary is not None:
+            rotary = tuple(take(part, rows, -2) for part in rotary)
+        projection = self.pruner.parts.queries
+        assert projection is not None
+        return projection(self.attn, take(self.hidden, rows, -2), rotary)
+
+    def _real(self) -> torch.Tensor | None:
+        """Bool ``(batch, n)``, False at padding and empty slots of the prompt."""
+        prefill, layout = self.call.state.prefill, self.layout
+        real = prefill.real
+        if real is not None:
+            real = real.gather(1, layout.slots)
+        if layout.valid is not None:
+            real = layout.valid if real is None else real & layout.valid
+        return real
+
+    def _rows(self, need: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Query rows (places in this call's input) and their weights, ``(batch, rows)`` each."""
+        batch, count = self.hidden.shape[:2]
+        device = self.hidden.device
+        real = self._real() if self.call.prefill else None
+        iota = torch.arange(count, device=device)
+        if need == "attention:last":
+            if real is None:
+                rows = torch.full((batch, 1), count - 1, device=device)
+            else:
+                rows = (real * iota).argmax(dim=1, keepdim=True)
+            return rows, torch.ones_like(rows, dtype=torch.float32)
+        if need == "attention:text":
+            return self._text_rows(real, iota)
+        return self._visual_rows()
+
+    def _text_rows(
+        self, real: torch.Tensor | None, iota: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Text behind the last visual token."""
+        prefill = self.call.state.prefill
+        batch, count = self.hidden.shape[:2]
+        last = torch.zeros(batch, dtype=torch.int64, device=iota.device)
+        for group in prefill.groups:
+            ends = self.layout.places_of(group.slots[:, -1:], group.samples)[:, 0]
+            last = last.scatter_reduce(0, group.samples, ends, "amax")
+        first = int(last.min()) + 1
+        rows = iota[first:].expand(batch, count - first)
+        weights = rows > last[:, None]
+        if real is not None:
+            weights = weights & real[:, first:]
+        return rows, weights.float()
+
+    def _visual_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All visual tokens that are left; samples with fewer are filled with weight 0."""
+        prefill = self.call.state.prefill
+        counts = prefill.visual_counts()
+        batch = self.hidden.shape[0]
+        here = torch.zeros(batch, self.hidden.shape[1], dtype=torch.int32, device=self.hidden.device)
+        for group in prefill.groups:
+            places = self.layout.places_of(group.slots, group.samples)
+            here[group.samples[:, None], places] = 1
+        rows = here.argsort(dim=1, stable=True)[:, here.shape[1] - max(counts) :]
+        return rows, here.gather(1, rows).float()
+
+    def _allowed(self, rows: torch.Tensor) -> torch.Tensor:
+        """What the rows may see, bool ``(batch, rows, keys)``."""
+        width = self.keys.shape[-2]
+        batch = rows.shape[0]
+        if self.mask is not None and self.mask.dim() == 4:
+            mask = self.mask[:, 0, :, :width].expand(batch, -1, -1)
+            mask = take(mask, rows, -2)
+            return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        offset = width - self.hidden.shape[1]
+        allowed = torch.arange(width, device=rows.device) <= (rows + offset)[..., None]
+        if self.mask is not None:
+            return allowed & self.mask.bool()[:, None, :width]
+        return allowed

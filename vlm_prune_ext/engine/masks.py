@@ -1,0 +1,106 @@
+"""Attention masks for layers that hold only part of the prompt.
+
+The model builds one mask for the whole prompt. A layer that holds fewer tokens gets the rows and
+columns that belong to them, so padding, sliding windows and image blocks that see each other stay
+what the model meant, whatever the back end: 4-D bool (SDPA), 4-D additive (eager), 2-D padding
+(FlashAttention-2) or none at all.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from vlm_prune_ext.engine.layout import Layout, take
+from vlm_prune_ext.errors import InputError
+
+
+def hide(mask: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+    """``mask`` with everything forbidden where ``allowed`` (bool, broadcastable) is False."""
+    if mask.dtype == torch.bool:
+        return mask & allowed
+    if mask.is_floating_point():
+        return mask.masked_fill(~allowed, torch.finfo(mask.dtype).min)
+    return mask * allowed.to(mask.dtype)
+
+
+def fresh(
+    allowed: torch.Tensor, queries: int, first: int, attention: str, dtype: torch.dtype
+) -> torch.Tensor:
+    """A causal mask from nothing but keys that may be seen, in the form the back end takes.
+
+    Args:
+        allowed: bool ``(batch, keys)``.
+        queries: number of queries.
+        first: place of the first query among the keys.
+        attention: the model's attention implementation.
+        dtype: of the hidden states.
+    """
+    if "flash" in attention:
+        return allowed
+    keys = torch.arange(allowed.shape[1], device=allowed.device)
+    rows = torch.arange(first, first + queries, device=allowed.device)
+    mask = (keys <= rows[:, None])[None, None] & allowed[:, None, None, :]
+    if attention == "eager":
+        zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+        return zeros.masked_fill(~mask, torch.finfo(dtype).min)
+    return mask
+
+
+def columns(layout: Layout, width: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Slots behind the first ``width`` cached keys of a layer, and which of them are real.
+
+    Returns:
+        int64 ``(batch, width)`` and bool ``(batch, width)`` or ``None``.
+    """
+    batch, extra = layout.slots.shape[0], width - layout.count
+    if extra == 0:
+        return layout.slots, layout.valid
+    later = torch.arange(layout.total, layout.total + extra, device=layout.slots.device)
+    slots = torch.cat([layout.slots, later.expand(batch, extra)], dim=1)
+    if layout.valid is None:
+        return slots, None
+    return slots, torch.nn.functional.pad(layout.valid, (0, extra), value=True)
+
+
+def adapt(
+    mask: torch.Tensor | None,
+    layout: Layout,
+    *,
+    queries: int,
+    prefill: bool,
+    width: int,
+    attention: str,
+    dtype: torch.dtype,
+) -> torch.Tensor | None:
+    """The model's mask for the whole prompt, cut to what a layer holds.
+
+    Args:
+        mask: ``None``, ``(batch, keys)`` or ``(batch or 1, heads or 1, queries, keys)``.
+        layout: what the layer holds of the prompt.
+        queries: queries of this call.
+        prefill: the queries are the prompt itself, so rows are cut as well.
+        width: keys the layer's attention will see (a static cache is wider than what it holds).
+        attention: the model's attention implementation.
+        dtype: of the hidden states.
+    """
+    if mask is None:
+        if layout.valid is None:
+            return None
+        allowed = torch.nn.functional.pad(layout.valid, (0, width - layout.count), value=True)
+        first = 0 if prefill else width - queries
+        return fresh(allowed, queries, first, attention, dtype)
+    if not isinstance(mask, torch.Tensor):
+        raise InputError(
+            f"attn_implementation={attention!r} hands masks of type {type(mask).__name__} to the "
+            "layers, which can't be pruned: use eager, sdpa or flash_attention_2."
+        )
+    slots, valid = columns(layout, width)
+    present = slots < mask.shape[-1]
+    allowed = present if valid is None else present & valid
+    slots = slots.clamp(max=mask.shape[-1] - 1)
+    if mask.dim() == 2:
+        return hide(mask.gather(1, slots.to(mask.device)), allowed)
+    if prefill:
+        mask = take(mask.transpose(0, 1), layout.slots, -2).transpose(0, 1)
+    mask = take(mask.permute(1, 2, 0, 3), slots, -1).permute(2, 0, 1, 3)
+    return hide(mask, allowed[:, None, None, :])

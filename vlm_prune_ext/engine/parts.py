@@ -1,0 +1,81 @@
+"""What the engine must know of a model: where its parts are. Family adapters fill it in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+
+class Projection(Protocol):
+    """Queries or keys of some positions, after norm and rotary embedding.
+
+    ``attn``: the layer's attention module. ``hidden``: ``(batch, n, hidden)``, what that module
+    received. ``rotary``: its ``position_embeddings`` for those positions, each
+    ``(batch or 1, n, head_dim)``, or ``None``. Returns ``(batch, heads, n, head_dim)``.
+    """
+
+    def __call__(self, attn: nn.Module, hidden: torch.Tensor, rotary: Any) -> torch.Tensor: ...
+
+
+SpanSink = Callable[[torch.Tensor, "list[list[int]] | None"], None]
+"""``sink(mask, lengths)``: ``mask`` ``(batch, seq)`` bool, True where the next prefill's input is
+a visual token; ``lengths``: per sample, visual tokens of each image in order (``None``: every
+unbroken run is one image)."""
+
+Undo = Callable[[], None]
+
+
+@dataclass
+class VisionParts:
+    """A CLIP-like tower.
+
+    Attributes:
+        tower: the module whose layers drop patches.
+        layers: its encoder layers, each with ``self_attn.k_proj``.
+        num_heads: attention heads.
+        feature_layer: index of the last layer whose output the language model uses.
+        projector: module that maps tower features ``(images, patches, dim)`` to the language
+            model's width; ``None`` for a bare tower.
+        grid: patches per side.
+    """
+
+    tower: nn.Module
+    layers: nn.ModuleList
+    num_heads: int
+    grid: int
+    feature_layer: int | None = None
+    projector: nn.Module | None = None
+
+
+@dataclass
+class ModelParts:
+    """Where things are in one model.
+
+    Attributes:
+        model: what the user passed.
+        decoder: the module that runs the decoder layers (takes ``inputs_embeds``,
+            ``attention_mask``, ``position_ids``, ``past_key_values``); ``None`` for a bare tower.
+        layers: the decoder layers, each with ``self_attn``.
+        final_norm: module that runs after the last layer.
+        queries, keys: projections, see :class:`Projection`.
+        scaling: factor on query-key products, by attention module.
+        vision: the tower, or ``None``.
+        why_no_vision: sentence for methods that need the tower, where it is not CLIP-like.
+        watch_spans: attaches whatever tells the engine where visual tokens are, returns undos;
+            ``None`` where only ``visual_span`` can tell (a bare language model).
+    """
+
+    model: nn.Module
+    decoder: nn.Module | None = None
+    layers: nn.ModuleList = field(default_factory=nn.ModuleList)
+    final_norm: nn.Module | None = None
+    queries: Projection | None = None
+    keys: Projection | None = None
+    scaling: Callable[[nn.Module], float] = lambda attn: attn.scaling
+    vision: VisionParts | None = None
+    why_no_vision: str = "the model has no vision tower"
+    watch_spans: Callable[[SpanSink], list[Undo]] | None = None

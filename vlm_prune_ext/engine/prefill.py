@@ -1,0 +1,187 @@
+"""The state of one prompt: its images, its layouts layer by layer, and the rules that change them.
+
+Everything here works on tensors and on the pure rules of a method; hooks live in decoder.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from vlm_prune_ext.engine.layout import Layout
+from vlm_prune_ext.engine.spans import Image
+from vlm_prune_ext.engine.trace import Trace
+from vlm_prune_ext.methods.base import Evidence, Stage
+
+
+@dataclass
+class Group:
+    """Images with equally many visual tokens left: rules see them as one batch.
+
+    Attributes:
+        samples: int64 ``(rows,)`` batch rows; ``names``: the same as Python numbers.
+        starts: int64 ``(rows, 1)`` slot of each image's first token.
+        total: visual tokens of each image at layer 0.
+        places: int64 ``(rows, n)``, which of them are left.
+    """
+
+    samples: torch.Tensor
+    names: tuple[int, ...]
+    starts: torch.Tensor
+    total: int
+    places: torch.Tensor
+
+    @property
+    def slots(self) -> torch.Tensor:
+        """``(rows, n)`` slots of the tokens left."""
+        return self.starts + self.places
+
+
+def group_images(images: list[Image], device: torch.device) -> list[Group]:
+    """Images of equal length together."""
+    groups = []
+    for total in sorted({image.length for image in images}):
+        mine = [image for image in images if image.length == total]
+        names = tuple(image.sample for image in mine)
+        starts = torch.tensor([[image.start] for image in mine], device=device)
+        places = torch.arange(total, device=device).expand(len(mine), total)
+        groups.append(Group(torch.tensor(names, device=device), names, starts, total, places))
+    return groups
+
+
+@dataclass
+class Prefill:
+    """One prompt on its way through the decoder, and what decoding needs to know of it.
+
+    Attributes:
+        layout: what the current layer holds; ``segments``: first layer -> layout, ascending.
+        groups: images, as they are now.
+        held: tokens each sample holds now (padding included, empty slots not).
+        real: bool ``(batch, S)``, False at padding of the input; ``None`` if there is none.
+        hidden_keys: first layer -> bool ``(batch, n)``, tokens hidden as keys (mask mode).
+    """
+
+    layout: Layout
+    groups: list[Group]
+    held: list[int]
+    real: torch.Tensor | None = None
+    segments: dict[int, Layout] = field(default_factory=dict)
+    hidden_keys: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def start(
+        images: list[Image], batch: int, total: int, real: torch.Tensor | None, device: torch.device
+    ) -> Prefill:
+        """The prompt as it enters layer 0."""
+        layout = Layout.whole(batch, total, device)
+        groups = group_images(images, device)
+        return Prefill(layout, groups, [total] * batch, real, {0: layout})
+
+    def layout_at(self, layer: int) -> Layout:
+        """What ``layer`` holds."""
+        return self.segments[max(first for first in self.segments if first <= layer)]
+
+    def visual_counts(self) -> list[int]:
+        """Visual tokens each sample holds now."""
+        counts = [0] * len(self.held)
+        for group in self.groups:
+            for name in group.names:
+                counts[name] += group.places.shape[1]
+        return counts
+
+    def select(self, stage: Stage, look: Look) -> torch.Tensor | None:
+        """Run a stage's rule on every group. Returns what goes, bool ``(batch, n)`` (``None``:
+        nothing). Groups and counts are updated; the layout is not."""
+        gone = None
+        groups: list[Group] = []
+        for group in self.groups:
+            here = self.layout.places_of(group.slots, group.samples)
+            kept = stage.rule(look(group, here))
+            parts, lost = _outcome(group, here, kept)
+            groups += parts
+            for samples, places in lost:
+                if gone is None:
+                    gone = torch.zeros_like(self.layout.slots, dtype=torch.bool)
+                gone[samples[:, None], places] = True
+        if stage.mode == "drop":  # hidden tokens stay, and may be chosen at the next step
+            before = self.visual_counts()
+            self.groups = groups
+            after = self.visual_counts()
+            self.held = [h - b + a for h, b, a in zip(self.held, before, after, strict=True)]
+        return gone
+
+    def drop(self, layer: int, gone: torch.Tensor) -> torch.Tensor:
+        """Take tokens out in front of ``layer``. Returns the ``(batch, n')`` places to gather."""
+        self.layout, index = self.layout.drop(~gone, self.held)
+        self.segments[layer] = self.layout
+        return index
+
+    def record(self, layer: int, trace: Trace, hidden: torch.Tensor | None = None) -> None:
+        """Note what enters ``layer`` after its rule ran; ``hidden``: tokens that only hide."""
+        trace.kept[layer] = self.layout.positions()
+        trace.visual_tokens[layer] = self.visual_counts()
+        if hidden is not None:
+            lost = hidden.sum(1).tolist()
+            left = [held - n for held, n in zip(self.held, lost, strict=True)]
+            trace.kept[layer] = self.layout.drop(~hidden, left)[0].positions()
+            visual = zip(self.visual_counts(), lost, strict=True)
+            trace.visual_tokens[layer] = [count - n for count, n in visual]
+
+
+Look = Callable[[Group, torch.Tensor], Evidence]
+"""``look(group, places)``: the evidence about a group; ``places`` ``(rows, n)`` in the sequence."""
+
+Lost = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def _outcome(group: Group, here: torch.Tensor, kept: torch.Tensor) -> tuple[list[Group], Lost]:
+    """What a rule's answer makes of a group: the groups that follow, and (samples, places) lost."""
+    count = group.places.shape[1]
+    if kept.dtype == torch.bool:
+        return _outcome_of_mask(group, here, kept)
+    if kept.shape[1] == count:
+        return [group], []
+    stays = torch.zeros_like(here, dtype=torch.bool).scatter_(1, kept, True)
+    return [_keep(group, kept)], [(group.samples, _pick(here, ~stays, count - kept.shape[1]))]
+
+
+def _outcome_of_mask(
+    group: Group, here: torch.Tensor, stays: torch.Tensor
+) -> tuple[list[Group], Lost]:
+    """As above for rules whose counts depend on the data: rows are regrouped by their count."""
+    counts = stays.sum(dim=1).tolist()
+    groups: list[Group] = []
+    lost: Lost = []
+    for count in sorted(set(counts)):
+        rows = [row for row, c in enumerate(counts) if c == count]
+        part = _rows(group, rows) if len(rows) < len(counts) else group
+        mine, places = stays[rows], here[rows]
+        if count < here.shape[1]:
+            lost.append((part.samples, _pick(places, ~mine, here.shape[1] - count)))
+            part = _keep(part, _pick(_iota(mine), mine, count))
+        groups.append(part)
+    return groups, lost
+
+
+def _iota(like: torch.Tensor) -> torch.Tensor:
+    return torch.arange(like.shape[1], device=like.device).expand(like.shape)
+
+
+def _pick(values: torch.Tensor, mask: torch.Tensor, count: int) -> torch.Tensor:
+    """The ``count`` masked values of each row, in order (no device sync, unlike boolean indexing)."""
+    index = mask.int().argsort(dim=1, stable=True)[:, mask.shape[1] - count :]
+    return values.gather(1, index)
+
+
+def _rows(group: Group, rows: list[int]) -> Group:
+    names = tuple(group.names[row] for row in rows)
+    return Group(
+        group.samples[rows], names, group.starts[rows], group.total, group.places[rows]
+    )
+
+
+def _keep(group: Group, kept: torch.Tensor) -> Group:
+    places = group.places.gather(1, kept)
+    return Group(group.samples, group.names, group.starts, group.total, places)

@@ -1,0 +1,117 @@
+"""Attach a method to a model's parts, and take every trace of it off again."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from vlm_prune_ext.engine.decoder import DecoderPruner
+from vlm_prune_ext.engine.parts import ModelParts, Undo
+from vlm_prune_ext.engine.spans import VisualSpan
+from vlm_prune_ext.engine.trace import Trace
+from vlm_prune_ext.engine.vision import VisionPruner
+from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.methods.base import Method
+
+# Modules that carry hooks of ours at this moment.
+_BUSY: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_RECORDERS = "_output_capturing_hooks_installed"
+
+
+class Session:
+    """A method attached to a model, until :meth:`close`.
+
+    Args:
+        parts: where things are in the model.
+        method: what to do.
+        visual_span: stated places of visual tokens, or ``None``.
+
+    Raises:
+        InputError: the method does not fit the model, or the model is being pruned already.
+    """
+
+    def __init__(
+        self, parts: ModelParts, method: Method, visual_span: VisualSpan | None = None
+    ) -> None:
+        self.trace = Trace()
+        self.method = method
+        pruners = _pruners(parts, method, visual_span, self.trace)
+        self._claimed = [m for m in (parts.decoder, parts.vision and parts.vision.tower) if m]
+        if any(module in _BUSY for module in self._claimed):
+            raise InputError(
+                "This model is being pruned already: leave the first prune() (or turn the attached "
+                "method off) before starting another."
+            )
+        self._undos: list[Undo] = [_restore_recorders(parts.model)]
+        _BUSY.update(self._claimed)
+        try:
+            for pruner in pruners:
+                self._undos += pruner.attach()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Take everything off. A second call does nothing."""
+        while self._undos:
+            self._undos.pop()()
+        for module in self._claimed:
+            _BUSY.discard(module)
+        self._claimed = []
+
+
+@contextmanager
+def run(
+    parts: ModelParts, method: Method | None, visual_span: VisualSpan | None = None
+) -> Iterator[Trace]:
+    """Prune inside a ``with`` block; ``method=None`` attaches nothing at all."""
+    if method is None:
+        yield Trace()
+        return
+    session = Session(parts, method, visual_span)
+    try:
+        yield session.trace
+    finally:
+        session.close()
+
+
+def _pruners(
+    parts: ModelParts, method: Method, visual_span: VisualSpan | None, trace: Trace
+) -> list[DecoderPruner | VisionPruner]:
+    resizes = type(method).resize is not Method.resize
+    wants_tower = resizes or bool(method.vision_stages(1 << 30, None))
+    if wants_tower and (parts.vision is None or (resizes and parts.vision.projector is None)):
+        raise InputError(f"{method.name} works on the vision tower: {parts.why_no_vision}.")
+    pruners: list[DecoderPruner | VisionPruner] = []
+    if wants_tower:
+        assert parts.vision is not None
+        pruners.append(VisionPruner(parts.vision, method, trace))
+    if parts.decoder is not None:
+        pruners.append(DecoderPruner(parts, method, visual_span, trace, wants_tower))
+    elif method.stages(1 << 30):
+        raise InputError(
+            f"{method.name} drops tokens in a language model, but this is a bare vision tower: "
+            "only methods that work in the tower (SAINT with vit=..., start=None) apply."
+        )
+    return pruners
+
+
+def _restore_recorders(model: nn.Module) -> Undo:
+    """transformers puts recording hooks on a model the first time hidden states are asked for,
+    and leaves them there. Those that came while pruning go when it ends."""
+    flagged = {module for module in model.modules() if _RECORDERS in vars(module)}
+    hooked = {module: set(module._forward_hooks) for module in model.modules()}
+
+    def undo() -> None:
+        for module in model.modules():
+            if _RECORDERS in vars(module) and module not in flagged:
+                delattr(module, _RECORDERS)
+            hooks = module._forward_hooks
+            for key in set(hooks) - hooked.get(module, set()):
+                if "install_output_capuring_hook" in getattr(hooks[key], "__qualname__", ""):
+                    del hooks[key]
+
+    return undo

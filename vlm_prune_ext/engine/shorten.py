@@ -1,0 +1,274 @@
+"""Dropping in front of layer 0: the decoder is simply given a shorter prompt.
+
+Two kinds of token can go there. Features that the vision tower dropped (or that were resized
+away) leave a sequence with fewer image tokens, whose positions are counted anew, as if the image
+had been smaller to begin with. Tokens that a rule drops at layer 0 leave gaps: the others keep
+their rotary positions, as after any later layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlm_prune_ext.engine import masks
+from vlm_prune_ext.engine.layout import Layout, take
+from vlm_prune_ext.engine.prefill import Group, Prefill
+from vlm_prune_ext.engine.spans import Image
+from vlm_prune_ext.engine.trace import Trace
+from vlm_prune_ext.methods.base import Evidence, Stage
+
+# A feature row that is this number in every channel was dropped in the tower. Exact in float32,
+# float16 and bfloat16, and no projector gives it in all channels at once.
+DROPPED = -61440.0
+
+
+@dataclass
+class DecoderInput:
+    """What the decoder was called with."""
+
+    module: nn.Module
+    embeds: torch.Tensor | None
+    ids: torch.Tensor | None
+    mask: Any
+    positions: torch.Tensor | None
+
+    @staticmethod
+    def of(module: nn.Module, kwargs: dict) -> DecoderInput:
+        """Read the decoder's keyword arguments."""
+        return DecoderInput(
+            module,
+            kwargs.get("inputs_embeds"),
+            kwargs.get("input_ids"),
+            kwargs.get("attention_mask"),
+            kwargs.get("position_ids"),
+        )
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """Whatever was given, embeddings or ids."""
+        given = self.embeds if self.embeds is not None else self.ids
+        assert given is not None
+        return given
+
+    @property
+    def batch(self) -> int:
+        """Samples."""
+        return self.tokens.shape[0]
+
+    @property
+    def length(self) -> int:
+        """Tokens per sample, padding included."""
+        return self.tokens.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the input lives."""
+        return self.tokens.device
+
+    def embedded(self) -> torch.Tensor:
+        """``(batch, length, hidden)``."""
+        if self.embeds is not None:
+            return self.embeds
+        return self.module.get_input_embeddings()(self.ids)  # type: ignore[operator]
+
+    @property
+    def real(self) -> torch.Tensor | None:
+        """Bool ``(batch, length)``, False at padding; ``None`` where there is none."""
+        mask = self.mask
+        if isinstance(mask, dict):  # one mask per kind of layer
+            mask = mask.get("full_attention")
+        if mask is None:
+            return None
+        if mask.dim() == 4:  # the last token sees everything but padding
+            row = mask[:, 0, -1, : self.length]
+            mask = row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2
+            mask = mask.expand(self.batch, -1)
+        real = mask[:, : self.length].bool()
+        return None if bool(real.all()) else real
+
+    def first_tokens(self) -> list[int]:
+        """Per sample, place of the first token that is not padding."""
+        real = self.real
+        return [0] * self.batch if real is None else real.int().argmax(dim=1).tolist()
+
+
+@dataclass
+class Shortened:
+    """A shorter prompt, and what its decode steps need.
+
+    Attributes:
+        given: the prompt as it came.
+        layout: places of it that go in, slots = places in the caller's sequence.
+        origin: int64 ``(batch, n)``, place of each in the sequence that positions in the trace
+            refer to; ``None`` where that is the shorter sequence itself.
+        positions: rotary positions that go in.
+        removed: int64 ``(batch, 1)``, how many were removed with renumbering.
+        images: where visual tokens are now.
+        held: tokens per sample.
+    """
+
+    given: DecoderInput
+    layout: Layout
+    origin: torch.Tensor | None
+    positions: torch.Tensor
+    removed: torch.Tensor
+    images: list[Image]
+    held: list[int]
+
+    @property
+    def length(self) -> int:
+        """Tokens per sample that enter layer 0."""
+        return self.layout.count
+
+    @property
+    def whole(self) -> bool:
+        """Nothing was dropped."""
+        return self.layout.count == self.layout.total and self.layout.valid is None
+
+    def start_prefill(self) -> Prefill:
+        """State of the shorter prompt: its slots are the places that went in."""
+        real = self.given.real
+        if real is not None:
+            real = real.gather(1, self.layout.slots)
+        if self.layout.valid is not None:
+            real = self.layout.valid if real is None else real & self.layout.valid
+        state = Prefill.start(self.images, self.given.batch, self.length, real, self.given.device)
+        if self.layout.valid is not None:
+            # Empty slots are there from the start and may go when longer samples shrink.
+            valid = self.layout.valid
+            state.layout = Layout(state.layout.slots, valid, self.length)
+            state.segments = {0: state.layout}
+        state.held = list(self.held)
+        return state
+
+    def prefill_arguments(self, kwargs: dict) -> dict:
+        """The decoder's arguments, shortened."""
+        if self.whole:
+            return kwargs
+        embeds = take(self.given.embedded(), self.layout.slots, -2)
+        mask = self._mask(kwargs.get("attention_mask"), self.length, prefill=True)
+        if mask is None and self.origin is not None:
+            # Gaps in positions would be read as borders of packed prompts if no mask came along.
+            mask = torch.ones(embeds.shape[:2], dtype=torch.int64, device=embeds.device)
+        changes = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": self.positions}
+        return {**kwargs, "input_ids": None, **changes}
+
+    def decode_arguments(self, kwargs: dict, step: DecoderInput, seen: int) -> dict:
+        """The arguments of a later call: ``seen`` tokens are in the cache of layer 0."""
+        if self.whole:
+            return kwargs
+        later = seen - self.length
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, dict) or (mask is not None and mask.dim() == 4):
+            # Made for a static cache from the lengths in it and the padding of the longer prompt:
+            # the two don't match. The decoder makes it anew from what is real.
+            mask = self._real_keys(seen + step.length)
+        else:
+            mask = self._mask(mask, seen + step.length, prefill=False)
+        positions = kwargs.get("position_ids")
+        if positions is not None:
+            positions = positions - self.removed
+        else:
+            ahead = torch.arange(1, step.length + 1, device=self.positions.device)
+            positions = self.positions[..., -1:] + later + ahead
+        return {**kwargs, "attention_mask": mask, "position_ids": positions}
+
+    def _real_keys(self, width: int) -> torch.Tensor:
+        """2-D padding mask over the shorter prompt and what was decoded since."""
+        real = self.start_prefill().real
+        if real is None:
+            real = torch.ones_like(self.layout.slots, dtype=torch.bool)
+        return torch.nn.functional.pad(real.long(), (0, width - self.length), value=1)
+
+    def _mask(self, mask: Any, width: int, *, prefill: bool) -> Any:
+        if isinstance(mask, dict):
+            return {key: self._mask(value, width, prefill=prefill) for key, value in mask.items()}
+        if mask is None:
+            if self.layout.valid is None:
+                return None
+            extra = width - self.length
+            return torch.nn.functional.pad(self.layout.valid.long(), (0, extra), value=1)
+        if mask.dim() == 4:
+            width = mask.shape[-1]
+        return masks.adapt(
+            mask,
+            self.layout,
+            queries=mask.shape[-2],
+            prefill=prefill,
+            width=width,
+            attention="",
+            dtype=self.positions.dtype,
+        )
+
+
+def without_marked(given: DecoderInput, images: list[Image]) -> Shortened:
+    """The prompt without the features that the tower dropped (rows of :data:`DROPPED`)."""
+    state = Prefill.start(images, given.batch, given.length, given.real, given.device)
+    embeds = given.embedded()
+    marked = torch.zeros(given.batch, given.length, dtype=torch.bool, device=given.device)
+    for group in state.groups:
+        rows = group.samples[:, None]
+        marked[rows, group.slots] = (embeds[rows, group.slots] == DROPPED).all(dim=-1)
+    lost = marked.sum(dim=1)
+    held = [given.length - n for n in lost.tolist()]
+    layout, _ = state.layout.drop(~marked, held)
+    kept_images = _without(images, marked, layout)
+    return Shortened(
+        given, layout, None, _count_anew(layout, given), lost[:, None], kept_images, held
+    )
+
+
+def _without(images: list[Image], marked: torch.Tensor, layout: Layout) -> list[Image]:
+    """Where the images are once marked tokens are gone."""
+    gone = marked.tolist()
+    slots = layout.positions().tolist()
+    place = [{slot: i for i, slot in enumerate(row)} for row in slots]
+    left = []
+    for image in images:
+        stay = [
+            slot
+            for slot in range(image.start, image.start + image.length)
+            if not gone[image.sample][slot]
+        ]
+        if stay:
+            left.append(Image(image.sample, place[image.sample][stay[0]], len(stay)))
+    return left
+
+
+def _count_anew(layout: Layout, given: DecoderInput) -> torch.Tensor:
+    """Positions 0, 1, 2, ... over what is left, not counting padding, ``(batch, n)``."""
+    real = given.real
+    left = torch.ones_like(layout.slots) if real is None else real.long().gather(1, layout.slots)
+    if layout.valid is not None:
+        left = left * layout.valid
+    return (left.cumsum(dim=1) - 1).clamp(min=0)
+
+
+def without_dropped(
+    given: DecoderInput, images: list[Image], stage: Stage, trace: Trace
+) -> Shortened:
+    """The prompt after a stage at layer 0; kept tokens keep their positions."""
+    state = Prefill.start(images, given.batch, given.length, given.real, given.device)
+    embeds = given.embedded()
+
+    def look(group: Group, places: torch.Tensor) -> Evidence:
+        hidden = embeds[group.samples[:, None], places]
+        return Evidence(group.total, group.places, hidden=hidden, sample=group.names)
+
+    gone = state.select(stage, look)
+    if gone is not None:
+        state.drop(0, gone)
+    state.record(0, trace)
+    layout = state.layout
+    positions = given.positions
+    if positions is None:
+        positions = torch.arange(given.length, device=given.device)[None]
+    lost = torch.zeros(given.batch, 1, dtype=torch.int64, device=given.device)
+    left = images if gone is None else _without(images, gone, layout)
+    return Shortened(
+        given, layout, layout.positions(), take(positions, layout.slots, -1), lost, left, state.held
+    )

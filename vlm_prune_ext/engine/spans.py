@@ -1,0 +1,140 @@
+"""Where the visual tokens are: per sample, per image, checked against what the user stated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vlm_prune_ext.errors import InputError
+
+Span = tuple[int, int]
+VisualSpan = Span | Sequence["Span | Sequence[Span]"]
+
+
+@dataclass(frozen=True)
+class Image:
+    """One image in the input: row of the batch, first position, number of visual tokens."""
+
+    sample: int
+    start: int
+    length: int
+
+
+def images_from_mask(mask: torch.Tensor, lengths: list[list[int]] | None) -> list[Image]:
+    """Images from a ``(batch, seq)`` bool mask of visual tokens.
+
+    Args:
+        mask: True at visual tokens.
+        lengths: per sample, tokens of each image in order; an unbroken run of several images is
+            split by them. ``None``, or where they do not add up: every run is one image.
+    """
+    images: list[Image] = []
+    for sample, row in enumerate(mask.tolist()):
+        runs = _runs(row)
+        wanted = lengths[sample] if lengths is not None else []
+        images += [Image(sample, *span) for span in _split(runs, wanted)]
+    return images
+
+
+def _runs(row: list[bool]) -> list[Span]:
+    runs: list[Span] = []
+    start = None
+    for place, visual in enumerate([*row, False]):
+        if visual and start is None:
+            start = place
+        elif not visual and start is not None:
+            runs.append((start, place - start))
+            start = None
+    return runs
+
+
+def _split(runs: list[Span], lengths: list[int]) -> list[Span]:
+    """Cut runs into images of the stated lengths, if these fill the runs exactly."""
+    pieces: list[Span] = []
+    waiting = list(lengths)
+    for start, length in runs:
+        end = start + length
+        while start < end:
+            if not waiting or start + waiting[0] > end:
+                return runs
+            pieces.append((start, waiting[0]))
+            start += waiting.pop(0)
+    return pieces if not waiting else runs
+
+
+def images_from_argument(span: VisualSpan, batch: int, seq: int) -> list[Image]:
+    """Images from the ``visual_span`` argument: ``(start, length)`` for all samples, or one entry
+    per sample, each such a pair or a list of them.
+
+    Raises:
+        InputError: wrong form, or positions outside the sequence.
+    """
+    per_sample = _per_sample(span, batch)
+    images = []
+    for sample, spans in enumerate(per_sample):
+        for start, length in spans:
+            if start < 0 or length < 1 or start + length > seq:
+                raise InputError(
+                    f"visual_span={(start, length)} of sample {sample} does not fit a sequence of "
+                    f"{seq} tokens: start must be at least 0, length at least 1, and their sum at "
+                    f"most {seq}."
+                )
+            images.append(Image(sample, start, length))
+    return images
+
+
+def _per_sample(span: VisualSpan, batch: int) -> list[list[Span]]:
+    if _is_pair(span):
+        return [[(int(span[0]), int(span[1]))] for _ in range(batch)]  # type: ignore[arg-type,call-overload]
+    entries = list(span)
+    if len(entries) == batch and all(_is_pair(e) or _is_pair_list(e) for e in entries):
+        pairs = [[e] if _is_pair(e) else list(e) for e in entries]  # type: ignore[arg-type]
+        return [[(int(a), int(b)) for a, b in sample] for sample in pairs]  # type: ignore[union-attr,misc]
+    raise InputError(
+        f"visual_span={span!r} is not valid: give (start, length), or a list with one entry for "
+        f"each of the {batch} samples, each a (start, length) or a list of them."
+    )
+
+
+def _is_pair(value: object) -> bool:
+    return (
+        isinstance(value, tuple | list)
+        and len(value) == 2
+        and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
+    )
+
+
+def _is_pair_list(value: object) -> bool:
+    return isinstance(value, tuple | list) and all(_is_pair(v) for v in value)
+
+
+def check_stated(
+    stated: tuple[int | None, int | None], images: list[Image], first_token: list[int]
+) -> None:
+    """Compare stated lengths with what the input holds.
+
+    Args:
+        stated: ``(sys_length, image length)`` of the method; ``None`` entries are not checked.
+        images: what was found.
+        first_token: per sample, place of the first token that is not padding.
+
+    Raises:
+        InputError: stating both numbers.
+    """
+    sys_length, image_length = stated
+    for sample in sorted({image.sample for image in images}):
+        mine = [image for image in images if image.sample == sample]
+        found_sys = mine[0].start - first_token[sample]
+        found_length = sum(image.length for image in mine)
+        if sys_length is not None and sys_length != found_sys:
+            raise InputError(
+                f"sys_length={sys_length} contradicts the input: {found_sys} tokens precede the "
+                f"first visual token of sample {sample}. Leave it None to have it detected."
+            )
+        if image_length is not None and image_length != found_length:
+            raise InputError(
+                f"image token length {image_length} contradicts the input: sample {sample} has "
+                f"{found_length} visual tokens. Leave it None to have it detected."
+            )

@@ -1,0 +1,38 @@
+"""What a run kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class Trace:
+    """Record of the last prefill (and the last run of the vision tower).
+
+    Attributes:
+        kept: layer -> int64 ``(batch, n)``, absolute positions, ascending, in the sequence as it
+            entered layer 0, of all tokens (text and padding included) that enter that layer. One
+            entry for each layer at which a rule ran; ``num_layers`` is "after the last layer".
+            Where samples keep different numbers, the shorter rows start with ``-1`` (empty slots).
+        lengths: tokens entering each decoder layer.
+        vision_kept: vision layer -> int64 ``(images, n)``, patch indices in grid order that
+            survive it.
+        visual_input: visual tokens of each sample in the prompt, before anything was dropped.
+        visual_tokens: layer -> visual tokens of each sample that enter that layer; layer 0 and
+            each layer at which a rule ran.
+    """
+
+    kept: dict[int, torch.Tensor] = field(default_factory=dict)
+    lengths: list[int] = field(default_factory=list)
+    vision_kept: dict[int, torch.Tensor] = field(default_factory=dict)
+    visual_input: list[int] = field(default_factory=list)
+    visual_tokens: dict[int, list[int]] = field(default_factory=dict)
+
+    def clear_decoder(self) -> None:
+        """Forget the last prefill."""
+        self.kept.clear()
+        self.lengths.clear()
+        self.visual_input.clear()
+        self.visual_tokens.clear()

@@ -1,0 +1,29 @@
+"""The one exception for wrong input.
+
+Everything a user can get wrong (a field of a method, a path, a name, a length that contradicts
+the input) raises :class:`InputError`: one sentence that names the field, the value and what is
+accepted. Commands print it and leave with exit code 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Wrong input, said in one sentence: the field, the value, what is accepted."""
+
+
+def unknown_name(kind: str, value: object, accepted: Iterable[str]) -> InputError:
+    """The error for a name that is not known, with the nearest known one suggested.
+
+    Args:
+        kind: what the name is, for the sentence ("method", "config key", ...).
+        value: what was given.
+        accepted: all names that would have been right.
+    """
+    names = sorted(accepted)
+    near = difflib.get_close_matches(str(value).lower(), names, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return InputError(f"Unknown {kind} {value!r}.{hint} Accepted: {', '.join(names)}.")

@@ -1,0 +1,259 @@
+"""Custom selection: one drop, by a built-in score or by a function of your own.
+
+The fields are those of ``custom_*`` in ``model.config`` as codes built on HiMAP's use them; the
+named selections are common yardsticks rather than one paper's method (``attention`` is FastV's
+score, arXiv 2403.06764).
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, cast, get_args
+
+import torch
+
+from vlm_prune_ext.errors import InputError, unknown_name
+from vlm_prune_ext.methods.base import (
+    Budget,
+    Evidence,
+    Method,
+    Need,
+    Stage,
+    label_text,
+    require,
+    require_budget,
+    require_int,
+    require_layer,
+    require_number,
+    require_span,
+    resolve_budget,
+)
+from vlm_prune_ext.select import (
+    mean_over_heads,
+    random_places,
+    redundancy,
+    sample_ascending,
+    top_k_ascending,
+    uniform_places,
+    unit_rows,
+)
+
+Selection = Callable[[Evidence, int], torch.Tensor]
+"""``(evidence, keep) -> int tensor (batch, keep)`` of places 0 ... evidence.count - 1."""
+
+NEEDS: dict[str, tuple[Need, ...]] = {
+    "attention": ("attention:last",),
+    "sampling": ("attention:last",),
+    "similarity": ("keys",),
+    "norm": ("hidden",),
+    "uniform": (),
+    "random": (),
+}
+"""Selection name -> what it has to see."""
+
+_FROM_LAYER_BEFORE = ("attention:last", "attention:text", "attention:visual", "keys")
+
+
+@dataclass(frozen=True)
+class CustomSelection(Method):
+    """Drop visual tokens once, in front of ``agg_layer``, by a named score or your own function.
+
+    Selections: ``attention`` keeps the tokens that the last token attends to most (mean over
+    heads, layer ``agg_layer - 1``); ``sampling`` draws without replacement with probabilities
+    softmax(that attention / ``temperature``); ``similarity`` keeps those whose keys have the
+    least mean cosine with all the others; ``norm`` keeps the largest hidden states (L2 norm);
+    ``uniform`` keeps an even grid; ``random`` draws uniformly.
+
+    Your own: a function, or ``"package.module:function"``, called as ``function(evidence, keep)``
+    for each group of images with equally many visual tokens. It returns an integer tensor
+    ``(batch, keep)`` of different places, 0 ... ``evidence.count - 1``, in any order;
+    ``evidence`` is a :class:`vlm_prune_ext.methods.base.Evidence`. It sees the attention of the
+    last token, the keys and the hidden states; an attribute ``needs`` on the function, e.g.
+    ``("keys",)``, narrows that to what it uses, which is cheaper.
+
+    Attributes:
+        method: attention, sampling, similarity, norm, uniform, random, a function, or
+            "package.module:function".
+        kept_tokens: visual tokens kept per image (int), or ratio (float in (0, 1]).
+        agg_layer: 0-based layer in front of which tokens go, at least 1 where attention or keys
+            are needed (they are those of the layer before), else at least 0.
+        temperature: of sampling, at least 1e-6; high is close to random, low is close to attention.
+        seed: of sampling and random, at least 0; the same draw noise for every image.
+        sys_length: tokens in front of the image; None is detected, a wrong one is an error.
+        image_token_length: visual tokens of the prompt; None is detected, a wrong one is an error.
+
+    Raises:
+        InputError: for a value outside these ranges, or a function that cannot be imported.
+    """
+
+    method: str | Selection = "attention"
+    kept_tokens: Budget = 100
+    agg_layer: int = 3
+    temperature: float = 1.0
+    seed: int = 0
+    sys_length: int | None = None
+    image_token_length: int | None = None
+
+    name: ClassVar[str] = "custom"
+    CONFIG_FLAG: ClassVar[str] = "use_custom_selection"
+    CONFIG_FIELDS: ClassVar[Mapping[str, str]] = {
+        "custom_sys_length": "sys_length",
+        "custom_image_token_length": "image_token_length",
+        "custom_kept_tokens": "kept_tokens",
+        "custom_agg_layer": "agg_layer",
+        "custom_selection_method": "method",
+        "custom_temperature": "temperature",
+        "custom_seed": "seed",
+    }
+    BUDGET: ClassVar[str] = "kept_tokens"
+    LABEL: ClassVar[Mapping[str, str]] = {"agg_layer": "k", "temperature": "temp", "seed": "seed"}
+    LABEL_ALWAYS: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        function = self._function()
+        require_budget("kept_tokens", self.kept_tokens)
+        require_int("agg_layer", self.agg_layer, 0)
+        temperature = require_number(
+            "temperature", self.temperature, 1e-6, 1e30, "a finite number of at least 1e-6"
+        )
+        object.__setattr__(self, "temperature", temperature)
+        require_int("seed", self.seed, 0)
+        require_span(self.sys_length, "image_token_length", self.image_token_length)
+        if function is not None:
+            _check_signature(function, self.method)
+        before = [need.split(":")[0] for need in self._needs() if need in _FROM_LAYER_BEFORE]
+        accepted = (
+            f"at least 1 for method={label_text(self.method)!r}, which needs "
+            f"{' and '.join(before)} of the layer in front of it"
+        )
+        require(self.agg_layer > 0 or not before, "agg_layer", self.agg_layer, accepted)
+
+    @property
+    def stated_span(self) -> tuple[int | None, int | None]:
+        """What the user stated about the layout of the prompt."""
+        return self.sys_length, self.image_token_length
+
+    def stages(self, num_layers: int) -> tuple[Stage, ...]:
+        """One stage, in front of ``agg_layer``."""
+        low = int(any(need in _FROM_LAYER_BEFORE for need in self._needs()))
+        model = f"a model of {num_layers} layers"
+        require_layer("agg_layer", self.agg_layer, low, num_layers - 1, model)
+        return (Stage(self.agg_layer, self._needs(), self._rule, budget=self.kept_tokens),)
+
+    def label(self) -> str:
+        """Short text for file names, e.g. ``custom_attention100``."""
+        first, *rest = super().label().split("_", 1)
+        return "_".join([f"{first}_{label_text(self.method)}{self.kept_tokens}", *rest])
+
+    # -- what the selection is ---------------------------------------------------------------
+    def _function(self) -> Selection | None:
+        """The user's function, or ``None`` for a named selection."""
+        if callable(self.method):
+            return self.method
+        require(isinstance(self.method, str), "method", self.method, _ACCEPTED)
+        if self.method in NEEDS:
+            return None
+        if ":" not in self.method:
+            raise unknown_name("selection method", self.method, NEEDS)
+        return _import_function(self.method)
+
+    def _needs(self) -> tuple[Need, ...]:
+        function = self._function()
+        if function is None:
+            return NEEDS[cast(str, self.method)]
+        declared = getattr(function, "needs", None)
+        if declared is None:
+            return ("attention:last", "keys", "hidden") if self.agg_layer > 0 else ("hidden",)
+        for need in declared:
+            if need not in get_args(Need):
+                raise unknown_name("entry of needs", need, get_args(Need))
+        return tuple(declared)
+
+    def _rule(self, evidence: Evidence) -> torch.Tensor:
+        keep = resolve_budget("kept_tokens", self.kept_tokens, evidence.total)
+        function = self._function()
+        if function is not None:
+            return _checked(function(evidence, keep), evidence, keep, label_text(self.method))
+        return self._named(evidence, keep)
+
+    def _named(self, evidence: Evidence, keep: int) -> torch.Tensor:
+        if self.method in ("uniform", "random"):
+            return self._same_for_all(evidence, keep)
+        if self.method == "norm":
+            assert evidence.hidden is not None
+            return top_k_ascending(evidence.hidden.float().norm(dim=-1), keep)
+        if self.method == "similarity":
+            assert evidence.keys is not None
+            return top_k_ascending(-_mean_cosine(mean_over_heads(evidence.keys)), keep)
+        assert evidence.attention is not None
+        if self.method == "sampling":
+            return sample_ascending(evidence.attention, keep, self.temperature, self.seed)
+        return top_k_ascending(evidence.attention, keep)
+
+    def _same_for_all(self, evidence: Evidence, keep: int) -> torch.Tensor:
+        if self.method == "uniform":
+            places = torch.tensor(uniform_places(evidence.count, keep))
+        else:
+            places = random_places(evidence.count, keep, self.seed)
+        return places.to(evidence.places.device).expand(evidence.places.shape[0], keep)
+
+
+_ACCEPTED = f"one of {', '.join(NEEDS)}, a function, or 'package.module:function'"
+
+
+def _mean_cosine(metric: torch.Tensor) -> torch.Tensor:
+    """Mean cosine of each token with the others, ``(batch, n)``."""
+    itself = unit_rows(metric).square().sum(dim=-1)
+    return (redundancy(metric) - itself) / max(metric.shape[1] - 1, 1)
+
+
+def _import_function(name: str) -> Selection:
+    module, _, attribute = name.partition(":")
+    try:
+        found = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        message = f"method={name!r} cannot be imported ({error}): {_ACCEPTED} is accepted."
+        raise InputError(message) from error
+    require(callable(found), "method", name, "the name of a function, which this is not")
+    return cast(Selection, found)
+
+
+def _check_signature(function: Selection, name: object) -> None:
+    """A function that cannot take ``(evidence, keep)`` is refused before a model is loaded."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some built-in callables have none to inspect
+        return
+    try:
+        signature.bind(None, 0)
+    except TypeError as error:
+        raise InputError(
+            f"method={label_text(name)!r} is not valid: a function called as "
+            f"function(evidence, keep), and this one takes {signature}."
+        ) from error
+
+
+def _checked(kept: object, evidence: Evidence, keep: int, name: str) -> torch.Tensor:
+    """A user's answer, ascending, or an error that says what is wrong with it."""
+    expected = f"an integer tensor of shape {(evidence.places.shape[0], keep)}"
+    if not isinstance(kept, torch.Tensor):
+        raise InputError(f"method={name!r} returned a {type(kept).__name__}, not {expected}.")
+    if kept.is_floating_point() or kept.is_complex() or kept.dtype == torch.bool:
+        raise InputError(f"method={name!r} returned dtype {kept.dtype}, not {expected}.")
+    if tuple(kept.shape) != (evidence.places.shape[0], keep):
+        raise InputError(f"method={name!r} returned shape {tuple(kept.shape)}, not {expected}.")
+    kept = kept.to(evidence.places.device, torch.int64).sort(dim=1).values
+    low, high = int(kept.min()), int(kept.max())
+    if low < 0 or high >= evidence.count:
+        raise InputError(
+            f"method={name!r} returned places {low} ... {high}, accepted are "
+            f"0 ... {evidence.count - 1}, the visual tokens present."
+        )
+    if bool((kept[:, 1:] == kept[:, :-1]).any()):
+        raise InputError(f"method={name!r} returned a place twice: places must differ in a row.")
+    return kept

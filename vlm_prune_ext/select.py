@@ -1,0 +1,261 @@
+"""Pure tensor maths that the rules share. Nothing here knows what a model is.
+
+Two promises hold throughout: ties go to the lower place (``torch.topk`` promises nothing, so ranks
+come from stable sorts), and every row of a batch is treated as if it were alone.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+
+def top_k_ascending(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """Places of the ``k`` highest scores of each row, in ascending order of place.
+
+    Ties go to the lower place, on every device and back end.
+
+    Args:
+        scores: ``(batch, n)`` float.
+        k: how many, at most ``n``.
+
+    Returns:
+        int64 ``(batch, k)``.
+    """
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+    return order[..., :k].sort(dim=-1).values
+
+
+# -- similarity ------------------------------------------------------------------------------
+def mean_over_heads(keys: torch.Tensor) -> torch.Tensor:
+    """Keys ``(batch, heads, n, head_dim)`` -> metric ``(batch, n, head_dim)``, float32.
+
+    The mean is taken in float32 whatever the model computes in: a threshold on cosines is too
+    sharp for half precision.
+    """
+    return keys.float().mean(dim=1)
+
+
+def unit_rows(metric: torch.Tensor) -> torch.Tensor:
+    """Scale the last dimension to unit length, float32; a zero vector stays zero (never NaN)."""
+    return F.normalize(metric.float(), dim=-1)
+
+
+def redundancy(metric: torch.Tensor, alive: torch.Tensor | None = None) -> torch.Tensor:
+    """Sum of each token's cosines with all tokens (itself included), ``(batch, n)`` float32.
+
+    Cosines of unit vectors are linear, so the sum is one product with the sum of all of them:
+    linear in ``n``, and no ``n x n`` graph in memory.
+
+    Args:
+        metric: ``(batch, n, d)``.
+        alive: ``(batch, n)`` bool, the tokens that count in the sums; ``None`` is all.
+    """
+    unit = unit_rows(metric)
+    return _sum_of_cosines(unit, alive)
+
+
+def _sum_of_cosines(unit: torch.Tensor, alive: torch.Tensor | None) -> torch.Tensor:
+    counted = unit if alive is None else unit * alive.unsqueeze(-1)
+    # Not a matrix product: each row is reduced alike, so equal keys get equal scores to the bit.
+    return (unit * counted.sum(dim=1, keepdim=True)).sum(dim=-1)
+
+
+class SaintRanking(NamedTuple):
+    """What SAINT's selection knows before it decides how many to drop.
+
+    Attributes:
+        order: int64 ``(batch, candidates)``, the even places, first to be dropped first.
+        counts: int64 ``(batch,)``, how many candidates are redundant enough to be counted.
+    """
+
+    order: torch.Tensor
+    counts: torch.Tensor
+
+
+def saint_ranking(
+    metric: torch.Tensor, threshold: float, min_neighbors: int, gamma: float
+) -> SaintRanking:
+    """Rank the even places of each row by how redundant they are with the odd places.
+
+    A candidate's neighbours are the odd places whose cosine with it is at least ``threshold``.
+    With neighbours its score is ``count * exp(gamma * (their mean cosine - threshold))``, else the
+    plain mean of its cosines with all odd places.
+
+    Args:
+        metric: ``(batch, n, d)``, any float dtype (computed in float32).
+        threshold: cosine in [-1, 1].
+        min_neighbors: neighbours that make a candidate count as redundant.
+        gamma: weight of the neighbours' mean cosine.
+
+    Returns:
+        order and counts; with fewer than two tokens nothing counts.
+    """
+    unit = unit_rows(metric)
+    even, odd = unit[:, 0::2], unit[:, 1::2]
+    cosines = even @ odd.transpose(1, 2)
+    near = cosines >= threshold
+    neighbors = near.sum(dim=-1)
+    near_sum = torch.where(near, cosines, 0.0).sum(dim=-1)
+    near_mean = near_sum / neighbors.clamp(min=1)
+    plain_mean = cosines.sum(dim=-1) / max(odd.shape[1], 1)
+    weighted = neighbors * torch.exp(gamma * (near_mean - threshold))
+    score = torch.where(neighbors > 0, weighted, plain_mean)
+    order = 2 * torch.sort(score, dim=-1, descending=True, stable=True).indices
+    return SaintRanking(order, (neighbors >= min_neighbors).sum(dim=-1))
+
+
+def saint_drop(
+    metric: torch.Tensor, threshold: float, min_neighbors: int, gamma: float
+) -> torch.Tensor:
+    """SAINT's selection, each row with a count of its own.
+
+    As many candidates (even places) are dropped as have at least ``min_neighbors`` neighbours;
+    the highest ranked ones go, so the ones dropped need not be exactly the ones counted. Odd
+    places always stay. Parameters as in :func:`saint_ranking`.
+
+    Returns:
+        bool ``(batch, n)``, True stays.
+    """
+    order, counts = saint_ranking(metric, threshold, min_neighbors, gamma)
+    rank = torch.arange(order.shape[1], device=order.device)
+    keep = torch.ones(metric.shape[:2], dtype=torch.bool, device=metric.device)
+    return keep.scatter(1, order, rank >= counts.unsqueeze(1))
+
+
+def saint_kept_raw(metric: torch.Tensor, ranking: SaintRanking) -> torch.Tensor:
+    """The published code's own answer: one drop count for a batch, and its unsorted order.
+
+    The count is the batch average of the rows' counts, rounded down. For comparison only:
+    :func:`saint_drop` gives each row its own count.
+
+    Returns:
+        int64 ``(batch, kept)``: surviving even places by falling rank, then the odd places;
+        ``0 ... n-1`` where nothing is dropped.
+    """
+    batch, n = metric.shape[:2]
+    places = torch.arange(n, device=metric.device).expand(batch, n)
+    drop = int(ranking.counts.sum()) // batch
+    if drop == 0:
+        return places
+    return torch.cat([ranking.order[:, drop:], places[:, 1::2]], dim=1)
+
+
+def drop_schedule(patches: int, keep: int, r: int) -> list[int]:
+    """How many patches each round of the iterative drop takes, down to ``keep``.
+
+    A round takes the smaller of what is still too many and ``remaining // r`` (at least 1), and
+    that number is the ``r`` of the next round. The published code divides by zero where
+    ``remaining // r`` is 0.
+    """
+    rounds = []
+    while patches > keep:
+        r = min(patches - keep, max(patches // r, 1))
+        rounds.append(r)
+        patches -= r
+    return rounds
+
+
+def iterative_keep(metric: torch.Tensor, keep_num: int, r: int) -> tuple[torch.Tensor, list[int]]:
+    """Drop the patches that are most similar to all others, a few at a time.
+
+    Each round scores the remaining patches by the sum of their cosines with all remaining ones
+    and drops the highest, as many as :func:`drop_schedule` says.
+
+    Args:
+        metric: ``(batch, patches, d)``, without CLS.
+        keep_num: tokens to keep, **CLS counted**: ``keep_num - 1`` patches stay, at most
+            ``patches``.
+        r: pace of the first round.
+
+    Returns:
+        int64 ``(batch, keep_num - 1)`` ascending, and the number dropped in each round.
+    """
+    batch, patches = metric.shape[:2]
+    rounds = drop_schedule(patches, keep_num - 1, r)
+    unit = unit_rows(metric)
+    alive = torch.ones(batch, patches, dtype=torch.bool, device=metric.device)
+    for drop in rounds:
+        score = _sum_of_cosines(unit, alive).masked_fill(~alive, -math.inf)
+        alive = alive.scatter(1, top_k_ascending(score, drop), False)
+    # A stable sort instead of a bool index: its size is known, so a GPU is not waited for.
+    return top_k_ascending(alive.int(), keep_num - 1), rounds
+
+
+# -- draws and grids -------------------------------------------------------------------------
+def gumbel_noise(n: int, seed: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """``(n,)`` float32 standard Gumbel noise, the same on every device for a seed."""
+    generator = torch.Generator().manual_seed(seed)
+    exponential = torch.empty(n, dtype=torch.float64).exponential_(generator=generator)
+    return -exponential.log().to(device=device, dtype=torch.float32)
+
+
+def sample_ascending(
+    scores: torch.Tensor, k: int, temperature: float = 1.0, seed: int = 0
+) -> torch.Tensor:
+    """Draw ``k`` places of each row without replacement.
+
+    Probabilities are softmax(score / temperature), drawn by the Gumbel top-k trick. Every row
+    sees the same noise, so a row's draw depends on its own scores, their number and the seed
+    alone, wherever in a batch it stands.
+
+    Args:
+        scores: ``(batch, n)`` float.
+        k: how many, at most ``n``.
+        temperature: above 0; high is close to uniform, low is close to top-k.
+        seed: of the noise.
+
+    Returns:
+        int64 ``(batch, k)`` ascending.
+    """
+    scores = scores.float()
+    # A softmax does not see a common shift; without it a low temperature would overflow.
+    logits = (scores - scores.amax(dim=-1, keepdim=True)) / temperature
+    return top_k_ascending(logits + gumbel_noise(scores.shape[-1], seed, scores.device), k)
+
+
+def random_places(n: int, k: int, seed: int = 0) -> torch.Tensor:
+    """``k`` of ``n`` places drawn uniformly without replacement: int64 ``(k,)`` ascending, CPU.
+
+    For one seed and ``n`` the draws are nested: a smaller ``k`` gives a subset.
+    """
+    return top_k_ascending(gumbel_noise(n, seed), k)
+
+
+@lru_cache(maxsize=128)
+def uniform_places(n: int, k: int) -> tuple[int, ...]:
+    """``k`` of ``n`` places, evenly spread, ascending.
+
+    Where ``n`` is a square (a grid of patches, row by row) they are spread over both directions:
+    about ``sqrt(k)`` rows, each with an even share of the columns. Otherwise along the line.
+    """
+    side = math.isqrt(n)
+    if side * side != n:
+        return tuple(_centres(n, k))
+    rows = round(math.sqrt(k))
+    ends = [index * k // rows for index in range(rows + 1)]
+    return tuple(
+        side * row + column
+        for index, row in enumerate(_centres(side, rows))
+        for column in _centres(side, ends[index + 1] - ends[index])
+    )
+
+
+def _centres(n: int, k: int) -> list[int]:
+    """Middles of ``k`` equal parts of ``0 ... n-1``."""
+    return [(2 * index + 1) * n // (2 * k) for index in range(k)]
+
+
+# -- grids of features -----------------------------------------------------------------------
+def shrink_grid(grid: torch.Tensor, side: int) -> torch.Tensor:
+    """Average-pool feature grids ``(images, h, w, hidden)`` to ``(images, side, side, hidden)``.
+
+    Each output cell is the mean of the input cells its area touches (adaptive average pooling),
+    computed in float32 and returned in the input's dtype.
+    """
+    pooled = F.adaptive_avg_pool2d(grid.permute(0, 3, 1, 2).float(), side)
+    return pooled.permute(0, 2, 3, 1).to(grid.dtype)
