@@ -18,8 +18,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "load": "models",
     "prune": "pruning",
-    "attach": "attach",
-    "detach": "attach",
+    "attach": "resets",
+    "detach": "resets",
     "Trace": "engine.trace",
     "METHODS": "methods.registry",
     "get_method": "methods.registry",

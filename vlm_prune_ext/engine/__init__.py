@@ -1,0 +1,1 @@
+"""The engine: carries a method out on any model, through hooks that come off again."""

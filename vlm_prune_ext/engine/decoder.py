@@ -101,7 +101,7 @@ class DecoderPruner:
         return range(first, self.num_layers)
 
     def _watch_attention(self, layer: int, stage: Stage) -> Any:
-        attn = self.parts.layers[layer - 1].self_attn
+        attn: Any = self.parts.layers[layer - 1].self_attn
         hook = _bind(self._after_attention, layer)
         return attn.register_forward_hook(hook, with_kwargs=True)
 
@@ -259,7 +259,7 @@ class DecoderPruner:
             for name in ("position_embeddings", "position_ids"):
                 if kwargs.get(name) is not None:
                     changes[name] = call.cut_positions(name, kwargs[name], layout)
-        if call.gaps(cut) and "flash" in self._attention():
+        if call.gaps(cut) and masks.takes_padding_masks(self._attention()):
             # FlashAttention-2 reads gaps in position ids as the borders of packed prompts.
             changes["position_ids"] = None
         if not call.prefill and self.shift[index]:
@@ -267,7 +267,7 @@ class DecoderPruner:
         return {**kwargs, **changes} if changes else kwargs
 
     def _shifted(self, hidden: torch.Tensor, kwargs: dict, shift: int) -> Any:
-        rotary = self.parts.decoder.rotary_emb  # type: ignore[union-attr]
+        rotary: Any = self.parts.decoder.rotary_emb  # type: ignore[union-attr]
         return rotary(hidden, position_ids=kwargs["position_ids"] + shift)
 
     def _attention(self) -> str:
@@ -517,7 +517,9 @@ class _AttentionReader:
         prefill = self.call.state.prefill
         counts = prefill.visual_counts()
         batch = self.hidden.shape[0]
-        here = torch.zeros(batch, self.hidden.shape[1], dtype=torch.int32, device=self.hidden.device)
+        here = torch.zeros(
+            batch, self.hidden.shape[1], dtype=torch.int32, device=self.hidden.device
+        )
         for group in prefill.groups:
             places = self.layout.places_of(group.slots, group.samples)
             here[group.samples[:, None], places] = 1

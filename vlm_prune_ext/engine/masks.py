@@ -9,9 +9,22 @@ what the model meant, whatever the back end: 4-D bool (SDPA), 4-D additive (eage
 from __future__ import annotations
 
 import torch
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    eager_mask,
+    flash_attention_mask,
+)
 
 from vlm_prune_ext.engine.layout import Layout, take
 from vlm_prune_ext.errors import InputError
+
+
+def takes_padding_masks(attention: str) -> bool:
+    """Does this attention implementation take 2-D masks, as FlashAttention-2 does?
+
+    Asked of the function that makes its masks, so kernels registered under other names count too.
+    """
+    return ALL_MASK_ATTENTION_FUNCTIONS.get(attention) is flash_attention_mask
 
 
 def hide(mask: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
@@ -35,12 +48,12 @@ def fresh(
         attention: the model's attention implementation.
         dtype: of the hidden states.
     """
-    if "flash" in attention:
+    if takes_padding_masks(attention):
         return allowed
     keys = torch.arange(allowed.shape[1], device=allowed.device)
     rows = torch.arange(first, first + queries, device=allowed.device)
     mask = (keys <= rows[:, None])[None, None] & allowed[:, None, None, :]
-    if attention == "eager":
+    if ALL_MASK_ATTENTION_FUNCTIONS.get(attention) is eager_mask:
         zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
         return zeros.masked_fill(~mask, torch.finfo(dtype).min)
     return mask

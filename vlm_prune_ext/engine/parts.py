@@ -18,7 +18,8 @@ class Projection(Protocol):
     ``(batch or 1, n, head_dim)``, or ``None``. Returns ``(batch, heads, n, head_dim)``.
     """
 
-    def __call__(self, attn: nn.Module, hidden: torch.Tensor, rotary: Any) -> torch.Tensor: ...
+    def __call__(self, attn: nn.Module, hidden: torch.Tensor, rotary: Any) -> torch.Tensor:
+        """Project some positions."""
 
 
 SpanSink = Callable[[torch.Tensor, "list[list[int]] | None"], None]
@@ -75,7 +76,7 @@ class ModelParts:
     final_norm: nn.Module | None = None
     queries: Projection | None = None
     keys: Projection | None = None
-    scaling: Callable[[nn.Module], float] = lambda attn: attn.scaling
+    scaling: Callable[[Any], float] = lambda attn: attn.scaling
     vision: VisionParts | None = None
     why_no_vision: str = "the model has no vision tower"
     watch_spans: Callable[[SpanSink], list[Undo]] | None = None

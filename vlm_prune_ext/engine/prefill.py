@@ -170,16 +170,14 @@ def _iota(like: torch.Tensor) -> torch.Tensor:
 
 
 def _pick(values: torch.Tensor, mask: torch.Tensor, count: int) -> torch.Tensor:
-    """The ``count`` masked values of each row, in order (no device sync, unlike boolean indexing)."""
+    """The ``count`` masked values of each row, in order, without asking the device how many."""
     index = mask.int().argsort(dim=1, stable=True)[:, mask.shape[1] - count :]
     return values.gather(1, index)
 
 
 def _rows(group: Group, rows: list[int]) -> Group:
     names = tuple(group.names[row] for row in rows)
-    return Group(
-        group.samples[rows], names, group.starts[rows], group.total, group.places[rows]
-    )
+    return Group(group.samples[rows], names, group.starts[rows], group.total, group.places[rows])
 
 
 def _keep(group: Group, kept: torch.Tensor) -> Group:

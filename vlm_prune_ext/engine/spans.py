@@ -88,7 +88,7 @@ def images_from_argument(span: VisualSpan, batch: int, seq: int) -> list[Image]:
 def _per_sample(span: VisualSpan, batch: int) -> list[list[Span]]:
     if _is_pair(span):
         return [[(int(span[0]), int(span[1]))] for _ in range(batch)]  # type: ignore[arg-type,call-overload]
-    entries = list(span)
+    entries = list(span) if isinstance(span, tuple | list) else []
     if len(entries) == batch and all(_is_pair(e) or _is_pair_list(e) for e in entries):
         pairs = [[e] if _is_pair(e) else list(e) for e in entries]  # type: ignore[arg-type]
         return [[(int(a), int(b)) for a, b in sample] for sample in pairs]  # type: ignore[union-attr,misc]

@@ -43,7 +43,8 @@ class SAINTViT:
     always stays and takes no part.
 
     Attributes:
-        layers: 0-based tower layers, ascending; None: every layer up to the feature layer.
+        layers: 0-based tower layers, ascending; None: every layer, which comes to the first one,
+            since no later layer finds more than ``keep_num`` tokens.
         keep_num: tokens left, CLS counted; one for all layers or one per layer, never growing.
         r: pace: the first round drops patches // r; one for all layers or one per layer.
 
@@ -107,7 +108,8 @@ class SAINTViT:
         model = f"a vision tower of {num_layers} layers"
         if feature_layer is not None:
             model += f" whose features are taken after layer {feature_layer}"
-        layers = range(last + 1) if self.layers is None else self.layers
+        # One count for every layer: the first layer reaches it, the others find nothing to drop.
+        layers = (0,) if self.layers is None else self.layers
         for layer in layers:
             require_layer("vit.layers", layer, 0, last, model)
         plan = zip(layers, self.keep_nums(len(layers)), self.paces(len(layers)), strict=True)
@@ -256,7 +258,7 @@ class SAINT(Method):
         """As in the base, with ``saint_prune_mode``, ``saint_keep_num`` and ``saint_r`` understood.
 
         ``saint_prune_mode`` is ``None`` (nothing in the tower), ``"iterative_drop_full_graph"``
-        (every tower layer up to the feature layer) or a list with one entry per tower layer from
+        (every tower layer) or a list with one entry per tower layer from
         layer 0 on, each that name or ``None`` / ``"None"``; layers beyond the list are left
         alone. ``saint_keep_num`` and ``saint_r`` are one number, or a list with one entry per
         entry of ``saint_prune_mode``, or one per layer that prunes.

@@ -1,0 +1,132 @@
+"""`attach` and the reset calls."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+import vlm_prune_ext as vp
+from tests.pruning_checks import fingerprint
+from tests.test_engine import PROMPTS, make, prompts
+from vlm_prune_ext.resets import CUSTOM_LINE, OFF_LINE
+
+FRONT, IMAGE, _ = PROMPTS[0]
+
+
+@pytest.fixture
+def model():
+    model = make("sdpa")
+    yield model
+    vp.detach(model)
+
+
+def fastv(model, on: bool = True, **fields) -> None:
+    values = {
+        "fast_v_sys_length": FRONT,
+        "fast_v_image_token_length": IMAGE,
+        "fast_v_attention_rank": 7,
+        "fast_v_agg_layer": 2,
+        "fast_v_inplace": True,
+    } | fields
+    for key, value in {"use_fast_v": on, **values}.items():
+        setattr(model.config, key, value)
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model(inputs_embeds=prompts()[0]).logits
+
+
+def test_same_as_prune(model) -> None:
+    base = logits(model)
+    method = vp.FastV(agg_layer=2, attention_rank=7)
+    with vp.prune(model, method, visual_span=(FRONT, IMAGE)):
+        want = logits(model)
+    attachment = vp.attach(model)
+    fastv(model)
+    model.model.reset_fastv()
+    assert torch.equal(logits(model), want)
+    assert attachment.method is not None and attachment.trace.visual_tokens[2] == [7]
+    fastv(model, on=False)
+    model.reset_fastv()
+    assert attachment.method is None
+    assert torch.equal(logits(model), base)
+
+
+@pytest.mark.parametrize(
+    ("call", "fields", "cls"),
+    [
+        ("reset_hmapv", {"use_hmap_v": True, "hmap_v_attn_txt_layer": 1, "hmap_v_attn_txt_rank": 9,
+                         "hmap_v_attn_img_layer": 3, "hmap_v_attn_img_rank": 4}, vp.HiMAP),
+        ("reset_himap", {"use_hmap_v": True, "hmap_v_attn_txt_layer": 1, "hmap_v_attn_txt_rank": 9,
+                         "hmap_v_attn_img_layer": 3, "hmap_v_attn_img_rank": 4}, vp.HiMAP),
+        ("reset_saint", {"use_saint": True, "saint_start": 1, "saint_end": 3,
+                         "saint_threshold": 0.5}, vp.SAINT),
+        ("set_saint", {"use_saint": True, "saint_start": 1, "saint_end": 3}, vp.SAINT),
+        ("reset_custom_selection", {"use_custom_selection": True, "custom_kept_tokens": 5,
+                                    "custom_selection_method": "norm"}, vp.CustomSelection),
+    ],
+)  # fmt: skip
+def test_every_call(model, call: str, fields: dict, cls: type) -> None:
+    attachment = vp.attach(model)
+    for key, value in fields.items():
+        setattr(model.config, key, value)
+    getattr(model, call)()
+    assert type(attachment.method) is cls
+
+
+def test_one_on_turns_the_others_off(model) -> None:
+    attachment = vp.attach(model)
+    fastv(model)
+    model.reset_fastv()
+    model.config.use_saint, model.config.saint_start, model.config.saint_end = True, 1, 3
+    model.reset_saint()
+    assert isinstance(attachment.method, vp.SAINT)
+    model.config.use_fast_v = False
+    model.reset_fastv()  # says nothing about SAINT
+    assert isinstance(attachment.method, vp.SAINT)
+
+
+def test_detach_restores(model) -> None:
+    before = fingerprint(model)
+    vp.attach(model)
+    assert vp.attach(model) is vp.attach(model)
+    fastv(model)
+    model.reset_fastv()
+    logits(model)
+    vp.detach(model)
+    after = fingerprint(model)
+    assert after == before
+    vp.detach(model)
+
+
+def test_lines_in_the_log(model, caplog: pytest.LogCaptureFixture) -> None:
+    vp.attach(model)
+    with caplog.at_level(logging.INFO, logger="vlm_prune_ext"):
+        fastv(model, on=False)
+        model.reset_fastv()
+        model.reset_saint()  # nothing is on: said once already
+        assert caplog.messages == [OFF_LINE]
+        model.config.use_custom_selection = True
+        model.config.custom_kept_tokens = 5
+        model.reset_custom_selection()
+        assert caplog.messages == [OFF_LINE, CUSTOM_LINE]
+
+
+def test_bad_field_leaves_the_model_clean(model) -> None:
+    vp.attach(model)
+    fastv(model, fast_v_agg_layer=99)
+    before = fingerprint(model)
+    with pytest.raises(vp.InputError, match="agg_layer=99"):
+        model.reset_fastv()
+    assert fingerprint(model) == before
+
+
+def test_prune_while_attached_is_an_error(model) -> None:
+    vp.attach(model)
+    fastv(model)
+    model.reset_fastv()
+    with pytest.raises(vp.InputError, match="already"), vp.prune(model, vp.RandomDrop(keep=3)):
+        pass

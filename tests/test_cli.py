@@ -1,0 +1,190 @@
+"""The command line: dispatch, exit codes, one-sentence errors, plain and rich output."""
+
+import argparse
+import dataclasses
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vlm_prune_ext import cli
+from vlm_prune_ext.commands.common import add_method_arguments, chosen_method
+from vlm_prune_ext.commands.terminal import plain_table, track
+from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.methods.fastv import FastV
+from vlm_prune_ext.methods.registry import METHODS
+
+
+def one_sentence(capsys, *words: str) -> str:
+    """Run a command that must be refused; returns what it said on standard error."""
+    assert cli.main(words) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_each_command_has_help(command, capsys):
+    assert cli.main([command, "--help"]) == 0
+    assert f"usage: vlm-prune {command}" in capsys.readouterr().out
+
+
+def test_overview_names_every_command(capsys):
+    assert cli.main(["--help"]) == 0
+    said = capsys.readouterr().out
+    for command, summary in cli.COMMANDS.items():
+        assert command in said and summary in said
+    assert cli.main([]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["inspct"], ["command", "'inspct'", "'inspect'"]),
+        (["methods", "fastvv"], ["method", "'fastvv'", "'fastv'"]),
+        (["methods", "--jsom"], ["option", "'--jsom'", "'--json'"]),
+        (["methods", "fastv", "himap"], ["unexpected 'himap'"]),
+        (["inspect", "x.png", "--method", "fastv"], ["required", "--question"]),
+        (["inspect", "x.png", "--qestion", "a", "--method", "fastv"], ["'--question'"]),
+        (["inspect", "x.png", "--question", "a", "--method", "fastv:0"], ["attention_rank=0"]),
+        (["inspect", "x.png", "--question", "a", "--method", "none"], ["none", "drops nothing"]),
+        (["inspect", "x.png", "--question", " ", "--method", "fastv"], ["--question"]),
+        (["inspect", "x.png", "--question", "a", "--method", "fastv"], ["'x.png'", "not exist"]),
+        (
+            ["inspect", "x.png", "--question", "a", "--method", "fastv", "--set", "rank=1"],
+            ["'rank'", "'attention_rank'"],
+        ),
+        (
+            ["inspect", "x.png", "--question", "a", "--method", "fastv", "--set", "rank"],
+            ["--set rank", "KEY=VALUE"],
+        ),
+        (["scienceqa", "--question-file", "q.json", "--image-folder", "no"], ["no", "folder"]),
+        (["scienceqa", "--question-file", "q.json", "--image-folder", ".", "--limit", "x"], ["x"]),
+        (["scienceqa", "--question-file", "q", "--image-folder", ".", "--limit", "0"], ["limit"]),
+    ],
+)
+def test_wrong_input_is_one_sentence_and_code_2(words, parts, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = one_sentence(capsys, *words)
+    for part in parts:
+        assert part.lower() in said.lower()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_not_a_picture(capsys, tmp_path):
+    (tmp_path / "x.png").write_bytes(b"text")
+    said = one_sentence(
+        capsys, "inspect", str(tmp_path / "x.png"), "--question", "a", "--method", "fastv"
+    )
+    assert "x.png" in said and "picture" in said
+
+
+def test_dispatching_imports_neither_torch_nor_other_commands():
+    code = (
+        "import sys; from vlm_prune_ext import cli; cli.main(['--help']); "
+        "assert not {'torch', 'transformers', 'matplotlib', 'rich'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+# -- methods -----------------------------------------------------------------------------------
+def test_methods_json_is_what_the_dataclasses_say(capsys):
+    assert cli.main(["methods", "--json"]) == 0
+    listed = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
+    assert list(listed) == list(METHODS)
+    for name, cls in METHODS.items():
+        names = [parameter["name"] for parameter in listed[name]["parameters"]]
+        assert names == [field.name for field in dataclasses.fields(cls)] if cls else names == []
+    fastv = {parameter["name"]: parameter for parameter in listed["fastv"]["parameters"]}
+    assert fastv["attention_rank"]["default"] == FastV().attention_rank
+    assert fastv["attention_rank"]["config_names"] == ["fast_v_attention_rank"]
+    assert listed["fastv"]["paper"] == FastV.paper
+    keep = listed["random"]["parameters"][0]
+    assert keep["required"] and keep["default"] is None
+
+
+def test_methods_in_full_include_nested_settings(capsys):
+    assert cli.main(["methods", "saint"]) == 0
+    said = capsys.readouterr().out
+    assert "keep_num" in said and "Deviations" in said
+    assert "``" not in said and ":class:" not in said
+
+
+def test_each_parameter_and_config_name_is_listed(capsys):
+    assert cli.main(["methods"]) == 0
+    said = capsys.readouterr().out
+    for cls in filter(None, METHODS.values()):
+        for parameter in cls.describe().parameters:
+            assert parameter.name in said and parameter.help.split()[0] in said
+            for name in parameter.config_names:
+                assert name in said
+
+
+# -- what commands share -----------------------------------------------------------------------
+def parse(*words: str):
+    parser = cli.Parser(prog="x")
+    add_method_arguments(parser)
+    return chosen_method(parser.parse(words))
+
+
+def test_method_from_short_form_and_settings():
+    assert parse() is None
+    assert parse("--method", "fastv:64") == FastV(attention_rank=64)
+    assert parse("--method", "fastv", "--set", "agg_layer=2") == FastV(agg_layer=2)
+    both = parse("--method", "fastv:0.5", "--set", "agg_layer=2", "--set", "fast_v_inplace=false")
+    assert both == FastV(attention_rank=0.5, agg_layer=2, mode="mask")
+    saint = parse("--method", "saint", "--set", "vit={layers: [2, 3], keep_num: [9, 8]}")
+    assert saint.vit.layers == (2, 3) and saint.vit.keep_num == (9, 8)
+    with pytest.raises(InputError, match="needs --method"):
+        parse("--set", "agg_layer=2")
+
+
+def test_options_after_a_double_dash_are_not_options():
+    parser = cli.Parser(prog="x")
+    parser.add_argument("word")
+    assert parser.parse(["--", "--word"]) == argparse.Namespace(word="--word")
+
+
+def test_plain_table_aligns_and_keeps_long_cells():
+    text = plain_table(("a", "b"), [["xxx", "y" * 300], ["", "z"]])
+    assert text.splitlines() == ["a    b", "xxx  " + "y" * 300, "     z"]
+
+
+def test_progress_without_a_terminal_is_plain_lines(capsys):
+    assert list(track([1, 2], "Work", done=3)) == [1, 2]
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err == "Work: 5 of 5, 0 s left\n"
+
+
+def test_on_a_terminal_tables_are_drawn():
+    parent, child = pty.openpty()
+    environment = {**os.environ, "COLUMNS": "100", "TERM": "xterm"}
+    command = [sys.executable, "-m", "vlm_prune_ext.cli", "methods", "fastv"]
+    with subprocess.Popen(command, stdout=child, env=environment) as process:
+        os.close(child)
+        said = b""
+        while True:
+            try:
+                piece = os.read(parent, 65536)
+            except OSError:  # the other end is closed
+                break
+            if not piece:
+                break
+            said += piece
+    os.close(parent)
+    assert process.returncode == 0
+    assert "━" in said.decode() and "attention_rank" in said.decode()
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    command = (
+        f"{sys.executable} -m vlm_prune_ext.cli methods saint | head -1; exit ${{PIPESTATUS[0]}}"
+    )
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr and "Broken" not in done.stderr
+    assert Path(cli.__file__).exists() and done.stdout.startswith("saint")

@@ -1,0 +1,139 @@
+"""Analytic FLOPs against torch's own counter, and against numbers worked out elsewhere."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.flops import (
+    DecoderShape,
+    VisionShape,
+    decoder_flops,
+    flops_ratio,
+    planned_lengths,
+    vision_flops,
+)
+from vlm_prune_ext.methods.registry import parse_method
+
+LLAVA_7B = DecoderShape(
+    layers=32, hidden=4096, heads=32, kv_heads=32, head_dim=128, intermediate=11008, vocab=32000
+)
+
+
+def counted(call) -> int:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_decoder_agrees_with_torch(kv_heads: int) -> None:
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        vocab_size=97,
+        attn_implementation="eager",
+    )
+    model = LlamaForCausalLM(config).eval()
+    ids = torch.zeros(1, 50, dtype=torch.int64)
+    measured = counted(lambda: model(input_ids=ids, logits_to_keep=1))
+    analytic = decoder_flops(DecoderShape.from_config(config), [50] * 3)
+    assert analytic == pytest.approx(measured, rel=0.005)
+
+
+def test_tower_agrees_with_torch() -> None:
+    config = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=56,
+        patch_size=14,
+        attn_implementation="eager",
+    )
+    model = CLIPVisionModel(config).eval()
+    measured = counted(lambda: model(pixel_values=torch.zeros(2, 3, 56, 56)))
+    shape = VisionShape.from_config(config)
+    assert shape.patches == 16 and not shape.projector
+    assert vision_flops(shape, images=2) == pytest.approx(measured, rel=0.005)
+
+
+def test_vision_drop_and_projector_by_hand() -> None:
+    shape = VisionShape(2, 4, 1, 8, patches=9, patch_inputs=12, projector=(4, 6, 6))
+    attention = 8 * 16 * 10 + 4 * 4 * 100
+    mlp = 4 * 4 * 8
+    projector = 2 * 4 * 6 + 2 * 6 * 6
+    embed = 2 * 4 * 12 * 9
+    whole = embed + 2 * (attention + mlp * 10) + projector * 9
+    assert vision_flops(shape) == whole
+    second = 8 * 16 * 5 + 4 * 4 * 25
+    cut = embed + attention + mlp * 10 + second + mlp * 5 + projector * 4
+    assert vision_flops(shape, {0: 4}) == cut
+    assert vision_flops(shape, {0: 4}, images=3) == 3 * cut
+
+
+@pytest.mark.parametrize(
+    ("method", "ratio"), [("fastv:100,agg_layer=3", 0.325), ("fastv:64,agg_layer=2", 0.250)]
+)
+def test_ratios_of_llava_7b(method: str, ratio: float) -> None:
+    lengths = planned_lengths(parse_method(method), 32, text=35 + 32, visual=[576])
+    assert flops_ratio(LLAVA_7B, lengths) == pytest.approx(ratio, abs=0.0005)
+    # 790 TFLOP/s and 10.8 ms: the arithmetic floor of the whole prompt.
+    assert decoder_flops(LLAVA_7B, [643] * 32) / 790e12 == pytest.approx(0.0108, rel=0.01)
+
+
+def test_planned_lengths() -> None:
+    assert planned_lengths(None, 3, 10, [36]) == [46, 46, 46]
+    himap = parse_method("himap:18,attn_img_rank=5,attn_img_layer=3")
+    assert planned_lengths(himap, 5, 16, [36]) == [52, 52, 34, 21, 21]
+    assert planned_lengths(parse_method("random:9"), 2, 16, [36, 36]) == [34, 34]
+    ratio = parse_method("fastv:0.25,agg_layer=1")
+    assert planned_lengths(ratio, 3, 16, [36, 64]) == [116, 16 + 9 + 16, 16 + 9 + 16]
+    masked = parse_method("fastv:4,agg_layer=1,mode=mask")
+    assert planned_lengths(masked, 3, 16, [36]) == [52] * 3
+    with pytest.raises(InputError, match="saint"):
+        planned_lengths(parse_method("saint"), 32, 16, [36])
+
+
+def test_ratio_baselines() -> None:
+    assert flops_ratio(LLAVA_7B, [643] * 32) == 1.0
+    assert flops_ratio(LLAVA_7B, [211] * 32, 643) < 0.34
+    assert flops_ratio(LLAVA_7B, [211] * 32, [643] * 32) == flops_ratio(LLAVA_7B, [211] * 32, 643)
+
+
+def test_shapes_from_composite_configs() -> None:
+    text = SimpleNamespace(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=96,
+        vocab_size=50,
+    )
+    vision = SimpleNamespace(
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=64,
+        patch_size=14,
+        image_size=336,
+    )
+    config = SimpleNamespace(text_config=text, vision_config=vision)
+    shape = DecoderShape.from_config(config)
+    assert (shape.kv_heads, shape.head_dim) == (4, 16)
+    tower = VisionShape.from_config(config)
+    assert (tower.patches, tower.patch_inputs, tower.projector) == (576, 588, (32, 64, 64))
+
+
+def test_bad_input() -> None:
+    with pytest.raises(InputError, match=r"lengths=.*32 layers"):
+        decoder_flops(LLAVA_7B, [643] * 31)
+    with pytest.raises(InputError, match="num_attention_heads"):
+        DecoderShape.from_config(SimpleNamespace())

@@ -1,0 +1,101 @@
+"""The package's shape: imports point one way, importing costs nothing and changes nothing."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "vlm_prune_ext"
+
+# Layer of each part, lowest first. A module may import from its own part and from lower layers.
+LAYERS = [
+    {"errors"},
+    {"select"},
+    {"methods"},
+    {"flops", "engine"},
+    {"models"},
+    {"pruning", "resets", "measure", "settings", "demo"},
+    {"evals"},
+    {"commands"},
+    {"cli"},
+]
+RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports_of(path: Path) -> set[str]:
+    """Parts of this package that a file imports, wherever in the file."""
+    parts = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module]
+            if node.module == "vlm_prune_ext":
+                names = [f"vlm_prune_ext.{alias.name}" for alias in node.names]
+        for name in names:
+            pieces = name.split(".")
+            if pieces[0] == "vlm_prune_ext" and len(pieces) > 1:
+                parts.add(pieces[1])
+    return parts
+
+
+FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py" or p.parent != PACKAGE)
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(p.relative_to(PACKAGE)) for p in FILES])
+def test_imports_point_down(path: Path) -> None:
+    mine = part_of(path)
+    if mine == "demo" and path.stem == "report":
+        mine = "evals"  # a program that measures the demo model
+    for other in imports_of(path):
+        if other in RANK and other != part_of(path):
+            assert RANK[other] < RANK[mine], f"{mine} imports {other}"
+
+
+def test_methods_do_not_import_each_other() -> None:
+    files = {p.stem for p in (PACKAGE / "methods").glob("*.py")} - {"base", "registry", "__init__"}
+    for name in files:
+        tree = ast.parse((PACKAGE / "methods" / f"{name}.py").read_text())
+        modules = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
+        assert not {f"vlm_prune_ext.methods.{other}" for other in files} & modules, name
+
+
+def test_only_evals_know_the_frameworks() -> None:
+    for path in FILES:
+        tree = ast.parse(path.read_text())
+        roots = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                roots |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                roots.add(node.module.split(".")[0])
+        if {"vlmeval", "lmms_eval"} & roots:
+            assert part_of(path) == "evals", path
+
+
+def test_import_is_free() -> None:
+    """No torch, no transformers, no framework is imported, and nothing of them is changed."""
+    code = (
+        "import sys, vlm_prune_ext;"
+        "heavy = {'torch', 'transformers', 'vlmeval', 'lmms_eval'} & set(sys.modules);"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_public_names_resolve() -> None:
+    import vlm_prune_ext
+
+    for name in vlm_prune_ext.__all__:
+        assert getattr(vlm_prune_ext, name) is not None
+    with pytest.raises(AttributeError):
+        vlm_prune_ext.nothing_of_the_kind  # noqa: B018
