@@ -56,8 +56,8 @@ def test_overview_names_every_command(capsys):
         (["inspect", "x.png", "--question", " ", "--method", "fastv"], ["--question"]),
         (["inspect", "x.png", "--question", "a", "--method", "fastv"], ["'x.png'", "not exist"]),
         (
-            ["inspect", "x.png", "--question", "a", "--method", "fastv", "--set", "rank=1"],
-            ["'rank'", "'attention_rank'"],
+            ["inspect", "x.png", "--question", "a", "--method", "fastv", "--set", "atention_rank=1"],
+            ["'atention_rank'", "'attention_rank'"],
         ),
         (
             ["inspect", "x.png", "--question", "a", "--method", "fastv", "--set", "rank"],

@@ -197,6 +197,26 @@ def test_static_cache_equals_dynamic(model: LlamaForCausalLM, name: str) -> None
     torch.testing.assert_close(got[1], want[1], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", [n for n in METHODS if n != "fastv-mask"])  # it selects per call
+def test_several_tokens_at_once(model: LlamaForCausalLM, name: str) -> None:
+    """Text fed in one piece after the prompt equals the same text fed token by token."""
+    embeds, mask, spans, _ = padded()
+    text = torch.tensor([[5, 6, 7]]).expand(4, 3)
+    logits = []
+    for pieces in ([3], [1, 1, 1]):
+        seen, rows = mask, []
+        with vp.prune(model, METHODS[name], visual_span=spans):
+            out = model(inputs_embeds=embeds, attention_mask=seen, use_cache=True)
+            for piece in text.split(pieces, dim=1):
+                seen = torch.cat([seen, torch.ones_like(piece)], dim=1)
+                out = model(
+                    input_ids=piece, attention_mask=seen, past_key_values=out.past_key_values
+                )
+                rows.append(out.logits)
+        logits.append(torch.cat(rows, dim=1))
+    torch.testing.assert_close(logits[0], logits[1], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["fastv", "saint", "random"])
 def test_beams(model: LlamaForCausalLM, name: str) -> None:
     """Beam search reorders the cache; the layouts must fit every beam."""

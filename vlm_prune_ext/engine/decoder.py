@@ -217,6 +217,7 @@ class DecoderPruner:
         call, stage = self.call, self.stages[layer]
         assert call is not None
         prefill = call.state.prefill
+        prefill.move(hidden.device)
         gone = prefill.select(stage, _Looker(call, hidden))
         call.forget_evidence()
         if gone is not None and stage.mode == "drop":
@@ -235,7 +236,7 @@ class DecoderPruner:
         short = call.state.short
         if short is not None and short.origin is not None:
             kept = self.trace.kept[layer]
-            real = short.origin.gather(1, kept.clamp(min=0))
+            real = short.origin.to(kept.device).gather(1, kept.clamp(min=0))
             self.trace.kept[layer] = torch.where(kept < 0, kept, real)
 
     def _after_last(self, module: nn.Module, args: tuple) -> tuple | None:
@@ -302,7 +303,7 @@ class DecoderPruner:
         for first, gone in prefill.hidden_keys.items():
             if first > index:
                 continue
-            allowed = ~torch.nn.functional.pad(gone, (0, width - gone.shape[1]))
+            allowed = ~torch.nn.functional.pad(gone, (0, width - gone.shape[1])).to(hidden.device)
             if mask is None:
                 queries, call = hidden.shape[1], self.call
                 first_query = 0 if call is None or call.prefill else width - queries
@@ -320,6 +321,7 @@ class DecoderPruner:
         return int(cache.get_mask_sizes(queries, index)[0])
 
     # -- evidence ----------------------------------------------------------------------------
+    @torch.no_grad()
     def _after_attention(
         self, layer: int, module: nn.Module, args: tuple, kwargs: dict, output: Any
     ) -> None:
@@ -328,6 +330,7 @@ class DecoderPruner:
         if call is None or not (call.prefill or stage.mode == "mask"):
             return
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        call.state.prefill.move(hidden.device)
         reader = _AttentionReader(self, module, hidden, kwargs, call, layer - 1)
         if "keys" in stage.needs:
             call.keys = reader.keys
@@ -428,7 +431,7 @@ class _AttentionReader:
         self.pruner, self.attn, self.hidden, self.call = pruner, attn, hidden, call
         self.mask = kwargs.get("attention_mask")
         self.rotary = kwargs.get("position_embeddings")
-        self.layout = call.state.prefill.layout_at(layer)
+        self.layout = call.state.prefill.layout_at(layer).to(hidden.device)
         self.keys = self._keys(kwargs.get("past_key_values"), layer)
 
     def _keys(self, cache: Any, layer: int) -> torch.Tensor:

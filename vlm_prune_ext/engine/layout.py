@@ -36,6 +36,13 @@ class Layout:
         """Everything is there."""
         return Layout(torch.arange(total, device=device).expand(batch, total), None, total)
 
+    def to(self, device: torch.device) -> Layout:
+        """The same on another device (a model may be spread over several)."""
+        if self.slots.device == device:
+            return self
+        valid = None if self.valid is None else self.valid.to(device)
+        return Layout(self.slots.to(device), valid, self.total)
+
     def positions(self) -> torch.Tensor:
         """``(batch, n)`` slots, ``-1`` at empty ones."""
         if self.valid is None:

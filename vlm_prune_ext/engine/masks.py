@@ -107,12 +107,13 @@ def adapt(
             f"attn_implementation={attention!r} hands masks of type {type(mask).__name__} to the "
             "layers, which can't be pruned: use eager, sdpa or flash_attention_2."
         )
+    layout = layout.to(mask.device)
     slots, valid = columns(layout, width)
     present = slots < mask.shape[-1]
     allowed = present if valid is None else present & valid
     slots = slots.clamp(max=mask.shape[-1] - 1)
     if mask.dim() == 2:
-        return hide(mask.gather(1, slots.to(mask.device)), allowed)
+        return hide(mask.gather(1, slots), allowed)
     if prefill:
         mask = take(mask.transpose(0, 1), layout.slots, -2).transpose(0, 1)
     mask = take(mask.permute(1, 2, 0, 3), slots, -1).permute(2, 0, 1, 3)

@@ -33,6 +33,11 @@ class Group:
     total: int
     places: torch.Tensor
 
+    def to(self, device: torch.device) -> Group:
+        """The same on another device."""
+        starts, places = self.starts.to(device), self.places.to(device)
+        return Group(self.samples.to(device), self.names, starts, self.total, places)
+
     @property
     def slots(self) -> torch.Tensor:
         """``(rows, n)`` slots of the tokens left."""
@@ -78,6 +83,13 @@ class Prefill:
         layout = Layout.whole(batch, total, device)
         groups = group_images(images, device)
         return Prefill(layout, groups, [total] * batch, real, {0: layout})
+
+    def move(self, device: torch.device) -> None:
+        """Go on on another device, for the layers of a model that is spread over several."""
+        if self.layout.slots.device != device:
+            self.layout = self.layout.to(device)
+            self.groups = [group.to(device) for group in self.groups]
+            self.real = None if self.real is None else self.real.to(device)
 
     def layout_at(self, layer: int) -> Layout:
         """What ``layer`` holds."""
