@@ -1,0 +1,58 @@
+"""Memory does not grow with the number of samples, whatever the method.
+
+By default few samples run, so that the suite stays quick; VLM_PRUNE_GROWTH_SAMPLES=1000 runs what
+the README states.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+
+import psutil
+import pytest
+import torch
+
+import vlm_prune_ext as vp
+from tests.makers import photos, tiny_original
+
+SAMPLES = int(os.environ.get("VLM_PRUNE_GROWTH_SAMPLES", "150"))
+WARM_UP = 50
+METHODS = {
+    "baseline": None,
+    "fastv": vp.FastV(agg_layer=2, attention_rank=5),
+    "fastv-mask": vp.FastV(agg_layer=2, attention_rank=5, mode="mask"),
+    "himap": vp.HiMAP(attn_txt_layer=2, attn_txt_rank=8, attn_img_layer=4, attn_img_rank=4),
+    "saint": vp.SAINT(start=1, end=3, threshold=0.3, min_neighbors=2),
+    "saint-hybrid": vp.SAINT(
+        start=1, end=3, threshold=0.3, min_neighbors=2, vit=vp.SAINTViT(layers=(2,), keep_num=11)
+    ),
+    "custom": vp.CustomSelection(kept_tokens=5, agg_layer=2),
+    "random": vp.RandomDrop(keep=5),
+    "downsample": vp.Downsample(keep=4),
+}
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory):
+    return vp.load(tiny_original(tmp_path_factory.mktemp("growth")))
+
+
+def resident() -> int:
+    gc.collect()
+    return psutil.Process().memory_info().rss
+
+
+@pytest.mark.parametrize("name", METHODS)
+@torch.no_grad()
+def test_no_growth(loaded, name: str) -> None:
+    model, processor = loaded
+    images = photos(3)
+    start = 0
+    for sample in range(SAMPLES):
+        inputs = processor.prompt(f"What is in picture {sample % 7}?", images[sample % 3])
+        with vp.prune(model, METHODS[name]):
+            model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        if sample + 1 == WARM_UP:
+            start = resident()
+    assert resident() < start * 1.01

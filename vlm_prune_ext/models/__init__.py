@@ -1,0 +1,155 @@
+"""Model families: loading them, and telling the engine where their parts are.
+
+Adding a family is one file with a ``FAMILY`` record, and its name in ``_MODULES``.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlm_prune_ext.engine.parts import ModelParts
+from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.models.base import Family, LoadOptions, PromptProcessor
+from vlm_prune_ext.models.checkpoint import Checkpoint
+
+__all__ = ["Family", "LoadOptions", "PromptProcessor", "families", "load", "parts_of"]
+
+# The first that owns a model is asked, so wholes come before the parts they hold.
+_MODULES = ("llava", "llava_next", "llava_package", "clip_tower", "causal_lm")
+
+
+@functools.cache
+def families() -> tuple[Family, ...]:
+    """All families, in the order in which they are asked."""
+    return tuple(importlib.import_module(f"{__name__}.{name}").FAMILY for name in _MODULES)
+
+
+def parts_of(model: nn.Module) -> ModelParts:
+    """Where the parts of a live model are.
+
+    Args:
+        model: a whole vision-language model, a bare causal language model or a bare
+            ``CLIPVisionModel``.
+
+    Raises:
+        InputError: a model of another kind, e.g. an encoder-decoder model.
+    """
+    name = type(model).__name__
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise InputError(
+            f"{name} is an encoder-decoder model, whose decoder does not take visual tokens as "
+            f"positions: nothing to prune. Accepted: {_titles()}."
+        )
+    for family in families():
+        if family.owns(model):
+            return family.parts(model)
+    raise InputError(f"{name} is not a model that can be pruned. Accepted: {_titles()}.")
+
+
+def _titles() -> str:
+    return ", ".join(family.title for family in families())
+
+
+def load(
+    name_or_path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    attn_implementation: str | None = None,
+    **kw: Any,
+) -> tuple[Any, PromptProcessor]:
+    """Load a model and what makes its prompts.
+
+    Args:
+        name_or_path: folder of a checkpoint, or ``owner/name`` of one on the Hugging Face hub;
+            LLaVA in its original format or any family in Hugging Face format.
+        dtype: e.g. ``"bfloat16"`` or ``torch.float16``. ``None``: float32 on a CPU, elsewhere what
+            the checkpoint states. ``"auto"``: what the checkpoint states.
+        device: e.g. ``"cuda:1"``. ``None``: the first GPU if there is one, else the CPU.
+        attn_implementation: ``"sdpa"``, ``"eager"``, ``"flash_attention_2"``; ``None`` leaves it
+            to transformers.
+        **kw: further arguments of transformers' ``from_pretrained``, e.g. ``device_map="auto"``.
+
+    Returns:
+        the model in evaluation mode, and its :class:`PromptProcessor`.
+
+    Raises:
+        InputError: nothing there, an architecture that is not known, files or weights that are
+            missing or do not fit, or an argument that is not accepted.
+    """
+    where = _device(device)
+    _check_attention(attn_implementation)
+    stated = _dtype(dtype) if dtype not in (None, "auto") else None
+    source = Checkpoint(name_or_path, revision=kw.get("revision"))
+    family = _family_of(source)
+    if stated is None:
+        on_cpu = where.type == "cpu" and "device_map" not in kw
+        stated = torch.float32 if dtype is None and on_cpu else _stored_dtype(source)
+    options = LoadOptions(stated, where, attn_implementation, kw)
+    assert family.load is not None
+    return family.load(source, options)
+
+
+def _family_of(source: Checkpoint) -> Family:
+    loadable = [family for family in families() if family.load is not None]
+    for family in loadable:
+        if family.recognises is not None and family.recognises(source.config):
+            return family
+    accepted = sorted({name for family in loadable for name in family.architectures})
+    raise InputError(
+        f"checkpoint {source.name!r} is of architecture {source.architecture or None!r}, which is "
+        f"not known. Accepted: {', '.join(accepted)} (original format: with mm_vision_tower)."
+    )
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(
+            f"device={device!r} is not valid: give 'cpu', 'cuda' or 'cuda:N'."
+        ) from error
+    if found.type == "cuda":
+        count = torch.cuda.device_count()
+        if (found.index or 0) >= count:
+            raise InputError(f"device={str(device)!r} is not there: {count} GPU(s) can be used.")
+        return torch.device("cuda", found.index or 0)
+    return found
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if found not in (torch.float32, torch.float16, torch.bfloat16):
+        raise InputError(
+            f"dtype={dtype!r} is not valid: accepted are 'auto', 'float32', 'float16', 'bfloat16'."
+        )
+    return found
+
+
+def _stored_dtype(source: Checkpoint) -> torch.dtype:
+    """What ``config.json`` says its weights are in."""
+    text = source.config.get("text_config") or {}
+    for config in (source.config, text):
+        name = config.get("dtype") or config.get("torch_dtype")
+        if name in ("float32", "float16", "bfloat16"):
+            return _dtype(name)
+    return torch.float32
+
+
+def _check_attention(name: str | None) -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    known = {"eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()}
+    if name is not None and name not in known:
+        raise InputError(
+            f"attn_implementation={name!r} is not valid: accepted are "
+            f"{', '.join(sorted(n for n in known if '|' not in n))}."
+        )

@@ -1,0 +1,347 @@
+"""What every family adapter has in common: the record of a family, and the prompt processor."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import BatchFeature
+
+from vlm_prune_ext.engine.parts import ModelParts
+from vlm_prune_ext.errors import InputError, unknown_name
+from vlm_prune_ext.models.images import ImageLike, open_image
+from vlm_prune_ext.models.prompts import IMAGE, STYLES, Style, Turn
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from vlm_prune_ext.models.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How to load a checkpoint.
+
+    Attributes:
+        dtype: of weights and activations.
+        device: where the model goes; not used where ``extra`` has a ``device_map``.
+        attn_implementation: ``"sdpa"``, ``"eager"``, ... or ``None`` for transformers' choice.
+        extra: further keyword arguments of transformers' ``from_pretrained`` (``device_map``,
+            ``quantization_config``, ``revision``, ...).
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    attn_implementation: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def from_pretrained_arguments(self) -> dict[str, Any]:
+        """Keyword arguments for ``from_pretrained``."""
+        arguments: dict[str, Any] = {"dtype": self.dtype, "device_map": {"": self.device}}
+        if self.attn_implementation is not None:
+            arguments["attn_implementation"] = self.attn_implementation
+        return arguments | dict(self.extra)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of models.
+
+    Attributes:
+        name: short name, for messages.
+        title: name as people write it.
+        owns: whether a live model is one of this family's.
+        parts: where its parts are.
+        architectures: class names in ``config.json`` that may be this family's.
+        recognises: whether a ``config.json`` is one of this family's.
+        load: model and processor from a checkpoint; ``None`` where only live models are taken.
+    """
+
+    name: str
+    title: str
+    owns: Callable[[nn.Module], bool]
+    parts: Callable[[Any], ModelParts]
+    architectures: tuple[str, ...] = ()
+    recognises: Callable[[Mapping[str, Any]], bool] | None = None
+    load: Callable[[Checkpoint, LoadOptions], tuple[Any, PromptProcessor]] | None = None
+
+
+class PromptProcessor:
+    """Text and images to model inputs and back, for models whose prompt holds one placeholder
+    token per visual token.
+
+    Subclasses say how pixels are made (:meth:`pixels`).
+
+    Args:
+        model: the model that the inputs are for; only its device and dtype are read, at each call.
+        tokenizer: the checkpoint's tokenizer.
+        image_processor: the checkpoint's image processor (resizing, normalising).
+        image_token_id: the placeholder.
+        family: short family name.
+        default_style: conversation template where none is named.
+        styles: templates that may be named.
+
+    Attributes:
+        family, default_style, styles, tokenizer, image_processor, image_token_id: as above.
+        pad_token_id: fills batches on the left; never the placeholder.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        image_processor: Any,
+        image_token_id: int,
+        family: str,
+        default_style: str,
+        styles: Mapping[str, Style] = STYLES,
+    ) -> None:
+        self._model = weakref.ref(model)
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.image_token_id = image_token_id
+        self.family = family
+        self.default_style = default_style
+        self.styles = styles
+        self.pad_token_id = self._choose_pad()
+
+    # -- where inputs go ---------------------------------------------------------------------
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its token ids."""
+        return self._embedding().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's floating-point type."""
+        return self._live_model().dtype
+
+    def _live_model(self) -> Any:
+        model = self._model()
+        if model is None:
+            raise RuntimeError("The model that this processor belongs to is gone.")
+        return model
+
+    def _embedding(self) -> Any:
+        return self._live_model().get_input_embeddings()
+
+    def _choose_pad(self) -> int:
+        candidates = (
+            self.tokenizer.pad_token_id,
+            self.tokenizer.unk_token_id,
+            self.tokenizer.eos_token_id,
+        )
+        for candidate in candidates:
+            if candidate is not None and candidate != self.image_token_id:
+                return int(candidate)
+        return 0
+
+    # -- text and images to inputs -----------------------------------------------------------
+    def prompt(
+        self,
+        text: str,
+        images: ImageLike | Sequence[ImageLike] | None = None,
+        *,
+        style: str | None = None,
+    ) -> BatchFeature:
+        """Inputs for one question, ready for ``model.generate(**inputs)``.
+
+        Args:
+            text: what the user says. ``<image>`` markers place the images; without any they go
+                in front, as the family does it.
+            images: PIL image, path or bytes, or a list of these.
+            style: conversation template; ``plain`` takes the text as the whole prompt.
+
+        Returns:
+            ``input_ids``, ``attention_mask`` (int64, ``(1, seq)``) and, with images,
+            ``pixel_values`` in the model's dtype and what else the family needs.
+
+        Raises:
+            InputError: unknown style, as many markers as images are not there, or an image that
+                does not decode.
+        """
+        return self.batch([text], [_as_list(images)], style=style)
+
+    def batch(
+        self,
+        texts: Sequence[str],
+        images: Sequence[ImageLike | Sequence[ImageLike] | None],
+        *,
+        style: str | None = None,
+    ) -> BatchFeature:
+        """Inputs for several questions, padded on the left; see :meth:`prompt`.
+
+        Args:
+            texts: one question per sample.
+            images: the images of each sample, any number.
+            style: one template for all.
+        """
+        if isinstance(texts, str) or len(texts) != len(images):
+            given = "one string" if isinstance(texts, str) else f"{len(texts)} texts"
+            raise InputError(
+                f"texts and images must be lists of equal length; given are {given} and "
+                f"{len(images)} lists of images."
+            )
+        pictures = [[open_image(image) for image in _as_list(entry)] for entry in images]
+        template = self._style(style)
+        prompts = [
+            template.single(text, len(own)) for text, own in zip(texts, pictures, strict=True)
+        ]
+        return self._encode(prompts, pictures)
+
+    def messages(
+        self, messages: Sequence[Mapping[str, Any]], *, style: str | None = None
+    ) -> tuple[str, list[Image]]:
+        """A conversation as the whole text of a prompt, with its images.
+
+        ``processor.prompt(*processor.messages(chat), style="plain")`` makes inputs of it.
+
+        Args:
+            messages: each has ``role`` (``system``, ``user`` or ``assistant``) and ``content``, a
+                string or a list of ``{"type": "text", "text": ...}`` and
+                ``{"type": "image", "image": ...}`` (``value``, ``path`` or ``url`` of a local
+                file are taken too). Where the last one is the assistant's, the prompt ends in it.
+            style: conversation template.
+
+        Returns:
+            the text, with one ``<image>`` per image, and the images in order.
+        """
+        template = self._style(style)
+        images: list[Image] = []
+        turns: list[Turn] = []
+        for message in messages:
+            pieces: list[str | None] = []
+            for item in _items(message):
+                if isinstance(item, str):
+                    pieces.append(item)
+                else:
+                    images.append(open_image(item[0]))
+                    pieces.append(None)
+            turns.append(Turn(_role(message), template.content(pieces)))
+        return template.conversation(turns), images
+
+    def _style(self, name: str | None) -> Style:
+        name = self.default_style if name is None else name
+        if name not in self.styles:
+            raise unknown_name("style", name, self.styles)
+        return self.styles[name]
+
+    def _encode(self, prompts: list[str], pictures: list[list[Image]]) -> BatchFeature:
+        flat = [image for own in pictures for image in own]
+        pixels = self.pixels(flat) if flat else {}
+        lengths = iter(self.visual_lengths(flat))
+        rows = []
+        for text, own in zip(prompts, pictures, strict=True):
+            rows.append(self.token_ids(text, [next(lengths) for _ in own]))
+        data = self._pad(rows) | pixels
+        device, dtype = self.device, self.dtype
+        moved = {
+            name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
+            for name, value in data.items()
+        }
+        return BatchFeature(moved)
+
+    def _pad(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
+        width = max(len(row) for row in rows)
+        ids = [[self.pad_token_id] * (width - len(row)) + row for row in rows]
+        real = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+        return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(real)}
+
+    def token_ids(self, text: str, lengths: Sequence[int]) -> list[int]:
+        """Token ids of a prompt whose n-th ``<image>`` becomes ``lengths[n]`` placeholders.
+
+        The text between images is tokenised piece by piece and the start token stays in front
+        only, as LLaVA does it.
+
+        Raises:
+            InputError: if markers and images differ in number.
+        """
+        pieces = text.split(IMAGE)
+        if len(pieces) - 1 != len(lengths):
+            raise InputError(
+                f"The prompt has {len(pieces) - 1} {IMAGE} marker(s) and {len(lengths)} image(s): "
+                "give one marker per image, or none to have the images put in front."
+            )
+        ids = list(self.tokenizer(pieces[0]).input_ids)
+        for piece, length in zip(pieces[1:], lengths, strict=True):
+            ids += [self.image_token_id] * length
+            ids += self._without_start(self.tokenizer(piece).input_ids)
+        return ids
+
+    def _without_start(self, ids: list[int]) -> list[int]:
+        start = self.tokenizer.bos_token_id
+        return ids[1:] if ids and start is not None and ids[0] == start else list(ids)
+
+    def pixels(self, images: list[Image]) -> dict[str, torch.Tensor]:
+        """Model inputs made of the images of a whole batch, in order (CPU, float32)."""
+        raise NotImplementedError
+
+    def visual_lengths(self, images: list[Image]) -> list[int]:
+        """Visual tokens that each image becomes."""
+        raise NotImplementedError
+
+    # -- outputs to text ---------------------------------------------------------------------
+    def decode(self, output_ids: torch.Tensor, inputs: Mapping[str, Any]) -> list[str]:
+        """Answers in plain text: new tokens only, no special tokens, no blanks at the ends.
+
+        Args:
+            output_ids: what ``generate`` returned, ``(batch, n)``, with the prompt or without it.
+            inputs: what it was called with.
+        """
+        prompt = inputs.get("input_ids")
+        if prompt is not None and starts_with(output_ids, prompt):
+            output_ids = output_ids[:, prompt.shape[1] :]
+        texts = self.tokenizer.batch_decode(output_ids, skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def count_visual_tokens(self, inputs: Mapping[str, Any]) -> list[int]:
+        """Visual tokens of each sample in what :meth:`prompt` or :meth:`batch` made."""
+        return (inputs["input_ids"] == self.image_token_id).sum(dim=1).tolist()
+
+
+def starts_with(output_ids: torch.Tensor, prompt: torch.Tensor) -> bool:
+    """Whether generated ids repeat the prompt, ``(batch, n)`` and ``(batch, seq)``."""
+    width = prompt.shape[1]
+    if output_ids.shape[1] < width:
+        return False
+    return bool(torch.equal(output_ids[:, :width], prompt.to(output_ids.device)))
+
+
+def _as_list(images: Any) -> list[Any]:
+    if images is None:
+        return []
+    return list(images) if isinstance(images, list | tuple) else [images]
+
+
+def _role(message: Mapping[str, Any]) -> str:
+    role = message.get("role")
+    if role not in ("system", "user", "assistant"):
+        raise unknown_name("role", role, ("system", "user", "assistant"))
+    return role
+
+
+def _items(message: Mapping[str, Any]) -> list[str | tuple[Any]]:
+    """Content as text pieces and 1-tuples of images."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return [content]
+    if not isinstance(content, list | tuple):
+        raise InputError(
+            f"content={content!r} of a message is not valid: give a string or a list of items."
+        )
+    return [_item(item) for item in content]
+
+
+def _item(item: Any) -> str | tuple[Any]:
+    kind = item.get("type") if isinstance(item, Mapping) else None
+    names = {"text": ("text", "value"), "image": ("image", "value", "path", "url")}
+    if kind not in names:
+        raise unknown_name("type of a message item", kind, names)
+    for name in names[kind]:
+        if item.get(name) is not None:
+            return str(item[name]) if kind == "text" else (item[name],)
+    raise InputError(f"A message item of type {kind!r} needs one of: {', '.join(names[kind])}.")

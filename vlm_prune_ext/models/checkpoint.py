@@ -1,0 +1,177 @@
+"""Reading a checkpoint: where it is, what its configuration says, its weights by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlm_prune_ext.errors import InputError
+
+WEIGHT_FILES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+# Everything but weights in formats that nobody here reads.
+_NOT_NEEDED = ["*.msgpack", "*.h5", "*.ot", "*.gguf", "*.onnx", "*.pth"]
+
+
+class Checkpoint:
+    """A folder with a ``config.json``, local or fetched from the Hugging Face hub.
+
+    Args:
+        name: as the user gave it.
+        revision: branch, tag or commit on the hub.
+
+    Attributes:
+        name: as the user gave it.
+        folder: where its files are.
+        config: contents of ``config.json``.
+
+    Raises:
+        InputError: nothing is there, or ``config.json`` is missing or broken.
+    """
+
+    def __init__(self, name: str | os.PathLike[str], *, revision: str | None = None) -> None:
+        self.name = os.fspath(name)
+        self.folder = find_folder(self.name, revision=revision)
+        self.config = read_json(self.folder / "config.json", f"checkpoint {self.name!r}")
+
+    @property
+    def architecture(self) -> str:
+        """The class that ``config.json`` names first, or an empty string."""
+        names = self.config.get("architectures") or [""]
+        return str(names[0])
+
+
+def find_folder(
+    name: str, *, revision: str | None = None, what: str = "checkpoint", weights: bool = True
+) -> Path:
+    """The local folder of a checkpoint, fetched first where ``name`` is one on the hub.
+
+    Args:
+        name: path, or ``owner/repository``.
+        revision: on the hub.
+        what: for messages.
+        weights: whether its weights are wanted too.
+
+    Raises:
+        InputError: it is neither.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise InputError(f"{what} {name!r} is a file: give the folder that holds its config.json.")
+    if not _HUB_NAME.fullmatch(name):
+        raise InputError(
+            f"{what} {name!r} does not exist: give a folder with a config.json, or owner/name of a "
+            "repository on the Hugging Face hub."
+        )
+    return _fetch(name, revision, what, weights)
+
+
+def _fetch(name: str, revision: str | None, what: str, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+    from requests.exceptions import RequestException
+
+    unwanted = [*_NOT_NEEDED] if weights else [*_NOT_NEEDED, "*.bin", "*.safetensors"]
+    try:
+        return Path(snapshot_download(name, revision=revision, ignore_patterns=unwanted))
+    except (OSError, HFValidationError, RequestException, ValueError) as error:
+        raise InputError(
+            f"{what} {name!r} is no local folder and could not be fetched from the Hugging Face "
+            f"hub ({type(error).__name__}): give a folder with a config.json, or owner/name of a "
+            "repository that can be reached."
+        ) from error
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        InputError: missing, not JSON, or no object.
+    """
+    if not path.is_file():
+        raise InputError(f"{what} has no {path.name}: it should be at {str(path)!r}.")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{str(path)!r} of {what} is not valid JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{str(path)!r} of {what} must hold a JSON object.")
+    return value
+
+
+def read_weights(folder: Path, what: str) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint by name, memory-mapped where the format allows it.
+
+    Reads ``.safetensors`` or ``.bin`` (as data only, never code), in one file or in shards.
+
+    Raises:
+        InputError: no weights, a shard that is missing, or a file that cannot be read.
+    """
+    for name in WEIGHT_FILES:
+        path = folder / name
+        if path.is_file():
+            break
+    else:
+        raise InputError(
+            f"{what} has no weights: {str(folder)!r} should hold one of {', '.join(WEIGHT_FILES)}."
+        )
+    weights: dict[str, torch.Tensor] = {}
+    for file in _shards(path, what):
+        weights.update(_read_file(file, what))
+    return weights
+
+
+def _shards(path: Path, what: str) -> Iterator[Path]:
+    if path.suffix != ".json":
+        yield path
+        return
+    places = read_json(path, what).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise InputError(f"{str(path)!r} of {what} has no weight_map.")
+    for name in sorted(set(places.values())):
+        if not (path.parent / name).is_file():
+            raise InputError(f"{what} is incomplete: {str(path.parent / name)!r} is missing.")
+        yield path.parent / name
+
+
+def _read_file(path: Path, what: str) -> Mapping[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return _read_pickle(path)
+    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        raise InputError(f"{str(path)!r} of {what} cannot be read: {_first_line(error)}") from error
+    except Exception as error:  # pickle's own errors have no common base
+        if type(error).__name__ != "UnpicklingError":
+            raise
+        raise InputError(
+            f"{str(path)!r} of {what} cannot be read as plain tensors: {_first_line(error)}"
+        ) from error
+
+
+def _read_pickle(path: Path) -> Mapping[str, torch.Tensor]:
+    import zipfile
+
+    # Files of PyTorch before 1.6 are no zip archives and cannot be mapped.
+    mapped = zipfile.is_zipfile(path)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,45 @@
+"""Telling the engine where placeholders are, for models whose prompt holds one per visual token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlm_prune_ext.engine.parts import SpanSink, Undo
+
+Lengths = Callable[[torch.Tensor, dict[str, Any]], "list[list[int]] | None"]
+"""``(mask, keyword arguments of the call) -> visual tokens of each image, per sample``."""
+
+
+def watch_placeholders(
+    inner: Any, image_token_id: int, lengths: Lengths
+) -> Callable[[SpanSink], list[Undo]]:
+    """What :attr:`ModelParts.watch_spans` asks for: a hook in front of ``inner``, the module that
+    puts image features into the embedded prompt."""
+
+    def watch(sink: SpanSink) -> list[Undo]:
+        def see(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            given = {"input_ids": args[0], **kwargs} if args else kwargs
+            mask = _placeholders(module, given, image_token_id)
+            if mask is not None and mask.shape[1] > 1:
+                sink(mask, lengths(mask, given))
+
+        return [inner.register_forward_pre_hook(see, with_kwargs=True).remove]
+
+    return watch
+
+
+def _placeholders(module: Any, given: dict[str, Any], image_token_id: int) -> torch.Tensor | None:
+    """Bool ``(batch, seq)``; ``None`` where the call has no tokens."""
+    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    if ids is not None:
+        return ids == image_token_id
+    if embeds is None or embeds.shape[1] == 1:
+        return None
+    # The way transformers itself finds them where only embeddings are given.
+    table = module.get_input_embeddings()
+    placeholder = torch.tensor(image_token_id, device=table.weight.device)
+    return (embeds == table(placeholder).to(embeds.device)).all(dim=-1)

@@ -1,0 +1,94 @@
+"""Conversation templates, by the names that LLaVA and VLMEvalKit give them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+IMAGE = "<image>"
+
+_CURIOUS = (
+    "A chat between a curious {0} and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the {0}'s questions. "
+)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one side says: ``role`` is ``system``, ``user`` or ``assistant``."""
+
+    role: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a conversation becomes one text.
+
+    Attributes:
+        system: what stands in front where the conversation brings no system message.
+        user: frame of a user's turn; ``{}`` is what they say.
+        answer: frame of an assistant's turn.
+        opening: what the assistant's answer follows.
+        image: what an image becomes inside a turn.
+        after_system: what divides a system message of the conversation from the first turn.
+    """
+
+    system: str = ""
+    user: str = "{}"
+    answer: str = "{}"
+    opening: str = ""
+    image: str = IMAGE + "\n"
+    after_system: str = " "
+
+    def single(self, text: str, images: int) -> str:
+        """The prompt of one question; images go in front unless the text places them."""
+        if IMAGE not in text:
+            text = self.image * images + text
+        return self.conversation([Turn("user", text)])
+
+    def content(self, pieces: Sequence[str | None]) -> str:
+        """The text of one turn from its pieces, ``None`` for an image."""
+        return "".join(self.image if piece is None else piece for piece in pieces)
+
+    def conversation(self, turns: Sequence[Turn]) -> str:
+        """The whole prompt, up to where the assistant's next words begin."""
+        text = self.system
+        for index, turn in enumerate(turns):
+            last = index == len(turns) - 1
+            if turn.role == "system":
+                text = turn.text.strip() + self.after_system
+            elif turn.role == "user":
+                text += _fill(self.user, turn.text)
+            elif last:  # an answer that is to be continued
+                return text + self.opening + _fill(self.answer.partition("{}")[0] + "{}", turn.text)
+            else:
+                text += self.opening + _fill(self.answer, turn.text)
+        return text + self.opening
+
+
+def _fill(frame: str, text: str) -> str:
+    before, _, after = frame.partition("{}")
+    return before + text + after
+
+
+STYLES: Mapping[str, Style] = {
+    # LLaVA's own conversation of that name.
+    "vicuna_v1": Style(
+        system=_CURIOUS.format("user"),
+        user="USER: {} ",
+        answer=" {}</s>",
+        opening="ASSISTANT:",
+    ),
+    # The string that VLMEvalKit's LLaVA class puts together: other words, other blanks.
+    "vlmeval": Style(
+        system=_CURIOUS.format("human"),
+        user="USER: {} ",
+        answer="{}</s>",
+        opening="ASSISTANT: ",
+        image=f" {IMAGE} ",
+    ),
+    "mistral_instruct": Style(user="[INST] {} [/INST]", answer=" {} </s>", after_system="\n"),
+    "plain": Style(),
+}
+"""Name -> template. ``plain`` takes the text as the whole prompt."""
