@@ -13,7 +13,7 @@ import pytest
 
 from vlm_prune_ext import cli
 from vlm_prune_ext.commands.common import add_method_arguments, chosen_method
-from vlm_prune_ext.commands.terminal import plain_table, track
+from vlm_prune_ext.commands.terminal import plain_table, print_table, track
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.methods.fastv import FastV
 from vlm_prune_ext.methods.registry import METHODS
@@ -56,7 +56,16 @@ def test_overview_names_every_command(capsys):
         (["inspect", "x.png", "--question", " ", "--method", "fastv"], ["--question"]),
         (["inspect", "x.png", "--question", "a", "--method", "fastv"], ["'x.png'", "not exist"]),
         (
-            ["inspect", "x.png", "--question", "a", "--method", "fastv", "--set", "atention_rank=1"],
+            [
+                "inspect",
+                "x.png",
+                "--question",
+                "a",
+                "--method",
+                "fastv",
+                "--set",
+                "atention_rank=1",
+            ],
             ["'atention_rank'", "'attention_rank'"],
         ),
         (
@@ -161,30 +170,101 @@ def test_progress_without_a_terminal_is_plain_lines(capsys):
     assert captured.out == "" and captured.err == "Work: 5 of 5, 0 s left\n"
 
 
-def test_on_a_terminal_tables_are_drawn():
+def on_a_terminal(monkeypatch, name, write) -> str:
+    """What ``write()`` sends to the stream ``name`` of ``sys`` where that is a terminal."""
     parent, child = pty.openpty()
-    environment = {**os.environ, "COLUMNS": "100", "TERM": "xterm"}
-    command = [sys.executable, "-m", "vlm_prune_ext.cli", "methods", "fastv"]
-    with subprocess.Popen(command, stdout=child, env=environment) as process:
-        os.close(child)
-        said = b""
-        while True:
-            try:
-                piece = os.read(parent, 65536)
-            except OSError:  # the other end is closed
-                break
-            if not piece:
-                break
-            said += piece
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "60")
+    with os.fdopen(child, "w") as stream:
+        monkeypatch.setattr(sys, name, stream)
+        write()
+        stream.flush()
+        said = os.read(parent, 1 << 16).decode()
+        monkeypatch.undo()
     os.close(parent)
-    assert process.returncode == 0
-    assert "━" in said.decode() and "attention_rank" in said.decode()
+    return said
+
+
+def test_on_a_terminal_tables_are_drawn(monkeypatch):
+    rows = [("x [red]", "word " * 20)]
+    said = on_a_terminal(monkeypatch, "stdout", lambda: print_table(("a", "b"), rows))
+    assert "━" in said and "x [red]" in said
+    assert len(said.splitlines()[-1]) <= 60 and said.count("word") == 20
+
+
+def test_on_a_terminal_progress_is_a_bar(monkeypatch):
+    def work():
+        assert list(track(range(3), "Work", done=2)) == [0, 1, 2]
+
+    said = on_a_terminal(monkeypatch, "stderr", work)
+    assert "━" in said and "5/5" in said
 
 
 def test_a_reader_that_leaves_early_is_no_error():
-    command = (
-        f"{sys.executable} -m vlm_prune_ext.cli methods saint | head -1; exit ${{PIPESTATUS[0]}}"
-    )
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert "Traceback" not in done.stderr and "Broken" not in done.stderr
-    assert Path(cli.__file__).exists() and done.stdout.startswith("saint")
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "vlm_prune_ext.cli", "--help"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+# -- demo-data and convert ---------------------------------------------------------------------
+def test_demo_data_is_a_function_of_the_seed(tmp_path, capsys):
+    words = ["demo-data", "--samples", "3", "--format", "tsv,csv", "--out"]
+    for folder, seed in (("a", "5"), ("b", "5"), ("c", "6")):
+        assert cli.main([*words, str(tmp_path / folder), "--seed", seed]) == 0
+    written = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(written) == 15 and all(path.is_file() for path in written)
+    name = "Shapes_MCQ.tsv"
+    first, again, other = ((tmp_path / folder / name).read_bytes() for folder in "abc")
+    assert first == again != other
+    assert len(first.splitlines()) == 4
+    assert len(list((tmp_path / "a" / "images").iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--samples", "-2"], "--samples -2"),
+        (["--samples", "0"], "--samples 0"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--format", "tvs"], "'tsv'"),
+        (["--samples", "many"], "many"),
+    ],
+)
+def test_bad_demo_data_writes_nothing(words, part, tmp_path, capsys):
+    assert part in one_sentence(capsys, "demo-data", "--out", str(tmp_path / "x"), *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_demo_data_into_a_file(tmp_path, capsys):
+    (tmp_path / "x").write_text("here already")
+    said = one_sentence(capsys, "demo-data", "--samples", "2", "--out", str(tmp_path / "x"))
+    assert str(tmp_path / "x") in said
+    assert (tmp_path / "x").read_text() == "here already"
+
+
+def test_convert_gives_what_transformers_loads(tmp_path, capsys):
+    from transformers import AutoModelForImageTextToText
+
+    import vlm_prune_ext as vp
+
+    out = tmp_path / "new" / "model"
+    assert cli.main(["convert", "--out", str(out)]) == 0
+    assert str(out) in capsys.readouterr().out
+    assert [path.name for path in out.parent.iterdir()] == ["model"]
+    model = AutoModelForImageTextToText.from_pretrained(out)
+    assert type(model).__name__ == "LlavaForConditionalGeneration"
+    _, processor = vp.load(str(out))
+    assert processor.count_visual_tokens(processor.prompt("?", scene())) == [576]
+
+    assert "new or empty" in one_sentence(capsys, "convert", "--out", str(out))
+    assert "original" in one_sentence(capsys, "convert", str(out), "--out", str(tmp_path / "y"))
+    assert not (tmp_path / "y").exists() and len(list(tmp_path.iterdir())) == 1
+
+
+def scene():
+    from vlm_prune_ext.demo.scenes import make_scene, render
+
+    return render(make_scene(1))

@@ -34,7 +34,6 @@ PATCHES = SIDE * SIDE
 
 @pytest.fixture(scope="module")
 def demo():
-    torch.set_num_threads(1)
     return vp.load(str(CHECKPOINT))
 
 

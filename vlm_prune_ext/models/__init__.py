@@ -17,8 +17,17 @@ from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.models.base import Family, LoadOptions, PromptProcessor
 from vlm_prune_ext.models.checkpoint import Checkpoint
+from vlm_prune_ext.models.convert import convert_to_hf
 
-__all__ = ["Family", "LoadOptions", "PromptProcessor", "families", "load", "parts_of"]
+__all__ = [
+    "Family",
+    "LoadOptions",
+    "PromptProcessor",
+    "convert_to_hf",
+    "families",
+    "load",
+    "parts_of",
+]
 
 # The first that owns a model is asked, so wholes come before the parts they hold.
 _MODULES = ("llava", "llava_next", "llava_package", "clip_tower", "causal_lm")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,12 @@ PAD = "<pad>"
 _ROUND_ROWS_TO = 64
 
 
-def convert_to_hf(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path:
+def convert_to_hf(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str | None = None,
+) -> Path:
     """Write an original-format LLaVA-1.5 or -1.6 checkpoint in Hugging Face format.
 
     The vocabulary gets ``<image>``, ``<pad>`` and rows up to a multiple of 64. In the output layer
@@ -38,7 +44,8 @@ def convert_to_hf(source: str | os.PathLike[str], target: str | os.PathLike[str]
 
     Args:
         source: the checkpoint, local or on the hub.
-        target: folder to write; must be new or empty.
+        target: folder to write; must be new or empty. It is there when all of it is.
+        dtype: of the weights written; ``None`` keeps what the checkpoint states.
 
     Returns:
         ``target``.
@@ -58,7 +65,7 @@ def convert_to_hf(source: str | os.PathLike[str], target: str | os.PathLike[str]
             "mm_vision_tower and architecture LlavaLlamaForCausalLM or LlavaMistralForCausalLM is "
             "needed."
         )
-    model, prompts = load(checkpoint.folder, dtype="auto", device="cpu")
+    model, prompts = load(checkpoint.folder, dtype=dtype or "auto", device="cpu")
     tokenizer = _with_image_token(prompts.tokenizer)
     _grow(model, tokenizer)
     model.generation_config = GenerationConfig(
@@ -66,9 +73,14 @@ def convert_to_hf(source: str | os.PathLike[str], target: str | os.PathLike[str]
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
-    _processor(model.config, prompts, tokenizer).save_pretrained(folder)
+    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".convert-", dir=folder.absolute().parent) as scratch:
+        whole = Path(scratch) / "whole"
+        model.save_pretrained(whole)
+        _processor(model.config, prompts, tokenizer).save_pretrained(whole)
+        if folder.exists():
+            folder.rmdir()
+        whole.rename(folder)
     return folder
 
 
@@ -139,8 +151,14 @@ def chat_template(style: Style) -> str:
         "{% for message in messages %}{% if message['role'] == 'system' %}"
         "{{ said(message['content']) | trim }}" + said["after_system"] + "{% elif "
         "message['role'] == 'user' %}"
-        + said["user_before"] + "{{ said(message['content']) }}" + said["user_after"] + "{% else %}"
-        + said["opening"] + said["answer_before"] + "{{ said(message['content']) }}"
-        + said["answer_after"] + "{% endif %}{% endfor %}"
+        + said["user_before"]
+        + "{{ said(message['content']) }}"
+        + said["user_after"]
+        + "{% else %}"
+        + said["opening"]
+        + said["answer_before"]
+        + "{{ said(message['content']) }}"
+        + said["answer_after"]
+        + "{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}" + said["opening"] + "{% endif %}"
     )

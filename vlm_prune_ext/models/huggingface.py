@@ -34,6 +34,17 @@ def load_model(kind: Any, source: Checkpoint, options: LoadOptions) -> Any:
     return model.eval()
 
 
+def check_tower(source: Checkpoint) -> None:
+    """Raise InputError unless the checkpoint's vision tower is CLIP's, whose pixels and token
+    counts we know."""
+    kind = (source.config.get("vision_config") or {}).get("model_type")
+    if kind not in ("clip_vision_model", None):
+        raise InputError(
+            f"vision_config.model_type={kind!r} of checkpoint {source.name!r} is not supported; "
+            "accepted: clip_vision_model."
+        )
+
+
 def read_image_processor(source: Checkpoint) -> CLIPImageProcessor:
     """Resizing and normalising as the checkpoint states it.
 

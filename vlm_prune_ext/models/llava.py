@@ -2,7 +2,8 @@
 
 Paper: https://arxiv.org/abs/2310.03744. Original code: https://github.com/haotian-liu/LLaVA.
 Both formats end up in transformers' ``LlavaForConditionalGeneration`` and get the same prompts and
-pixels as the original code makes them.
+pixels as the original code makes them. One deviation: the original cuts prompts off at
+``tokenizer_model_max_length``, and with them the question; here they stay whole.
 """
 
 from __future__ import annotations
@@ -12,17 +13,15 @@ from typing import Any
 
 import torch
 from PIL.Image import Image
-from transformers import CLIPImageProcessor, LlavaConfig, LlavaForConditionalGeneration
+from transformers import CLIPImageProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaModel
 
 from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.models.base import Family, LoadOptions, PromptProcessor
-from vlm_prune_ext.models.causal_lm import decoder_parts
 from vlm_prune_ext.models.checkpoint import Checkpoint
-from vlm_prune_ext.models.clip_tower import is_clip, vision_parts
-from vlm_prune_ext.models.huggingface import load_model, read_image_processor
+from vlm_prune_ext.models.huggingface import check_tower, load_model, read_image_processor
 from vlm_prune_ext.models.images import pad_square
 from vlm_prune_ext.models.original import OriginalCheckpoint, is_original, load_tokenizer
-from vlm_prune_ext.models.placeholders import watch_placeholders
+from vlm_prune_ext.models.placeholders import is_multimodal, multimodal_parts
 
 NAME = "llava"
 
@@ -78,11 +77,13 @@ def _recognises(config: Mapping[str, Any]) -> bool:
 def _load(source: Checkpoint, options: LoadOptions) -> tuple[Any, PromptProcessor]:
     if is_original(source.config):
         return _load_original(source, options)
+    check_tower(source)
+    tokenizer, images = load_tokenizer(source), read_image_processor(source)
     model = load_model(LlavaForConditionalGeneration, source, options)
     processor = LlavaProcessor(
         model,
-        load_tokenizer(source),
-        read_image_processor(source),
+        tokenizer,
+        images,
         model.config.image_token_id,
         visual_tokens(model.config),
     )
@@ -106,27 +107,18 @@ def _load_original(source: Checkpoint, options: LoadOptions) -> tuple[Any, Promp
 
 
 def _owns(model: Any) -> bool:
-    return isinstance(model, LlavaForConditionalGeneration) and is_clip(model.model.vision_tower)
+    kinds = (LlavaForConditionalGeneration, LlavaModel)
+    return isinstance(model, kinds) and is_multimodal(model)
 
 
 def _parts(model: Any) -> ModelParts:
-    inner, config = model.model, model.config
+    inner, config = getattr(model, "model", model), model.config
     length = visual_tokens(config)
 
     def lengths(mask: torch.Tensor, given: dict[str, Any]) -> list[list[int]]:
         return [[length] * (count // length) for count in mask.sum(dim=1).tolist()]
 
-    vision = vision_parts(
-        inner.vision_tower,
-        feature=config.vision_feature_layer,
-        projector=inner.multi_modal_projector,
-    )
-    return decoder_parts(
-        model,
-        inner.language_model,
-        vision=vision,
-        watch_spans=watch_placeholders(inner, config.image_token_id, lengths),
-    )
+    return multimodal_parts(model, inner, lengths)
 
 
 FAMILY = Family(

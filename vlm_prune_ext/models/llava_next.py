@@ -18,18 +18,21 @@ from typing import Any
 
 import torch
 from PIL.Image import Image
-from transformers import CLIPImageProcessor, LlavaNextConfig, LlavaNextForConditionalGeneration
+from transformers import (
+    CLIPImageProcessor,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextModel,
+)
 
 from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.models.base import Family, LoadOptions, PromptProcessor
-from vlm_prune_ext.models.causal_lm import decoder_parts
 from vlm_prune_ext.models.checkpoint import Checkpoint
-from vlm_prune_ext.models.clip_tower import is_clip, vision_parts
-from vlm_prune_ext.models.huggingface import load_model, read_image_processor
+from vlm_prune_ext.models.huggingface import check_tower, load_model, read_image_processor
 from vlm_prune_ext.models.images import Size, best_resolution, tiles
 from vlm_prune_ext.models.original import OriginalCheckpoint, is_original, load_tokenizer
-from vlm_prune_ext.models.placeholders import watch_placeholders
+from vlm_prune_ext.models.placeholders import is_multimodal, multimodal_parts
 
 NAME = "llava_next"
 
@@ -113,12 +116,13 @@ def _style(config: Any) -> str:
 def _load(source: Checkpoint, options: LoadOptions) -> tuple[Any, PromptProcessor]:
     if is_original(source.config):
         return _load_original(source, options)
-    kind = source.config.get("text_config", {}).get("model_type", "llama")
+    kind = (source.config.get("text_config") or {}).get("model_type", "llama")
     if kind not in ("llama", "mistral"):
         raise InputError(
             f"text_config.model_type={kind!r} of checkpoint {source.name!r} is not supported; "
             "accepted: llama, mistral."
         )
+    check_tower(source)
     tokenizer, images = load_tokenizer(source), read_image_processor(source)
     model = load_model(LlavaNextForConditionalGeneration, source, options)
     config = model.config
@@ -165,12 +169,12 @@ def read_pinpoints(config: Mapping[str, Any], what: str) -> list[Size]:
 
 
 def _owns(model: Any) -> bool:
-    whole = isinstance(model, LlavaNextForConditionalGeneration)
-    return whole and is_clip(model.model.vision_tower)
+    kinds = (LlavaNextForConditionalGeneration, LlavaNextModel)
+    return isinstance(model, kinds) and is_multimodal(model)
 
 
 def _parts(model: Any) -> ModelParts:
-    inner, config = model.model, model.config
+    inner, config = getattr(model, "model", model), model.config
     vision_config = config.vision_config
     side, pinpoints = vision_config.image_size, pinpoints_of(config)
     grid = side // vision_config.patch_size
@@ -182,17 +186,7 @@ def _parts(model: Any) -> ModelParts:
         waiting = [packed_length((w, h), pinpoints, side, grid) for h, w in sizes.tolist()]
         return share_out(waiting, mask.sum(dim=1).tolist())
 
-    vision = vision_parts(
-        inner.vision_tower,
-        feature=config.vision_feature_layer,
-        projector=inner.multi_modal_projector,
-    )
-    return decoder_parts(
-        model,
-        inner.language_model,
-        vision=vision,
-        watch_spans=watch_placeholders(inner, config.image_token_id, lengths),
-    )
+    return multimodal_parts(model, inner, lengths)
 
 
 def share_out(lengths: list[int], counts: list[int]) -> list[list[int]] | None:

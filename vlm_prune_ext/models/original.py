@@ -196,32 +196,34 @@ class OriginalCheckpoint:
 class Tower:
     """The CLIP tower that ``mm_vision_tower`` names.
 
-    Attributes:
+    Args:
         name: as the configuration has it.
-        folder: where it is, or ``None`` for a known tower that is not at hand.
+        folder: where its configuration is, or ``None`` for a known tower that is not at hand.
+        local: whether the folder is the user's own, and not a repository fetched without weights.
+
+    Attributes:
         config: its sizes.
     """
 
-    def __init__(self, name: str, folder: Path | None) -> None:
-        self.name, self.folder = name, folder
+    def __init__(self, name: str, folder: Path | None, *, local: bool) -> None:
+        self.name, self.folder, self.local = name, folder, local
         self.what = f"vision tower {name!r}"
-        if folder is None:
-            self.config = CLIPVisionConfig(**KNOWN_TOWERS[name])
-        else:
-            self.config = CLIPVisionConfig(**_vision_fields(folder, self.what))
+        fields = KNOWN_TOWERS[name] if folder is None else _vision_fields(folder, self.what)
+        self.config = CLIPVisionConfig(**fields)
 
     @staticmethod
     def find(name: str, source: Checkpoint) -> Tower:
         """Look in the checkpoint's own folder, then for a path, then on the hub."""
-        inside = source.folder / name
-        if inside.is_dir():
-            return Tower(name, inside)
+        for folder in (source.folder / name, Path(name).expanduser()):
+            if folder.is_dir():
+                return Tower(name, folder, local=True)
         try:
-            return Tower(name, find_folder(name, what="vision tower", weights=False))
+            folder = find_folder(name, what="vision tower", weights=False)
         except InputError:
             if name in KNOWN_TOWERS:
-                return Tower(name, None)
+                return Tower(name, None, local=False)
             raise
+        return Tower(name, folder, local=False)
 
     def image_processor(self) -> CLIPImageProcessor:
         """Resizing and normalising as the tower wants it."""
@@ -233,11 +235,9 @@ class Tower:
         )
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Its weights, from its own folder or repository."""
+        """Its weights, from its own folder or repository, under transformers' names."""
         folder = self.folder
-        if folder is None or not folder.is_relative_to(Path(self.name)):
-            folder = folder if folder is not None and _has_weights(folder) else None
-        if folder is None:
+        if folder is None or not self.local:
             folder = find_folder(self.name, what="vision tower")
         found = read_weights(folder, self.what)
         prefixed = any(name.startswith("vision_model.") for name in found)
@@ -247,10 +247,6 @@ class Tower:
             # A whole CLIP has a text model and two projections beside its tower.
             if (not prefixed or name.startswith("vision_model.")) and not _is_buffer(name)
         }
-
-
-def _has_weights(folder: Path) -> bool:
-    return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
 
 
 def _vision_fields(folder: Path, what: str) -> dict[str, Any]:

@@ -1,0 +1,122 @@
+"""`vlm-prune`: one small command per job, each in a module of its own that is imported when named.
+
+Exit codes: 0 all went well, 1 some samples failed (the others are done), 2 wrong input (one
+sentence on standard error says what, nothing was done).
+
+Adding a command: a line in :data:`COMMANDS` and ``commands/<name>.py`` with a docstring (the
+command's help), ``add_arguments(parser)`` and ``run(args) -> exit code``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from vlm_prune_ext import __version__
+from vlm_prune_ext.errors import InputError, unknown_name
+
+COMMANDS = {
+    "methods": "pruning methods with their parameters, defaults and papers",
+    "inspect": "draw which patches of a picture a method drops, layer by layer",
+    "scienceqa": "accuracy and seconds per example on ScienceQA as LLaVA lays it out",
+    "demo-data": "write fresh demo pictures with questions as benchmark files",
+    "convert": "turn an original-format LLaVA checkpoint into a Hugging Face folder",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are :class:`InputError`, with the near name suggested."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing usage and leaving."""
+        raise InputError(f"{message[0].upper()}{message[1:].rstrip('.')} (see {self.prog} --help).")
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse all of ``argv``; misspelled options are found before missing ones are missed."""
+        known = list(self._option_string_actions)
+        for word in argv:
+            if word == "--":
+                break
+            option = word.partition("=")[0]
+            if option.startswith("--") and " " not in option and option not in known:
+                raise unknown_name(f"option of {self.prog}", option, known)
+        args, rest = self.parse_known_args(argv)
+        if rest:
+            self.error(f"unexpected {' '.join(map(repr, rest))}")
+        return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: command and its arguments; ``None`` takes those of the process.
+
+    Returns:
+        the exit code: 0, 1 or 2, see the module's docstring; 130 after Ctrl-C.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _dispatch(words)
+        sys.stdout.flush()
+        return code
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader (head, a pager) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        print(overview())
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"vlm-prune {__version__}")
+        return 0
+    name = words[0]
+    if name not in COMMANDS:
+        raise unknown_name("command", name, COMMANDS)
+    module = importlib.import_module(f"vlm_prune_ext.commands.{name.replace('-', '_')}")
+    parser = Parser(
+        prog=f"vlm-prune {name}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(parser)
+    try:
+        args = parser.parse(words[1:])
+    except SystemExit as done:  # --help
+        return int(done.code or 0)
+    return int(module.run(args))
+
+
+def overview() -> str:
+    """What `vlm-prune --help` prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {summary}" for name, summary in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: vlm-prune COMMAND ...",
+            "",
+            "Visual-token pruning for vision-language models.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "vlm-prune COMMAND --help says more about each.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""One module per `vlm-prune` command, imported when the command is named."""

@@ -1,0 +1,108 @@
+"""Arguments that several commands share: which model, which method."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+from vlm_prune_ext.errors import InputError
+
+if TYPE_CHECKING:
+    from vlm_prune_ext.methods.base import Method
+
+METHOD_HELP = (
+    "a method's short form: fastv, fastv:100, fastv:0.25,agg_layer=2 (vlm-prune methods lists them)"
+)
+
+
+def add_method_arguments(
+    parser: argparse.ArgumentParser, group: Any = None, *, required: bool = False
+) -> None:
+    """Declare ``--method`` and ``--set``.
+
+    Args:
+        parser: gets both.
+        group: gets ``--method`` instead, to exclude something else.
+        required: whether ``--method`` must be given.
+    """
+    if group is None:
+        parser.add_argument("--method", metavar="NAME", required=required, help=METHOD_HELP)
+    else:
+        group.add_argument("--method", metavar="NAME", help=METHOD_HELP)
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="settings",
+        help="a parameter of the method, under its own or its model.config name; may be repeated",
+    )
+
+
+def chosen_method(args: argparse.Namespace) -> Method | None:
+    """The method that ``--method`` and ``--set`` ask for; ``None`` for the baseline.
+
+    Raises:
+        InputError: unknown name or parameter, or a value that is not accepted.
+    """
+    from vlm_prune_ext.methods.registry import parse_method
+
+    if args.method is None:
+        if args.settings:
+            raise InputError(
+                f"--set {args.settings[0]} needs --method: it is a method's parameter."
+            )
+        return None
+    for setting in args.settings:
+        if "=" not in setting:
+            raise InputError(f"--set {setting} is not valid: KEY=VALUE.")
+    more = ",".join(args.settings)
+    if not more:
+        return parse_method(args.method)
+    return parse_method(f"{args.method}{',' if ':' in args.method else ':'}{more}")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare which model, on which device, in which precision."""
+    parser.add_argument(
+        "--model-path",
+        "--model",
+        metavar="NAME_OR_PATH",
+        dest="model_path",
+        help="folder or repository, original LLaVA or Hugging Face format (default: demo model)",
+    )
+    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 (default: as found)")
+    parser.add_argument("--dtype", metavar="NAME", help="float32, float16 or bfloat16")
+    parser.add_argument(
+        "--attn-implementation", metavar="NAME", help="eager, sdpa or flash_attention_2"
+    )
+
+
+def model_name(args: argparse.Namespace) -> str:
+    """What the model is called in files and messages."""
+    return args.model_path or "demo"
+
+
+def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
+    """``(model, processor)`` as :func:`add_model_arguments`'s arguments say."""
+    from vlm_prune_ext.demo import CHECKPOINT
+    from vlm_prune_ext.models import load
+
+    quiet_transformers()
+    model, processor = load(
+        args.model_path or str(CHECKPOINT),
+        dtype=args.dtype,
+        device=args.device,
+        attn_implementation=args.attn_implementation,
+    )
+    return model.eval(), processor
+
+
+def quiet_transformers() -> None:
+    """Leave what a command prints to the command; transformers still reports errors."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()

@@ -1,0 +1,220 @@
+"""Draw which patches of a picture a method drops: a PNG with the picture once per dropping layer
+(of the vision tower and of the language model), dropped patches greyed out, and the answers with
+and without pruning below. The picture is drawn as the model sees it: padded or resized to a
+square; of LLaVA-NeXT's tiles, the one that shows the whole picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from vlm_prune_ext.commands.common import (
+    add_method_arguments,
+    add_model_arguments,
+    chosen_method,
+    load_model,
+)
+from vlm_prune_ext.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from vlm_prune_ext.commands.patch_figure import Panel
+    from vlm_prune_ext.engine.trace import Trace
+    from vlm_prune_ext.methods.base import Method
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("image", metavar="IMAGE", help="a picture file")
+    parser.add_argument("--question", required=True, metavar="TEXT")
+    add_method_arguments(parser, required=True)
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--out", metavar="FILE.png", help="default: <image>_<method>.png in this folder"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer with and without pruning, and draw."""
+    method = chosen_method(args)
+    if method is None:
+        raise InputError(f"--method {args.method} drops nothing: name one that does.")
+    if args.max_new_tokens < 1:
+        raise InputError(f"--max-new-tokens {args.max_new_tokens} is not valid: at least 1.")
+    # Arguments that are no valid UTF-8 come as lone surrogates, which cannot be printed.
+    question = args.question.encode("utf-8", "replace").decode()
+    if not question.strip():
+        raise InputError("--question is empty: give the text of a question.")
+    image = read_image(args.image)
+    out = check_out(args.out or f"{Path(args.image).stem}_{method.label()}.png")
+    model, processor = load_model(args)
+    seen = look(model, processor, method, image, question, args.max_new_tokens)
+
+    from vlm_prune_ext.commands.patch_figure import draw
+
+    panels = make_panels(seen.trace, method, seen.start, seen.side)
+    texts = [
+        ("Question", question),
+        ("Without pruning", seen.answer),
+        (f"With {method.label()}", seen.pruned_answer),
+    ]
+    missing = draw(seen.picture, panels, texts, out)
+    for label, text in texts:
+        print(f"{label}: {text}")
+    for panel in panels[1:]:
+        print(panel.title.replace("\n", " "))
+    if missing:
+        print(f"No installed font has {' '.join(missing)}: boxes in the picture.")
+    print(f"Written: {out}")
+    return 0
+
+
+def read_image(path: str) -> Image.Image:
+    """Open a picture as RGB.
+
+    Raises:
+        InputError: no such file, or not a picture.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError as error:
+        raise InputError(f"IMAGE {path!r} does not exist.") from error
+    except Exception as error:  # decoders raise whatever they like on damaged files
+        raise InputError(f"IMAGE {path!r} cannot be read as a picture: {error}.") from error
+
+
+def check_out(text: str) -> Path:
+    """A path that a PNG can be written to, checked before a model is loaded.
+
+    Raises:
+        InputError: not a ``.png`` name, or no folder to write in.
+    """
+    path = Path(text)
+    if path.suffix.lower() != ".png":
+        raise InputError(f"--out {text!r} is not valid: a name that ends in .png.")
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InputError(
+            f"--out {text!r} cannot be written: {path.parent} must be a folder to write in."
+        )
+    return path
+
+
+@dataclass
+class Seen:
+    """What one look gave: both answers, what was kept, and the picture in the model's eyes.
+
+    Attributes:
+        answer, pruned_answer: without and with the method.
+        trace: what the method kept.
+        start: place of the first visual token in the prompt.
+        side: patches per side.
+        picture: ``(height, width, 3)`` uint8.
+    """
+
+    answer: str
+    pruned_answer: str
+    trace: Trace
+    start: int
+    side: int
+    picture: np.ndarray
+
+
+def look(
+    model: Any, processor: Any, method: Method, image: Image.Image, question: str, new_tokens: int
+) -> Seen:
+    """Answer one question with and without ``method``.
+
+    Raises:
+        InputError: the model has no square grid of patches to draw, or the method does not fit it.
+    """
+    from vlm_prune_ext.models import parts_of
+    from vlm_prune_ext.pruning import prune
+
+    parts = parts_of(model)
+    if parts.vision is None:
+        raise InputError(
+            "inspect draws the square patch grid of LLaVA-1.5 and LLaVA-NeXT models; "
+            f"in this one, {parts.why_no_vision}."
+        )
+    inputs = processor.prompt(question, image)
+
+    def answer() -> str:
+        output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+        return processor.decode(output, inputs)[0].strip()
+
+    with prune(model, method) as trace:
+        pruned_answer = answer()
+    plain_answer = answer()
+    visual = inputs["input_ids"][0] == processor.image_token_id
+    picture = _picture(inputs, processor)
+    start, side = int(visual.int().argmax()), parts.vision.grid
+    return Seen(plain_answer, pruned_answer, trace, start, side, picture)
+
+
+def _picture(inputs: Any, processor: Any) -> np.ndarray:
+    """The first tile of the pixel values, with the normalisation undone."""
+    pixels = inputs["pixel_values"].detach().float().cpu()
+    pixels = pixels.reshape(-1, *pixels.shape[-3:])[0].permute(1, 2, 0).numpy()
+    scale = processor.image_processor
+    pixels = pixels * scale.image_std + scale.image_mean
+    return (pixels.clip(0, 1) * 255).round().astype("uint8")
+
+
+# -- what to draw ------------------------------------------------------------------------------
+def make_panels(trace: Trace, method: Method, start: int, side: int) -> list[Panel]:
+    """The picture itself, then one panel per drop, in the order in which they happen.
+
+    Args:
+        trace: of a run with one sample.
+        method: what ran.
+        start: place of the first visual token in the prompt.
+        side: patches per side of the grid.
+    """
+    from vlm_prune_ext.commands.patch_figure import Panel
+
+    total, patches = trace.visual_input[0], side * side
+    panels = [Panel(f"what the model sees\n{total} visual tokens")]
+    left = list(range(patches))  # patches of the tile that became visual tokens, in order
+    for layer, rows in sorted(trace.vision_kept.items()):
+        left = rows[0].tolist()
+        title = f"after vision layer {layer}\n{len(left)} of {patches} patches kept"
+        panels.append(Panel(title, _grid(left, side)))
+    pooled = _pooled_side(method, side)
+    if pooled:
+        title = f"averaged to {pooled} x {pooled}\n{trace.visual_tokens[0][0]} of {total} tokens"
+        panels.append(Panel(title, cells=pooled))
+    for layer, rows in sorted(trace.kept.items()):
+        places = [place - start for place in rows[0].tolist()]
+        here = [left[place] for place in places if 0 <= place < len(left)]
+        where = f"layer {layer}" if layer < len(trace.lengths) else "the last layer's output"
+        title = f"entering {where}" if layer < len(trace.lengths) else f"in {where}"
+        title += f"\n{trace.visual_tokens[layer][0]} of {total} visual tokens kept"
+        if total != patches:
+            title += f", {len(here)} here"
+        panels.append(Panel(title, _grid(here, side)))
+    return panels
+
+
+def _grid(places: list[int], side: int) -> np.ndarray:
+    import numpy as np
+
+    kept = np.zeros(side * side, dtype=bool)
+    kept[places] = True
+    return kept.reshape(side, side)
+
+
+def _pooled_side(method: Method, side: int) -> int:
+    """Cells per side that a resizing method leaves; 0 where it does not resize."""
+    import torch
+
+    small = method.resize(torch.zeros(1, side, side, 1))
+    return 0 if small is None else small.shape[1]

@@ -1,0 +1,364 @@
+"""Accuracy and seconds per example on ScienceQA, from the JSON file that LLaVA's evaluation uses:
+a list of {id, conversations: [{from: human, value}, {from: gpt, value}], image (optional)}.
+
+Answers are appended to a JSONL file as they come. A second start with the same file continues;
+each sample is answered once. A sample whose image cannot be read is reported and left out; the
+others go on, and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from vlm_prune_ext.commands.common import (
+    add_method_arguments,
+    add_model_arguments,
+    chosen_method,
+    load_model,
+    model_name,
+)
+from vlm_prune_ext.commands.terminal import print_table, track
+from vlm_prune_ext.errors import InputError
+
+if TYPE_CHECKING:
+    from vlm_prune_ext.evals.answer import Answerer
+
+# The request that LLaVA's evaluation adds; without these words scores are not comparable.
+SINGLE_PREDICTION = "Answer with the option's letter from the given choices directly."
+LETTERS = "ABCDE"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("--question-file", required=True, metavar="FILE.json")
+    parser.add_argument("--image-folder", required=True, metavar="DIR")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--baseline", action="store_true", help="no pruning (the default)")
+    add_method_arguments(parser, group)
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--answers-file",
+        metavar="OUT.jsonl",
+        help="default: outputs/scienceqa/<model>_<method>.jsonl",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
+    parser.add_argument(
+        "--single-pred-prompt", action="store_true", help="ask for the option's letter directly"
+    )
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N")
+    parser.add_argument("--max-new-tokens", type=int, default=1024, metavar="N")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One sample: what is asked, the right letter, and the image's path if there is one."""
+
+    id: str
+    text: str
+    reference: str
+    image: Path | None
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of the answers file.
+
+    ``answer`` is the letter read off ``text`` (``None``: none could be). ``seconds`` is the time
+    of the batch it was answered in, divided by the batch.
+    """
+
+    question_id: str
+    prompt: str
+    text: str
+    answer: str | None
+    reference: str
+    correct: bool
+    seconds: float
+    visual_tokens: int
+    visual_kept: dict[str, int]
+    model_id: str
+    method: str
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer what is not answered yet and print the score."""
+    _check(args)
+    method = chosen_method(args)
+    questions = read_questions(
+        Path(args.question_file), Path(args.image_folder), args.single_pred_prompt
+    )[: args.limit]
+    label = "baseline" if method is None else method.label()
+    path = Path(args.answers_file or _default_path(model_name(args), label))
+    answers = AnswersFile(path, model_name(args), label)
+    known = answers.read({question.id: question for question in questions})
+    open_ = [question for question in questions if question.id not in known]
+    failed: list[str] = []
+    if open_:
+        from vlm_prune_ext.evals.answer import Answerer
+        from vlm_prune_ext.resets import announce
+
+        announce(method)
+        model, processor = load_model(args)
+        answerer = Answerer(model, processor, method)
+        done = list(_answer_all(answerer, open_, args, answers, failed, len(known)))
+        known |= {record.question_id: record for record in done}
+    _report(list(known.values()), len(failed), label, path)
+    return 1 if failed else 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name in ("limit", "batch_size", "max_new_tokens"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            option = name.replace("_", "-")
+            raise InputError(f"--{option} {value} is not valid: an integer of at least 1.")
+    if not Path(args.image_folder).is_dir():
+        raise InputError(f"--image-folder {args.image_folder!r} is not a folder.")
+
+
+def _default_path(model_path: str, label: str) -> Path:
+    return Path("outputs", "scienceqa", f"{Path(model_path).name}_{label}.jsonl")
+
+
+# -- reading -----------------------------------------------------------------------------------
+def read_questions(path: Path, image_folder: Path, single_prediction: bool) -> list[Question]:
+    """Read a question file in LLaVA's layout.
+
+    Raises:
+        InputError: no such file, not JSON, or an entry that is not of that layout (named by its
+            place in the list).
+    """
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"--question-file {str(path)!r} cannot be read: {error.strerror}."
+        ) from error
+    except ValueError as error:
+        raise InputError(f"--question-file {str(path)!r} is not a JSON file: {error}.") from error
+    if not isinstance(entries, list) or not entries:
+        raise InputError(f"--question-file {str(path)!r} must hold a list of questions.")
+    questions = [
+        _question(entry, index, image_folder, single_prediction)
+        for index, entry in enumerate(entries)
+    ]
+    seen: set[str] = set()
+    for question in questions:
+        if question.id in seen:
+            raise InputError(f"id {question.id!r} is in {str(path)!r} twice: ids must differ.")
+        seen.add(question.id)
+    return questions
+
+
+def _question(entry: Any, index: int, folder: Path, single_prediction: bool) -> Question:
+    try:
+        asked, answered = (str(turn["value"]) for turn in entry["conversations"][:2])
+        name, image = str(entry["id"]), entry.get("image")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"Question {index} of --question-file needs 'id' and 'conversations' with a human and "
+            f"a gpt turn, each with 'value'; it is {str(entry)[:80]!r}."
+        ) from error
+    reference = read_letter(answered)
+    if reference is None:
+        raise InputError(
+            f"Question {name!r} has no letter A-E in its gpt turn, which is {answered[:80]!r}."
+        )
+    text = asked.replace("<image>", "").strip()
+    if single_prediction:
+        text = f"{text}\n{SINGLE_PREDICTION}"
+    return Question(name, text, reference, folder / str(image) if image else None)
+
+
+def read_letter(text: str) -> str | None:
+    """The option letter that an answer names, or ``None``.
+
+    Accepted are a letter alone, a letter with a full stop, bracket or colon in front of the rest,
+    and one "the answer is X" anywhere (or several that agree).
+    """
+    text = text.strip()
+    leading = re.match(rf"\(?([{LETTERS}])(?:[.):]|$)", text)
+    if leading:
+        return leading[1]
+    named = re.findall(rf"[Tt]he answer is:? \(?([{LETTERS}])\b", text)
+    return named[0] if len(set(named)) == 1 else None
+
+
+# -- answers file ------------------------------------------------------------------------------
+class AnswersFile:
+    """The JSONL file that answers are appended to, one line each.
+
+    Args:
+        path: the file; made with its folder when the first answer comes.
+        model_id, method: what the answers are of; a file of something else is refused.
+    """
+
+    def __init__(self, path: Path, model_id: str, method: str) -> None:
+        self.path, self.model_id, self.method = path, model_id, method
+
+    def read(self, questions: dict[str, Question]) -> dict[str, Record]:
+        """What is answered already, of these questions; a line cut off by a crash is removed.
+
+        Raises:
+            InputError: the file is of another model, method or prompt, or is not an answers file.
+        """
+        self._check_writable()
+        if not self.path.exists():
+            return {}
+        data = self.path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        records = [self._line(n, line) for n, line in enumerate(whole.splitlines(), 1)]
+        for record in records:
+            self._check_same(record, questions.get(record.question_id))
+        rest = data[len(whole) :]
+        if rest and not rest.startswith(b"{"):
+            self._line(len(records) + 1, rest)  # not ours: leave it alone
+        if rest:
+            with self.path.open("r+b") as file:
+                file.truncate(len(whole))
+        return {r.question_id: r for r in records if r.question_id in questions}
+
+    def _line(self, number: int, line: bytes) -> Record:
+        try:
+            return Record(**json.loads(line))
+        except (ValueError, TypeError) as error:
+            raise InputError(
+                f"Line {number} of --answers-file {str(self.path)!r} is not an answer of this "
+                "command: give another file."
+            ) from error
+
+    def _check_same(self, record: Record, question: Question | None) -> None:
+        found, wanted = (record.model_id, record.method), (self.model_id, self.method)
+        if found != wanted:
+            raise InputError(
+                f"--answers-file {str(self.path)!r} holds answers of {' with '.join(found)}, but "
+                f"this run is {' with '.join(wanted)}: give another file."
+            )
+        if question is not None and question.text != record.prompt:
+            raise InputError(
+                f"--answers-file {str(self.path)!r} has another prompt for {question.id!r} than "
+                "the question file: give another file."
+            )
+
+    def _check_writable(self) -> None:
+        """Say now, before a model is loaded, that the file cannot be written."""
+        place = self.path
+        while not place.exists():
+            place = place.parent
+        right_kind = place.is_file() if place == self.path else place.is_dir()
+        if not right_kind or not os.access(place, os.W_OK):
+            raise InputError(f"--answers-file {str(self.path)!r} cannot be written: see {place}.")
+
+    def append(self, record: Record) -> None:
+        """Write one line, whole, at once."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
+
+
+# -- answering ---------------------------------------------------------------------------------
+def _answer_all(
+    answerer: Answerer,
+    questions: list[Question],
+    args: argparse.Namespace,
+    answers: AnswersFile,
+    failed: list[str],
+    done: int,
+) -> Iterator[Record]:
+    """Answer in batches, writing each answer as it comes; ids of bad images go to ``failed``."""
+    batch: list[tuple[Question, list[Image.Image]]] = []
+    for index, question in enumerate(track(questions, "ScienceQA", done=done)):
+        try:
+            batch.append((question, _images(question)))
+        except Exception as error:  # decoders raise whatever they like on damaged files
+            failed.append(question.id)
+            print(f"{question.id}: image cannot be read: {error}", file=sys.stderr)
+        if len(batch) == args.batch_size or (batch and index + 1 == len(questions)):
+            for record in _answer(answerer, batch, args, answers):
+                answers.append(record)
+                yield record
+            batch = []
+
+
+def _images(question: Question) -> list[Image.Image]:
+    if question.image is None:
+        return []
+    with Image.open(question.image) as image:
+        return [image.convert("RGB")]
+
+
+def _answer(
+    answerer: Answerer,
+    batch: list[tuple[Question, list[Image.Image]]],
+    args: argparse.Namespace,
+    answers: AnswersFile,
+) -> list[Record]:
+    from vlm_prune_ext.evals.answer import Query
+
+    queries = [
+        Query(question.text, list(images), max_new_tokens=args.max_new_tokens)
+        for question, images in batch
+    ]
+    start = time.perf_counter()
+    given = answerer.answer(queries)
+    seconds = (time.perf_counter() - start) / len(batch)
+    records = []
+    for (question, _), answer in zip(batch, given, strict=True):
+        letter = read_letter(answer.text)
+        kept = answer.visual_kept if answer.visual_tokens else {}
+        records.append(
+            Record(
+                question_id=question.id,
+                prompt=question.text,
+                text=answer.text,
+                answer=letter,
+                reference=question.reference,
+                correct=letter == question.reference,
+                seconds=seconds,
+                visual_tokens=answer.visual_tokens,
+                visual_kept={str(layer): n for layer, n in kept.items()},
+                model_id=answers.model_id,
+                method=answers.method,
+            )
+        )
+    return records
+
+
+# -- reporting ---------------------------------------------------------------------------------
+def _report(records: list[Record], failed: int, label: str, path: Path) -> None:
+    rows: list[tuple[str, object]] = [("method", label), ("answered", len(records))]
+    if records:
+        right = sum(record.correct for record in records)
+        unread = sum(record.answer is None for record in records)
+        seconds = [record.seconds for record in records]
+        with_image = [record for record in records if record.visual_tokens]
+        rows += [
+            ("accuracy", f"{100 * right / len(records):.2f} % ({right} right)"),
+            ("accuracy with image", _accuracy(with_image)),
+            ("no letter in the answer", f"{unread} (counted as wrong)"),
+            (
+                "seconds per example",
+                f"{statistics.fmean(seconds):.3f} mean, {statistics.median(seconds):.3f} median",
+            ),
+        ]
+    rows += [("failed", failed), ("answers", path)]
+    print_table(("ScienceQA", ""), rows)
+
+
+def _accuracy(records: list[Record]) -> str:
+    if not records:
+        return "-"
+    right = sum(record.correct for record in records)
+    return f"{100 * right / len(records):.2f} % ({right} of {len(records)})"

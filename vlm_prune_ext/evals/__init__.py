@@ -1,0 +1,1 @@
+"""Thin wrappers for evaluation frameworks; the only modules that import them."""

@@ -1,0 +1,291 @@
+"""Questions in, answers out: what every evaluation has in common.
+
+A batch is one padded ``generate`` call, greedy unless told otherwise. What was kept and how long
+it took come with each answer.
+"""
+
+from __future__ import annotations
+
+import math
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from vlm_prune_ext.engine.trace import Trace
+from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.measure import TokenClock
+from vlm_prune_ext.methods.base import Method
+from vlm_prune_ext.models import parts_of
+from vlm_prune_ext.models.base import starts_with
+from vlm_prune_ext.models.images import ImageLike
+from vlm_prune_ext.pruning import prune
+
+logger = logging.getLogger("vlm_prune_ext")
+
+# A checkpoint's own sampling settings would only make noise, so all are stated.
+GREEDY = {"do_sample": False, "num_beams": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
+
+
+@dataclass
+class Query:
+    """One question.
+
+    Attributes:
+        text: the question; ``<image>`` markers place the images, otherwise they go in front.
+        images: any number of PIL images, paths or bytes.
+        style: conversation template; ``None`` is the family's own, ``"plain"`` takes ``text`` as
+            the whole prompt.
+        max_new_tokens: the answer's limit.
+        until: strings that end the answer; neither they nor what follows is part of it.
+        options: what ``generate`` is to do instead of greedy decoding (``do_sample``,
+            ``temperature``, ``top_p``, ``top_k``, ``num_beams``, ``repetition_penalty``).
+    """
+
+    text: str
+    images: Sequence[ImageLike] = ()
+    style: str | None = None
+    max_new_tokens: int = 256
+    until: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Answer:
+    """What a model said, and what it cost.
+
+    Attributes:
+        text: the answer, without special tokens or blanks at its ends.
+        prompt_tokens: of the prompt, visual tokens included, before anything is dropped.
+        new_tokens: generated, the one that ends the answer included.
+        visual_tokens: of the prompt, before anything is dropped.
+        visual_kept: decoder layer -> visual tokens that enter it: layer 0, and each layer in front
+            of which a rule ran (``num_layers``: behind the last).
+        prefill_seconds: until the first new token, this sample's share of its batch.
+        decode_seconds: from there to the end of its batch, this sample's share.
+        lengths: tokens that enter each decoder layer in the prefill, its own only (no padding);
+            empty for a model whose decoder layers are not known.
+        batch: samples that were answered together.
+        tower_images: images (or tiles) per sample that went through the vision tower.
+        patches_kept: tower layer -> patches of each image left by the drop in it.
+    """
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    visual_tokens: int
+    visual_kept: dict[int, int]
+    prefill_seconds: float
+    decode_seconds: float
+    lengths: list[int] = field(default_factory=list)
+    batch: int = 1
+    tower_images: float = 0.0
+    patches_kept: dict[int, int] = field(default_factory=dict)
+
+
+class Answerer:
+    """Answers with one model and one method.
+
+    Args:
+        model, processor: as :func:`vlm_prune_ext.load` returns them.
+        method: what prunes; ``None`` is the baseline, which attaches nothing.
+
+    Attributes:
+        largest: samples that go together at most, once a batch did not fit into memory.
+
+    Raises:
+        InputError: a layer of the method that the model does not have, or a model of unknown form.
+    """
+
+    def __init__(self, model: Any, processor: Any, method: Method | None = None) -> None:
+        self.model, self.processor, self.method = model, processor, method
+        self.largest: int | None = None
+        self._num_layers = len(parts_of(model).layers)
+        stages = method.stages(self._num_layers) if method is not None else ()
+        self._hiding = {stage.layer for stage in stages if stage.mode == "mask"}
+
+    def answer(self, queries: Sequence[Query]) -> list[Answer]:
+        """Answer a batch: one ``generate`` call, or more where it does not fit into memory.
+
+        Args:
+            queries: of one ``style`` and equal ``options``. Limits and ending strings may differ.
+
+        Returns:
+            one answer each, in order; the same as if each had been asked alone (but for draws of
+            ``do_sample``).
+
+        Raises:
+            InputError: a prompt, image or span that is not accepted, or queries of two styles
+                or with different options.
+            torch.OutOfMemoryError: a single sample does not fit.
+        """
+        if not queries:
+            return []
+        size = min(self.largest or len(queries), len(queries))
+        answers: list[Answer] = []
+        while len(answers) < len(queries):
+            batch = queries[len(answers) : len(answers) + size]
+            try:
+                answers += self._generate(batch)
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                if self.largest is None:  # said once, however often it happens
+                    logger.warning(
+                        "A batch of %d samples does not fit into memory: halved, and tried again.",
+                        len(batch),
+                    )
+                size = self.largest = len(batch) // 2
+            if self.largest == size and torch.cuda.is_available():
+                torch.cuda.empty_cache()  # outside of `except`, which still holds the tensors
+        return answers
+
+    @torch.inference_mode()
+    def _generate(self, queries: Sequence[Query]) -> list[Answer]:
+        inputs = self._inputs(queries)
+        clock = TokenClock(self.processor.device)
+        options = _options(queries)
+        stops = self._stop_ids()
+        ends = _Ends(self.processor, queries, stops)
+        beams = options["num_beams"] > 1  # rows are beams then: answers are cut afterwards
+        with prune(self.model, self.method) as trace:
+            output = self.model.generate(
+                **inputs,
+                **options,
+                use_cache=True,
+                max_new_tokens=max(query.max_new_tokens for query in queries),
+                pad_token_id=self.processor.pad_token_id,
+                logits_processor=LogitsProcessorList([clock]),
+                stopping_criteria=StoppingCriteriaList([] if beams else [ends]),
+            )
+            clock.stop()
+            costs = _costs(self, inputs, trace, clock)
+        if starts_with(output, inputs["input_ids"]):
+            output = output[:, inputs["input_ids"].shape[1] :]
+        counts = _lengths_until(output, stops) if beams else ends.counts()
+        return [
+            replace(cost, text=self._text(output[row], count, query), new_tokens=count)
+            for row, (cost, count, query) in enumerate(zip(costs, counts, queries, strict=True))
+        ]
+
+    def _inputs(self, queries: Sequence[Query]) -> Any:
+        styles = {query.style for query in queries}
+        if len(styles) > 1:
+            raise InputError(f"style={sorted(map(str, styles))} is not valid: one for a batch.")
+        return self.processor.batch(
+            [query.text for query in queries],
+            [list(query.images) for query in queries],
+            style=queries[0].style,
+        )
+
+    def _stop_ids(self) -> frozenset[int]:
+        stop = self.model.generation_config.eos_token_id
+        if stop is None:
+            stop = self.processor.tokenizer.eos_token_id
+        return frozenset(stop if isinstance(stop, list) else () if stop is None else (stop,))
+
+    def _lengths(self, text: int, kept: dict[int, int]) -> list[int]:
+        """Tokens that enter each layer; those that are only hidden as keys still do."""
+        lengths: list[int] = []
+        for layer in range(self._num_layers):
+            changes = layer in kept and layer not in self._hiding
+            lengths.append(text + kept[layer] if changes else lengths[-1])
+        return lengths
+
+    def _text(self, ids: torch.Tensor, count: int, query: Query) -> str:
+        text = self.processor.decode(ids[None, :count], {})[0]
+        return _cut(text, query.until).strip()
+
+
+def _costs(who: Answerer, inputs: Any, trace: Trace, clock: TokenClock) -> list[Answer]:
+    """Answers that have everything but what was said."""
+    batch = inputs["input_ids"].shape[0]
+    visual = who.processor.count_visual_tokens(inputs)
+    prompts = inputs["attention_mask"].sum(dim=1).tolist()
+    pixels = inputs.get("pixel_values")
+    towers = math.prod(pixels.shape[:-3]) / batch if pixels is not None else 0.0
+    patches = {layer: kept.shape[1] for layer, kept in sorted(trace.vision_kept.items())}
+    answers = []
+    for row in range(batch):
+        counts = {layer: kept[row] for layer, kept in sorted(trace.visual_tokens.items())}
+        kept = {0: visual[row]} | counts
+        answers.append(
+            Answer(
+                text="",
+                prompt_tokens=prompts[row],
+                new_tokens=0,
+                visual_tokens=visual[row],
+                visual_kept=kept,
+                prefill_seconds=clock.prefill_seconds / batch,
+                decode_seconds=clock.decode_seconds / batch,
+                lengths=who._lengths(prompts[row] - visual[row], kept),
+                batch=batch,
+                tower_images=towers,
+                patches_kept=patches,
+            )
+        )
+    return answers
+
+
+class _Ends(StoppingCriteria):
+    """Where each answer of a batch ends: its end token, its limit, or one of its strings."""
+
+    TAIL = 16  # tokens looked back at for a string
+
+    def __init__(self, processor: Any, queries: Sequence[Query], stop_ids: frozenset[int]) -> None:
+        self.processor, self.queries, self.stop_ids = processor, queries, stop_ids
+        self.step = 0
+        self.ended: list[int | None] = [None] * len(queries)
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        """``input_ids`` ``(batch, seq)`` so far -> bool ``(batch,)``: which are complete."""
+        self.step += 1
+        newest = input_ids[:, -1].tolist()
+        for row, query in enumerate(self.queries):
+            if self.ended[row] is None and self._ends(input_ids[row], newest[row], query):
+                self.ended[row] = self.step
+        done = [end is not None for end in self.ended]
+        return torch.tensor(done, device=input_ids.device)
+
+    def _ends(self, ids: torch.Tensor, newest: int, query: Query) -> bool:
+        if newest in self.stop_ids or self.step >= query.max_new_tokens:
+            return True
+        if not any(query.until):
+            return False
+        tail = ids[-min(self.step, self.TAIL) :]
+        text = self.processor.tokenizer.decode(tail, skip_special_tokens=True)
+        return any(end in text for end in query.until if end)
+
+    def counts(self) -> list[int]:
+        """Tokens of each answer."""
+        return [end if end is not None else self.step for end in self.ended]
+
+
+def _options(queries: Sequence[Query]) -> dict[str, Any]:
+    """How a batch is decoded: greedily, but for what its queries agree on."""
+    first = dict(queries[0].options)
+    for query in queries:
+        if dict(query.options) != first:
+            raise InputError(
+                f"options={[first, dict(query.options)]} is not valid: the same for a whole batch."
+            )
+    return {**GREEDY, **first}
+
+
+def _lengths_until(output: torch.Tensor, stops: frozenset[int]) -> list[int]:
+    """Tokens of each row, ``(batch, n)``, up to and with its first end token."""
+    counts = []
+    for row in output.tolist():
+        ends = [place for place, token in enumerate(row) if token in stops]
+        counts.append(ends[0] + 1 if ends else len(row))
+    return counts
+
+
+def _cut(text: str, until: Sequence[str]) -> str:
+    """The text up to the first of some strings."""
+    places = [text.find(end) for end in until if end and end in text]
+    return text[: min(places)] if places else text

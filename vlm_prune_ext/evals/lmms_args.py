@@ -1,0 +1,145 @@
+"""``model_args`` of the lmms-eval models: what is accepted, and the method they ask for.
+
+lmms-eval splits ``key=value,key=value`` itself and turns numbers, ``true`` and ``false`` into
+Python values; lists go in brackets (``vit_layers=[11,19]``), ``None`` is written as such.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from vlm_prune_ext.errors import InputError, unknown_name
+from vlm_prune_ext.evals.lmms_plugin import MODELS
+from vlm_prune_ext.methods.base import Method, label_text
+from vlm_prune_ext.methods.registry import METHODS, get_method, method_class
+
+MODEL_KEYS = ("pretrained", "dtype", "attn_implementation", "conv_template", "device")
+"""Arguments that say which model and how it is loaded and prompted."""
+
+RUN_KEYS = ("batch_size", "max_batch_size")
+"""Arguments that lmms-eval adds from its own command line."""
+
+VIT = "vit_"
+"""Prefix for the fields of a method's ``vit`` part: ``vit_layers=19,vit_keep_num=376``."""
+
+_REFUSED = {
+    "peft": "merge the adapter into the checkpoint first",
+    "delta": "apply the delta weights to the checkpoint first",
+}
+
+
+def value_of(value: Any) -> Any:
+    """A value as it was meant. lmms-eval turns numbers, ``true`` and ``false`` into Python values
+    itself; here the same is done for text from elsewhere, and for ``None`` and lists."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    words = {"none": None, "null": None, "true": True, "false": False}
+    if text.lower() in words:
+        return words[text.lower()]
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    if text.startswith(("[", "{")):
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InputError(f"{value!r} is not valid: a list in brackets.") from error
+    return text
+
+
+def method_of(model: str, given: Mapping[str, Any]) -> Method | None:
+    """The method that a model's name and its ``model_args`` ask for; ``None`` is the baseline.
+
+    Args:
+        model: key of :data:`MODELS`.
+        given: the arguments that are not in :data:`MODEL_KEYS` or :data:`RUN_KEYS`.
+
+    Raises:
+        InputError: unknown argument (with the near name), one that is refused, or a value that is
+            not accepted.
+    """
+    settings = {key: value_of(value) for key, value in given.items()}
+    name = _method_name(model, settings)
+    if MODELS[model] is None:
+        del settings["method"]
+    cls = method_class(name)
+    _check_names(model, cls, settings)
+    flag = cls.CONFIG_FLAG if cls is not None else ""
+    if flag and not settings.pop(flag, True):
+        raise InputError(f"{flag}=False contradicts the model {model}: use llava_baseline.")
+    return get_method(name, **_with_vit(settings))
+
+
+def class_of(model: str, given: Mapping[str, Any]) -> type[Method] | None:
+    """The class of that method, whatever its parameters; ``None`` is the baseline."""
+    return method_class(_method_name(model, given))
+
+
+def _method_name(model: str, given: Mapping[str, Any]) -> str:
+    name = MODELS[model] or given.get("method")
+    if name is None:
+        raise InputError(f"{model} needs method=... in model_args: {', '.join(METHODS)}.")
+    return str(name)
+
+
+def accepted_keys(model: str, cls: type[Method] | None) -> set[str]:
+    """All names that ``model_args`` may hold for a model whose method is ``cls``."""
+    keys = {*MODEL_KEYS, *RUN_KEYS}
+    if MODELS[model] is None:
+        keys.add("method")
+    if cls is None:
+        return keys
+    fields = {parameter.name for parameter in cls.describe().parameters}
+    keys |= {*fields, *cls.CONFIG_FIELDS, cls.CONFIG_FLAG} - {""}
+    if "vit" in fields:
+        keys |= {VIT + field for field in ("layers", "keep_num", "r")}
+    return keys
+
+
+def _check_names(model: str, cls: type[Method] | None, settings: Mapping[str, Any]) -> None:
+    accepted = accepted_keys(model, cls)
+    for key in settings:
+        if key in _REFUSED:
+            raise InputError(f"{key}= is not accepted in model_args: {_REFUSED[key]}.")
+        if key not in accepted:
+            raise unknown_name(f"model_args key of {model}", key, accepted - set(RUN_KEYS))
+
+
+def _with_vit(settings: dict[str, Any]) -> dict[str, Any]:
+    """``vit_layers``, ``vit_keep_num``, ``vit_r`` together as the field ``vit``."""
+    parts = {key: settings[key] for key in settings if key.startswith(VIT)}
+    if not parts:
+        return settings
+    if settings.get("vit") is not None:
+        raise InputError(f"vit and {', '.join(parts)} are one setting: give one of them.")
+    rest = {key: value for key, value in settings.items() if key not in parts}
+    return {**rest, "vit": {key.removeprefix(VIT): value for key, value in parts.items()}}
+
+
+def run_label(model: str, given: Mapping[str, Any]) -> str:
+    """Name of a folder for one configuration: checkpoint, method with budget, and what else differs
+    from the default, e.g. ``llava-v1.5-7b-fastv_rank100``.
+
+    Args:
+        model: key of :data:`MODELS`.
+        given: all of ``model_args``.
+
+    Raises:
+        InputError: as :func:`method_of`.
+    """
+    own = {key: value for key, value in given.items() if key not in (*MODEL_KEYS, *RUN_KEYS)}
+    method = method_of(model, own)
+    checkpoint = str(given.get("pretrained") or "demo").rstrip("/").rsplit("/", 1)[-1]
+    extra = [
+        label_text(given[key])
+        for key in ("dtype", "attn_implementation", "conv_template")
+        if given.get(key) is not None
+    ]
+    name = method.label() if method is not None else "baseline"
+    return "-".join([label_text(checkpoint), name, *extra])

@@ -1,0 +1,160 @@
+"""The demo's data sets as VLMEvalKit data sets: subclasses of its own, scored by its own code.
+
+Files: ``Shapes_*.tsv`` as ``vlm-prune demo-data`` writes them, in the folder that
+``VLM_PRUNE_DEMO_DATA`` names. Where that is not set, a fixed set is generated on first use and kept
+in the user's cache folder (``XDG_CACHE_HOME``, else ``~/.cache``). VLMEvalKit's own data folder
+(``LMUData``) is neither read nor written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import vlmeval.dataset
+from vlmeval.dataset import ImageCaptionDataset, ImageMCQDataset, ImageVQADataset, ImageYORNDataset
+from vlmeval.smp import load
+
+from vlm_prune_ext import demo
+from vlm_prune_ext.errors import InputError
+
+SEED = 0
+SAMPLES = 100
+VARIABLE = "VLM_PRUNE_DEMO_DATA"
+
+# Answers in these sets are short; VLMEvalKit's limit for LLaVA (2048) would only let a model that
+# does not stop by itself babble.
+MAX_NEW_TOKENS = {"Shapes_MCQ": 16, "Shapes_YN": 16, "Shapes_VQA": 16, "Shapes_Caption": 64}
+
+
+def cache_folder() -> Path:
+    """Where files that can be made again are kept."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return base / "vlm_prune_ext"
+
+
+def data_folder() -> Path:
+    """Where the TSV files are; generated first where nobody named a folder.
+
+    Raises:
+        InputError: the cache folder cannot be written.
+    """
+    named = os.environ.get(VARIABLE)
+    if named:
+        return Path(named).expanduser()
+    folder = cache_folder() / f"shapes_tsv_seed{SEED}_samples{SAMPLES}_{_recipe()}"
+    if not folder.is_dir():
+        _generate(folder)
+    return folder
+
+
+def _recipe() -> str:
+    """Changes when the code that draws pictures and asks questions does."""
+    digest = hashlib.sha1(usedforsecurity=False)
+    for path in sorted(Path(demo.__file__).parent.glob("*.py")):
+        if path.stem in ("drawing", "questions", "scenes", "writers"):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:8]
+
+
+def _generate(folder: Path) -> None:
+    """Write the fixed set beside its place and move it there, so that it is whole or absent."""
+    from vlm_prune_ext.demo.writers import write_vlmeval_tsv
+
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".shapes_") as part:
+            write_vlmeval_tsv(Path(part) / "data", SEED, SAMPLES)
+            try:
+                (Path(part) / "data").rename(folder)
+            except OSError:  # another process was faster
+                if not folder.is_dir():
+                    raise
+    except OSError as error:
+        raise InputError(
+            f"Demo data cannot be written to {str(folder)!r} ({error.strerror}): set "
+            f"XDG_CACHE_HOME to a folder that can, or {VARIABLE} to one that has Shapes_*.tsv."
+        ) from error
+
+
+class _Shapes:
+    """What the four classes share: data and pictures in a folder of their own."""
+
+    def __init__(self, dataset: str, **kwargs: Any) -> None:
+        with _no_lmudata():
+            super().__init__(dataset=dataset, **kwargs)
+
+    def prepare_tsv(self, url: str, file_md5: str | None = None) -> Any:
+        """The table, from our folder instead of a download."""
+        name = self.dataset_name  # type: ignore[attr-defined]
+        path = data_folder() / f"{name}.tsv"
+        if not path.is_file():
+            raise InputError(
+                f"{str(path)!r} is missing: {VARIABLE} must name a folder made by "
+                "`vlm-prune demo-data`, or not be set."
+            )
+        self.data_path = str(path)
+        # Pictures are unpacked once and found by their index again: other data, other folder.
+        digest = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()[:12]
+        self.img_root = str(cache_folder() / "images" / f"{name}_{digest}")
+        return load(str(path))
+
+
+@contextmanager
+def _no_lmudata() -> Iterator[None]:
+    """VLMEvalKit makes its data folder when a data set is built; here it gets an existing one."""
+    before = os.environ.get("LMUData")
+    os.environ["LMUData"] = tempfile.gettempdir()
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["LMUData"]
+        else:
+            os.environ["LMUData"] = before
+
+
+class ShapesMCQ(_Shapes, ImageMCQDataset):
+    """Multiple choice."""
+
+    DATASET_URL: ClassVar[dict[str, str]] = {"Shapes_MCQ": ""}
+    DATASET_MD5: ClassVar[dict[str, str]] = {}
+
+
+class ShapesYN(_Shapes, ImageYORNDataset):
+    """Yes or no."""
+
+    DATASET_URL: ClassVar[dict[str, str]] = {"Shapes_YN": ""}
+    DATASET_MD5: ClassVar[dict[str, str]] = {}
+
+
+class ShapesVQA(_Shapes, ImageVQADataset):
+    """Short answers."""
+
+    DATASET_URL: ClassVar[dict[str, str]] = {"Shapes_VQA": ""}
+    DATASET_MD5: ClassVar[dict[str, str]] = {}
+
+
+class ShapesCaption(_Shapes, ImageCaptionDataset):
+    """Captions."""
+
+    DATASET_URL: ClassVar[dict[str, str]] = {"Shapes_Caption": ""}
+    DATASET_MD5: ClassVar[dict[str, str]] = {}
+
+
+CLASSES = (ShapesMCQ, ShapesYN, ShapesVQA, ShapesCaption)
+NAMES = tuple(name for cls in CLASSES for name in cls.DATASET_URL)
+
+
+def register_datasets() -> None:
+    """Make VLMEvalKit know the four data sets. A second call does nothing."""
+    known = vlmeval.dataset.DATASET_CLASSES
+    for cls in CLASSES:
+        if cls not in known:
+            known.append(cls)
+            vlmeval.dataset.SUPPORTED_DATASETS.extend(cls.DATASET_URL)

@@ -1,0 +1,273 @@
+"""Pruned models for VLMEvalKit: thin ``BaseModel`` subclasses, one per method.
+
+>>> from vlm_prune_ext.evals.vlmeval import LLaVAFastV                       # doctest: +SKIP
+>>> model = LLaVAFastV("liuhaotian/llava-v1.5-7b", attention_rank=100)       # doctest: +SKIP
+>>> model.generate(["apple.jpg", "What is in this image?"])                  # doctest: +SKIP
+
+For LLaVA-1.5, prompts are those of VLMEvalKit's own ``LLaVA`` class, made by its own code; other
+families get their own conversation template. Answers are greedy.
+
+VLMEvalKit has no plug-in hook, so its launcher has to be started with our entries in its table::
+
+    python -m vlm_prune_ext.evals.vlmeval --model llava-1.5-7b-fastv_rank100 --data MME
+
+:func:`register` makes those entries.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+from vlmeval.dataset import DATASET_TYPE
+from vlmeval.vlm import LLaVA
+from vlmeval.vlm.base import BaseModel
+
+from vlm_prune_ext.demo import CHECKPOINT
+from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.evals.answer import Answer, Answerer, Query
+from vlm_prune_ext.evals.shapes import MAX_NEW_TOKENS, register_datasets
+from vlm_prune_ext.methods.base import Method, label_text
+from vlm_prune_ext.methods.registry import get_method, parse_method
+from vlm_prune_ext.models import load
+from vlm_prune_ext.models.images import open_image
+
+LLAVA_MAX_NEW_TOKENS = 2048
+"""What VLMEvalKit's ``LLaVA`` allows an answer, whatever the data set."""
+
+IMAGE = "<image>"
+
+
+class PrunedVLM(BaseModel):
+    """A model with a method, as VLMEvalKit wants it.
+
+    Subclasses name the method; its parameters are keyword arguments, under the names of its fields
+    or of ``model.config`` (``attention_rank=100`` or ``fast_v_attention_rank=100``).
+
+    Args:
+        model_path: folder or hub name of a checkpoint.
+        method: a ready-made method in place of the class's own and of ``parameters``.
+        dtype, device, attn_implementation: see :func:`vlm_prune_ext.load`.
+        max_new_tokens: limit of an answer; ``None``: 2048, as VLMEvalKit's ``LLaVA`` has it (the
+            demo's data sets have shorter ones).
+        loaded: ``(model, processor)`` in place of ``model_path``.
+        parameters: of the method.
+
+    Attributes:
+        last: the last answer, with what it cost.
+
+    Raises:
+        InputError: a checkpoint, parameter or value that is not accepted.
+    """
+
+    INSTALL_REQ: ClassVar[bool] = False
+    INTERLEAVE: ClassVar[bool] = True
+    METHOD: ClassVar[str] = "none"
+
+    def __init__(
+        self,
+        model_path: str = str(CHECKPOINT),
+        *,
+        method: Method | None = None,
+        dtype: str | None = None,
+        device: str | None = None,
+        attn_implementation: str | None = None,
+        max_new_tokens: int | None = None,
+        loaded: tuple[Any, Any] | None = None,
+        **parameters: Any,
+    ) -> None:
+        super().__init__()
+        if method is None:  # before loading: a wrong parameter costs nothing
+            method = get_method(self.METHOD, **parameters)
+        elif parameters:
+            raise InputError(f"method and {', '.join(parameters)} are given: one of them may be.")
+        self.model, self.processor = loaded or load(
+            model_path, dtype=dtype, device=device, attn_implementation=attn_implementation
+        )
+        self.method = method
+        self.max_new_tokens = max_new_tokens
+        self.last: Answer | None = None
+        self._answerer = Answerer(self.model, self.processor, method)
+
+    # -- prompts: VLMEvalKit's own LLaVA makes them --------------------------------------------
+    def use_custom_prompt(self, dataset: str) -> bool:
+        """Multiple choice gets LLaVA's wording, everything else the data set's."""
+        return DATASET_TYPE(dataset) == "MCQ"
+
+    def build_prompt(self, line: Any, dataset: str | None = None) -> list[dict[str, str]]:
+        """The message of a multiple-choice row, as VLMEvalKit's ``LLaVA`` words it."""
+        return LLaVA.build_prompt(self, line, dataset)
+
+    def query(self, message: list[dict[str, Any]], dataset: str | None = None) -> Query:
+        """A message, texts and images in any order, as a question for the model.
+
+        Raises:
+            InputError: an image that does not decode.
+        """
+        images = [open_image(item["value"]) for item in message if item["type"] == "image"]
+        # The marker inside a text would be taken for an image.
+        clean = [
+            {**item, "value": item["value"].replace(IMAGE, "")} if item["type"] == "text" else item
+            for item in message
+        ]
+        limit = self.max_new_tokens or MAX_NEW_TOKENS.get(dataset or "", LLAVA_MAX_NEW_TOKENS)
+        if self.processor.family == "llava":
+            text, _ = LLaVA.concat_tilist(self, clean)
+            return Query(text, images, style="vlmeval", max_new_tokens=limit)
+        parts = [f"{IMAGE}\n" if item["type"] == "image" else item["value"] for item in clean]
+        return Query("".join(parts), images, max_new_tokens=limit)
+
+    # -- answers -------------------------------------------------------------------------------
+    def answer(self, query: Query) -> Answer:
+        """Answer one question; also kept as ``last``.
+
+        Raises:
+            InputError: a budget or stated length that does not fit the prompt.
+        """
+        self.last = self._answerer.answer([query])[0]
+        return self.last
+
+    def generate_inner(self, message: list[dict[str, Any]], dataset: str | None = None) -> str:
+        """What VLMEvalKit calls: one message in, the answer's text out."""
+        return self.answer(self.query(message, dataset)).text
+
+
+class LLaVABaseline(PrunedVLM):
+    """No pruning: nothing is attached to the model."""
+
+    METHOD = "none"
+
+
+class LLaVAFastV(PrunedVLM):
+    """FastV."""
+
+    METHOD = "fastv"
+
+
+class LLaVASAINT(PrunedVLM):
+    """SAINT."""
+
+    METHOD = "saint"
+
+
+class LLaVAHiMAP(PrunedVLM):
+    """HiMAP."""
+
+    METHOD = "himap"
+
+
+class LLaVACustom(PrunedVLM):
+    """A selection of one's own."""
+
+    METHOD = "custom"
+
+
+class LLaVARandom(PrunedVLM):
+    """Random dropping."""
+
+    METHOD = "random"
+
+
+class LLaVADownsample(PrunedVLM):
+    """Image features resized to a smaller grid."""
+
+    METHOD = "downsample"
+
+
+WRAPPERS: dict[str, type[PrunedVLM]] = {
+    cls.METHOD: cls
+    for cls in (
+        LLaVABaseline,
+        LLaVAFastV,
+        LLaVASAINT,
+        LLaVAHiMAP,
+        LLaVACustom,
+        LLaVARandom,
+        LLaVADownsample,
+    )
+}
+
+CHECKPOINTS = (str(CHECKPOINT), "liuhaotian/llava-v1.5-7b", "liuhaotian/llava-v1.5-13b")
+METHODS = ("none", "fastv", "saint", "himap", "custom", "random:100", "downsample:144")
+
+
+# -- names ---------------------------------------------------------------------------------------
+def model_name(model_path: str | None) -> str:
+    """A checkpoint's name in file names: ``liuhaotian/llava-v1.5-7b`` -> ``llava-1.5-7b``."""
+    path = Path(model_path) if model_path else CHECKPOINT
+    if path.exists():
+        path = path.resolve()
+    if path == CHECKPOINT.resolve():
+        return "llava-demo"
+    name = path.name
+    if path.parent.name == "snapshots":  # the hub's cache: models--owner--name/snapshots/commit
+        name = path.parent.parent.name.rpartition("--")[2]
+    elif name.startswith("checkpoint"):  # a step of a training run
+        name = f"{path.parent.name}-{name}"
+    return label_text(re.sub(r"-v(?=\d)", "-", name))
+
+
+def run_name(model_path: str | None, method: Method | None) -> str:
+    """Name of a model with a method: ``llava-1.5-7b-fastv_rank100``."""
+    return f"{model_name(model_path)}-{method.label() if method is not None else 'baseline'}"
+
+
+def register(
+    model_path: str | Iterable[str] = CHECKPOINTS,
+    methods: Iterable[Method | str | None] = METHODS,
+    **options: Any,
+) -> list[str]:
+    """Add entries to VLMEvalKit's table of models, and the demo's data sets to its data sets.
+
+    Args:
+        model_path: one checkpoint or several.
+        methods: methods, or their short forms (``"fastv:100"``); ``None`` is the baseline.
+        options: further keyword arguments of :class:`PrunedVLM` (``dtype``, ``device``...).
+
+    Returns:
+        the names, as :func:`run_name` makes them; ``supported_VLM[name]()`` loads such a model.
+
+    Raises:
+        InputError: an unknown method or a value that is not accepted.
+    """
+    from vlmeval.config import supported_VLM
+
+    register_datasets()
+    paths = [model_path] if isinstance(model_path, str) else list(model_path)
+    names = []
+    for entry in methods:
+        method = parse_method(entry) if isinstance(entry, str) else entry
+        cls = WRAPPERS.get(method.name if method is not None else "none", PrunedVLM)
+        for path in paths:
+            name = run_name(path, method)
+            supported_VLM[name] = partial(cls, path, method=method, **options)
+            names.append(name)
+    return names
+
+
+def launch() -> None:
+    """Start VLMEvalKit's own launcher with our entries in its table.
+
+    Raises:
+        InputError: it is not there.
+    """
+    import runpy
+
+    import vlmeval
+
+    register()
+    folder = Path(vlmeval.__file__).parent
+    for path in (folder / "run.py", folder.parent / "run.py"):
+        if path.is_file():
+            sys.argv[0] = str(path)
+            runpy.run_path(str(path), run_name="__main__")
+            return
+    raise InputError(f"VLMEvalKit's run.py is neither in {str(folder)!r} nor beside it.")
+
+
+if __name__ == "__main__":
+    launch()

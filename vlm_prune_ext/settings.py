@@ -1,0 +1,380 @@
+"""Settings of an evaluation: defaults, then a file, then the command line.
+
+A setting has one name everywhere: ``model_path`` in a file is ``--model-path`` on the command line.
+Parameters of a method go under the names of its fields (``attention_rank``) or under those of
+``model.config`` that users of the published codes know (``fast_v_attention_rank``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vlm_prune_ext.errors import InputError, unknown_name
+from vlm_prune_ext.methods.base import Method
+from vlm_prune_ext.methods.registry import METHODS, get_method, method_class, parse_method
+
+MODES = ("all", "infer", "eval")
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides what a run does.
+
+    Attributes:
+        model_path: folder or hub name of a checkpoint; ``None`` is the demo's.
+        method: what prunes; ``None`` is the baseline.
+        data: names of datasets.
+        work_dir: where results go.
+        limit: rows of each dataset, the first ones; ``None``: all.
+        mode: ``infer`` makes predictions, ``eval`` scores those that are there, ``all`` does both.
+        reuse: go on from the predictions that are there, instead of starting anew.
+        verbose: print every answer.
+        seed: of torch's generators, and of methods that draw lots.
+        dtype, device, attn_implementation: see :func:`vlm_prune_ext.load`.
+        max_new_tokens: limit of an answer; ``None``: VLMEvalKit's for LLaVA.
+    """
+
+    model_path: str | None = None
+    method: Method | None = None
+    data: tuple[str, ...] = ()
+    work_dir: str = "outputs"
+    limit: int | None = None
+    mode: str = "all"
+    reuse: bool = False
+    verbose: bool = False
+    seed: int = 0
+    dtype: str | None = None
+    device: str | None = None
+    attn_implementation: str | None = None
+    max_new_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("model_path", "device", "attn_implementation"):
+            _require(name, getattr(self, name), "a text", _is_text, none=True)
+        _require("work_dir", self.work_dir, "a folder", _is_text)
+        _require("data", self.data, "names of datasets", _are_texts)
+        _require("mode", self.mode, _one_of(MODES), MODES.__contains__)
+        _require("dtype", self.dtype, _one_of(DTYPES), DTYPES.__contains__, none=True)
+        for name in ("limit", "max_new_tokens"):
+            _require(name, getattr(self, name), "an integer of at least 1", _at_least(1), none=True)
+        _require("seed", self.seed, "an integer of at least 0", _at_least(0))
+        for name in ("reuse", "verbose"):
+            _require(name, getattr(self, name), "true or false", lambda v: isinstance(v, bool))
+
+    @property
+    def label(self) -> str:
+        """The method's part of file names."""
+        return self.method.label() if self.method is not None else "baseline"
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, the method as its name and all of its parameters."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "method"}
+        return {**plain, "data": list(self.data), "method": method_as_json(self.method)}
+
+
+def method_as_json(method: Method | None) -> dict[str, Any]:
+    """A method as plain values: its name, and all of its parameters as they are resolved."""
+    if method is None:
+        return {"name": "none"}
+    return {"name": method.name, "parameters": json.loads(json.dumps(asdict(method), default=str))}
+
+
+# Names of settings that are not a method's.
+RUN_KEYS = tuple(f.name for f in fields(Settings) if f.name != "method")
+
+
+# -- reading -------------------------------------------------------------------------------------
+def read_file(path: str | Path) -> dict[str, Any]:
+    """Settings from a JSON or YAML file; dashes in names are read as underscores.
+
+    Raises:
+        InputError: no such file, neither JSON nor YAML, or no mapping.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"Config file {str(path)!r} does not exist: give a .json or .yaml file.")
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        said = " ".join(str(error).split())
+        kind = "JSON" if path.suffix == ".json" else "YAML"
+        raise InputError(f"Config file {str(path)!r} is not valid {kind}: {said}.") from error
+    if not isinstance(value, dict):
+        raise InputError(f"Config file {str(path)!r} must hold names and values.")
+    return {str(key).replace("-", "_"): entry for key, entry in value.items()}
+
+
+def resolve(
+    command_line: Mapping[str, Any], file: Mapping[str, Any] | None = None
+) -> tuple[Settings, frozenset[str]]:
+    """Put defaults, a file's settings and the command line's together.
+
+    Args:
+        command_line: name -> value of what was given there; beside the names of
+            :class:`Settings` also ``baseline``, ``use_*`` and parameters of methods.
+        file: the same from :func:`read_file`.
+
+    Returns:
+        the settings, and the names of those that were given by either.
+
+    Raises:
+        InputError: an unknown name (with the near one), a value that is not accepted, parameters
+            without their method, or two methods at once.
+    """
+    layers = [_Layer.split(file or {}, "file"), _Layer.split(command_line, "command line")]
+    run = {**layers[0].run, **layers[1].run}
+    name, parameters = _merge(layers[0], layers[1])
+    if name is not None and "seed" in run and "seed" in _field_names(name):
+        parameters.setdefault("seed", run["seed"])
+    method = get_method(name, **parameters) if name is not None else None
+    if "data" in run:
+        run["data"] = _names(run["data"])
+    chosen = any(layer.name is not None for layer in layers)
+    given = frozenset(run) | ({"method"} if chosen else frozenset())
+    return Settings(method=method, **run), given
+
+
+@dataclass
+class _Layer:
+    """What one source says.
+
+    Attributes:
+        run: settings that are not a method's.
+        name: registry name of the method, ``None`` if it does not say.
+        parameters: of the method.
+        source: for messages.
+    """
+
+    run: dict[str, Any]
+    name: str | None
+    parameters: dict[str, Any]
+    source: str
+
+    @staticmethod
+    def split(given: Mapping[str, Any], source: str) -> _Layer:
+        """Tell run settings, the choice of a method and its parameters apart."""
+        rest = dict(given)
+        names, parameters, off = _choice(rest)
+        if len(names) > 1:
+            raise InputError(
+                f"Methods {', '.join(sorted(names))} are all asked for in the {source}: exactly "
+                "one may be."
+            )
+        name = next(iter(names), None)
+        run = {}
+        for key, value in rest.items():
+            if key in off:
+                continue
+            if key in RUN_KEYS and not (key == "mode" and value not in MODES and name):
+                run[key] = value
+            elif key in _parameter_names() or name is None or key in _own_names(name):
+                parameters[key] = value
+            else:
+                raise _unknown(key, name)
+        return _Layer(run, name, parameters, source)
+
+
+def _choice(rest: dict[str, Any]) -> tuple[set[str], dict[str, Any], set[str]]:
+    """Take what chooses a method out of ``rest``.
+
+    Returns names of methods asked for, parameters that came with one, and the names of parameters
+    of methods that are explicitly off.
+    """
+    names: set[str] = set()
+    parameters: dict[str, Any] = {}
+    off: set[str] = set()
+    if rest.pop("baseline", False):
+        names.add("none")
+    for name, cls in METHODS.items():
+        if cls is None or not cls.CONFIG_FLAG or cls.CONFIG_FLAG not in rest:
+            continue
+        flag = rest.pop(cls.CONFIG_FLAG)
+        _require(cls.CONFIG_FLAG, flag, "true or false", lambda v: isinstance(v, bool))
+        if flag:
+            names.add(name)
+        else:
+            off |= set(cls.CONFIG_FIELDS)
+    if "method" in rest:
+        name, parameters = _method_of(rest.pop("method"))
+        names.add(name)
+    return names, parameters, off
+
+
+def _method_of(value: Any) -> tuple[str, dict[str, Any]]:
+    """``fastv``, ``fastv:100``, ``{name: fastv, ...}`` or nothing -> name and parameters."""
+    if value is None:
+        return "none", {}
+    if isinstance(value, Mapping):
+        rest = {key: entry for key, entry in value.items() if key not in ("name", "parameters")}
+        if "name" not in value:
+            raise InputError(f"method={value!r} is not valid: a mapping with a name.")
+        method_class(str(value["name"]))
+        return str(value["name"]), {**rest, **(value.get("parameters") or {})}
+    _require("method", value, f"a name of {', '.join(METHODS)}, or name:budget", _is_text)
+    name, colon, _ = value.partition(":")
+    method_class(name)
+    if not colon:
+        return name, {}
+    method, defaults = parse_method(value), (method_class(name) or Method).defaults()
+    assert method is not None
+    given = {f.name: getattr(method, f.name) for f in fields(method)}
+    return name, {k: v for k, v in given.items() if k not in defaults or v != defaults[k]}
+
+
+def _merge(file: _Layer, line: _Layer) -> tuple[str | None, dict[str, Any]]:
+    """The method's name and parameters, those of the command line first."""
+    name = line.name or file.name
+    parameters = dict(file.parameters) if name == file.name else {}
+    for key, value in line.parameters.items():
+        field = _field_of(name, key)
+        for other in [k for k in parameters if k == key or _field_of(name, k) == field != "vit"]:
+            del parameters[other]
+        parameters[key] = value
+    if name is None or name == "none":
+        if parameters:
+            raise _homeless(next(iter(parameters)), name)
+        return None, {}
+    for key in parameters:
+        if key not in _own_names(name):
+            raise _homeless(key, name)
+    return name, parameters
+
+
+def _field_of(name: str | None, key: str) -> str:
+    cls = METHODS.get(name or "")
+    return cls.CONFIG_FIELDS.get(key, key) if cls is not None else key
+
+
+def _field_names(name: str) -> set[str]:
+    cls = method_class(name)
+    return {f.name for f in fields(cls)} if cls is not None else set()
+
+
+def _own_names(name: str) -> set[str]:
+    cls = method_class(name)
+    return _field_names(name) | set(cls.CONFIG_FIELDS if cls is not None else ())
+
+
+def _parameter_names() -> set[str]:
+    return {key for name in METHODS for key in _own_names(name)}
+
+
+def _unknown(key: str, name: str | None) -> InputError:
+    flags = {cls.CONFIG_FLAG for cls in METHODS.values() if cls is not None} - {""}
+    own = _own_names(name) if name is not None else _parameter_names()
+    return unknown_name("setting", key, {*RUN_KEYS, "method", "baseline", *flags, *own})
+
+
+def _homeless(key: str, name: str | None) -> InputError:
+    owners = [n for n in METHODS if key in _own_names(n)]
+    if not owners:
+        return _unknown(key, name)
+    if name is not None:
+        chosen = "the baseline takes none" if name == "none" else f"the method is {name}"
+        return InputError(f"{key} is a parameter of {' or '.join(owners)}, but {chosen}.")
+    return InputError(
+        f"{key} needs its method to be asked for: method {' or '.join(owners)} is accepted."
+    )
+
+
+# -- options of a command line -------------------------------------------------------------------
+@dataclass(frozen=True)
+class MethodOption:
+    """A parameter of a method as an option of a command.
+
+    Attributes:
+        key: name of the setting; the option is ``--`` and the same with dashes.
+        method: registry name.
+        help: one line.
+        flag: whether it turns the method on (and takes no value).
+    """
+
+    key: str
+    method: str
+    help: str
+    flag: bool = False
+
+    @property
+    def option(self) -> str:
+        """As it is written on a command line."""
+        return "--" + self.key.replace("_", "-")
+
+
+def method_options() -> Iterator[MethodOption]:
+    """Options for all methods: their ``use_*`` flags and ``model.config`` names, or, for methods
+    that have none, ``<method>_<field>``."""
+    for name, cls in METHODS.items():
+        if cls is None:
+            continue
+        described = cls.describe()
+        helps = {parameter.name: parameter.help for parameter in described.parameters}
+        if cls.CONFIG_FLAG:
+            yield MethodOption(cls.CONFIG_FLAG, name, f"the same as --method {name}", flag=True)
+            for key, field in cls.CONFIG_FIELDS.items():
+                yield MethodOption(key, name, helps.get(field, ""))
+        else:
+            for field, text in helps.items():
+                yield MethodOption(f"{name}_{field}", name, text)
+
+
+def option_setting(option: MethodOption) -> str:
+    """Name of the setting that an option sets."""
+    cls = METHODS[option.method]
+    assert cls is not None
+    return option.key if cls.CONFIG_FLAG else option.key.removeprefix(f"{option.method}_")
+
+
+def read_value(text: str) -> Any:
+    """A value of a parameter as a YAML file would have it; ``none`` is null."""
+    if text.strip().lower() == "none":
+        return None
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{text!r} is not valid: a number, a name or a list.") from error
+
+
+# -- checks --------------------------------------------------------------------------------------
+def _require(name: str, value: Any, accepted: str, ok: Any, *, none: bool = False) -> None:
+    if none and value is None:
+        return
+    try:
+        good = bool(ok(value))
+    except TypeError:
+        good = False
+    if not good:
+        raise InputError(f"{name}={value!r} is not valid: {accepted}.")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, tuple) and all(map(_is_text, value))
+
+
+def _at_least(low: int) -> Any:
+    return lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= low
+
+
+def _one_of(values: Sequence[str]) -> str:
+    return f"one of {', '.join(values)}"
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    """Names of datasets from a list, or from one text with commas or blanks between."""
+    if isinstance(value, str):
+        value = value.replace(",", " ").split()
+    _require("data", value, "names of datasets", lambda v: isinstance(v, list | tuple) and v)
+    names = tuple(dict.fromkeys(value))
+    _require("data", names, "names of datasets", _are_texts)
+    return names
