@@ -30,7 +30,19 @@ __all__ = [
 ]
 
 # The first that owns a model is asked, so wholes come before the parts they hold.
-_MODULES = ("llava", "llava_next", "llava_package", "clip_tower", "causal_lm")
+_MODULES = (
+    "llava",
+    "llava_next",
+    "qwen2_5_vl",
+    "gemma3",
+    "internvl",
+    "blip2",
+    "instructblip",
+    "fuyu",
+    "llava_package",
+    "clip_tower",
+    "causal_lm",
+)
 
 
 @functools.cache

@@ -80,14 +80,14 @@ def find_folder(
 
 
 def _fetch(name: str, revision: str | None, what: str, weights: bool) -> Path:
+    from httpx import HTTPError  # what huggingface_hub speaks through
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-    from requests.exceptions import RequestException
+    from huggingface_hub.errors import HfHubHTTPError
 
     unwanted = [*_NOT_NEEDED] if weights else [*_NOT_NEEDED, "*.bin", "*.safetensors"]
     try:
         return Path(snapshot_download(name, revision=revision, ignore_patterns=unwanted))
-    except (OSError, HFValidationError, RequestException, ValueError) as error:
+    except (OSError, ValueError, HTTPError, HfHubHTTPError) as error:
         raise InputError(
             f"{what} {name!r} is no local folder and could not be fetched from the Hugging Face "
             f"hub ({type(error).__name__}): give a folder with a config.json, or owner/name of a "

@@ -27,6 +27,7 @@ class Style:
 
     Attributes:
         system: what stands in front where the conversation brings no system message.
+        said_system: frame of a system message that the conversation brings.
         user: frame of a user's turn; ``{}`` is what they say.
         answer: frame of an assistant's turn.
         opening: what the assistant's answer follows.
@@ -35,6 +36,7 @@ class Style:
     """
 
     system: str = ""
+    said_system: str = "{}"
     user: str = "{}"
     answer: str = "{}"
     opening: str = ""
@@ -57,7 +59,7 @@ class Style:
         for index, turn in enumerate(turns):
             last = index == len(turns) - 1
             if turn.role == "system":
-                text = turn.text.strip() + self.after_system
+                text = _fill(self.said_system, turn.text.strip()) + self.after_system
             elif turn.role == "user":
                 text += _fill(self.user, turn.text)
             elif last:  # an answer that is to be continued
@@ -70,6 +72,25 @@ class Style:
 def _fill(frame: str, text: str) -> str:
     before, _, after = frame.partition("{}")
     return before + text + after
+
+
+def chatml(image: str, system: str | None = None) -> Style:
+    """The turns of Qwen's models, which InternVL takes too.
+
+    Args:
+        image: what an image becomes.
+        system: what is said where the conversation brings no system message.
+    """
+    frame = "<|im_start|>system\n{}<|im_end|>\n"
+    return Style(
+        system="" if system is None else _fill(frame, system),
+        said_system=frame,
+        user="<|im_start|>user\n{}<|im_end|>\n",
+        answer="{}<|im_end|>\n",
+        opening="<|im_start|>assistant\n",
+        image=image,
+        after_system="",
+    )
 
 
 STYLES: Mapping[str, Style] = {
