@@ -22,7 +22,6 @@ import math
 import os
 import platform
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +31,7 @@ import torch
 from PIL import Image
 
 import vlm_prune_ext as vp
+from vlm_prune_ext.commands.scienceqa import read_letter
 from vlm_prune_ext.commands.terminal import track
 from vlm_prune_ext.demo.questions import samples
 from vlm_prune_ext.demo.scenes import make_scene, render
@@ -42,7 +42,7 @@ from vlm_prune_ext.methods.base import Method
 from vlm_prune_ext.models import parts_of
 
 KINDS = ("mcq", "yn", "vqa", "caption")
-SHARES = (0.5, 0.25, 0.11)
+SHARES = (1 / 2, 1 / 4, 1 / 9)
 NEW_TOKENS = {"mcq": 4, "yn": 4, "vqa": 8, "caption": 64}
 WORD_SUFFIX = "\nAnswer the question using a single word or phrase."
 LETTER_SUFFIX = "\nAnswer with the option's letter from the given choices directly."
@@ -80,7 +80,6 @@ class Row:
     scores: dict[str, float]
     flops: float
     tokens: list[float]
-    seconds: float
 
 
 # -- data --------------------------------------------------------------------------------------
@@ -106,7 +105,8 @@ def score(kind: str, cases: Sequence[Case], texts: Sequence[str]) -> float:
         from sacrebleu import corpus_bleu
 
         return float(corpus_bleu(list(texts), [[case.answer for case in cases]]).score)
-    right = [plain(t) == plain(case.answer) for t, case in zip(texts, cases, strict=True)]
+    read = read_letter if kind == "mcq" else plain
+    right = [read(t) == read(case.answer) for t, case in zip(texts, cases, strict=True)]
     return 100.0 * sum(right) / len(right)
 
 
@@ -134,7 +134,8 @@ def methods_at(keep: int, sizes: Sizes, left: Callable[[Method], float]) -> Iter
     yield vp.SAINT(start=None, vit=vit)
     half = replace(vit, keep_num=(keep + sizes.visual) // 2 + 1)
     yield threshold_at(keep, vp.SAINT(start=start, end=end, vit=half), left)
-    for name in ("attention", "sampling", "similarity", "norm", "uniform", "random"):
+    # Custom "attention" is FastV and custom "random" is RandomDrop at this layer.
+    for name in ("sampling", "similarity", "norm", "uniform"):
         # Attention of one token sums to one over hundreds of tokens: at temperature 1 sampling
         # would be uniform.
         more = {"temperature": 0.01} if name == "sampling" else {}
@@ -146,10 +147,9 @@ def methods_at(keep: int, sizes: Sizes, left: Callable[[Method], float]) -> Iter
 
 def himap_at(keep: int, sizes: Sizes) -> Method:
     """HiMAP whose mean over the layers behind its first stage is ``keep``."""
-    first, second = 2, round(8 / 32 * sizes.layers) + 2
+    first, second = 2, sizes.layers // 2
     shallow, deep = second - first, sizes.layers - second
-    text = keep * (shallow + deep) / (shallow + deep / 4)
-    text = min(text, float(sizes.visual))
+    text = min(keep * (shallow + deep) / (shallow + deep / 4), float(sizes.visual))
     # What the cap takes from stage 1, stage 2 gets back.
     image = (keep * (shallow + deep) - text * shallow) / deep
     return vp.HiMAP(
@@ -185,7 +185,6 @@ def run(
     """Answer all sets with one method."""
     answerer = Answerer(model, processor, method)
     scores, answers = {}, []
-    start = time.perf_counter()
     for kind, members in sets.items():
         given: list[Answer] = []
         for place in range(0, len(members), batch_size):
@@ -193,11 +192,10 @@ def run(
             given += answerer.answer([case.query for case in batch])
         scores[kind] = score(kind, members, [answer.text for answer in given])
         answers += given
-    seconds = (time.perf_counter() - start) / len(answers)
     profiles = [layer_tokens(answer, sizes.layers) for answer in answers]
     mean = [sum(column) / len(profiles) for column in zip(*profiles, strict=True)]
     text = sum(a.prompt_tokens - a.visual_tokens for a in answers) / len(answers)
-    return Row(share, method, scores, flops(method, mean, text, sizes), grouped(mean), seconds)
+    return Row(share, method, scores, flops(method, mean, text, sizes), grouped(mean))
 
 
 def layer_tokens(answer: Answer, layers: int) -> list[int]:
@@ -285,12 +283,15 @@ def main() -> int:
     model.eval()
     sets = {kind: cases(kind, args.seed, args.samples) for kind in KINDS}
     sizes = sizes_of(model, processor)
-    rows = list(table_rows(model, processor, sets, sizes, args))
     command = " ".join(["python", *sys.argv])
-    text = markdown(rows, sizes.layers, args.samples, command)
-    if args.out:
-        args.out.write_text(text, encoding="utf-8")
-    else:
+    rows: list[Row] = []
+    text = ""
+    for row in table_rows(model, processor, sets, sizes, args):
+        rows.append(row)
+        text = markdown(rows, sizes.layers, args.samples, command)
+        if args.out:  # after each row: what is done is kept
+            args.out.write_text(text, encoding="utf-8")
+    if not args.out:
         print(text)
     return 0
 

@@ -107,9 +107,7 @@ def test_no_constant_answer_gets_far():
     for kind in ("mcq", "yn", "vqa"):
         answers = Counter(s["answer"] for s in scenes.samples(kind, 1, 240))
         share[kind] = answers.most_common(1)[0][1] / 240
-        by_category = Counter(
-            (s["category"], s["answer"]) for s in scenes.samples(kind, 1, 240)
-        )
+        by_category = Counter((s["category"], s["answer"]) for s in scenes.samples(kind, 1, 240))
         if kind != "vqa":
             values = by_category.values()
             assert max(values) / min(values) <= 2  # existence comes up twice as often
@@ -148,7 +146,11 @@ def test_lmms_files(tmp_path):
     paths = scenes.write_lmms_parquet(tmp_path, 1, 5)
     tables = {kind: pd.read_parquet(path) for kind, path in paths.items()}
     assert {kind: len(table) for kind, table in tables.items()} == {
-        "mcq": 5, "yn": 5, "vqa": 5, "caption": 5, "mme": 6,
+        "mcq": 5,
+        "yn": 5,
+        "vqa": 5,
+        "caption": 5,
+        "mme": 6,
     }
     assert set(tables["yn"]["answer"]) == {"yes", "no"}
     assert len(tables["vqa"]["answers"][0]) == 10

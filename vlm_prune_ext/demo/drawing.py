@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -174,7 +175,7 @@ class Scene:
         return listed[0].upper() + listed[1:] + "."
 
 
-def _pick(rng: np.random.Generator, values: tuple) -> object:
+def _pick(rng: np.random.Generator, values: tuple) -> Any:
     """One of `values`; plain Python, unlike `rng.choice`, and ten times as fast."""
     return values[int(rng.integers(len(values)))]
 

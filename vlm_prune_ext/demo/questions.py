@@ -162,7 +162,8 @@ def choice_question(
 def _exists(scene: Scene, truth: bool, rng: np.random.Generator) -> Question | None:
     """A wrong pair is made of a colour and a shape that are there, wherever the scene allows it."""
     index = int(rng.integers(len(scene.objects)))
-    color, shape, owners = scene.objects[index].color, scene.objects[index].shape, (index + 1,)
+    color, shape = scene.objects[index].color, scene.objects[index].shape
+    owners: tuple[int, ...] = (index + 1,)
     if not truth:
         there = {(o.color, o.shape) for o in scene.objects}
         crossed = [
@@ -230,9 +231,7 @@ def _has_text(scene: Scene, truth: bool, rng: np.random.Generator) -> Question |
     return Question("text", text, _yes(truth), (TEXT_OWNER,))
 
 
-YES_NO_QUESTIONS: dict[
-    str, Callable[[Scene, bool, np.random.Generator], Question | None]
-] = {
+YES_NO_QUESTIONS: dict[str, Callable[[Scene, bool, np.random.Generator], Question | None]] = {
     "existence": _exists,
     "color": _has_color,
     "position": _has_side,

@@ -156,8 +156,8 @@ def score(items: Sequence[dict[str, Any]], given: Sequence[str]) -> dict[str, An
         return result
     categories = sorted({s["category"] for s in items})
     result["categories"] = {
-        name: 100 * float(np.mean([r for r, s in zip(right, items, strict=True)
-                                   if s["category"] == name]))
+        name: 100
+        * float(np.mean([r for r, s in zip(right, items, strict=True) if s["category"] == name]))
         for name in categories
     }
     return result
@@ -172,20 +172,28 @@ def majority(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
 # ----------------------------------------------------------------------------- the report
 
 
-def settings(budgets: Sequence[int]) -> dict[str, tuple[Callable[[int], Any], Callable[..., Any]]]:
+Setting = tuple[Callable[[int], Any], Callable[[dict[str, Any]], Image.Image]]
+
+
+def settings(budgets: Sequence[int]) -> dict[str, Setting]:
     """Name to method and picture of everything that is measured."""
-    none: Callable[[int], Any] = lambda batch: None  # noqa: E731
-    table: dict[str, tuple[Callable[[int], Any], Callable[..., Any]]] = {
-        "baseline": (none, picture),
-        "noise": (none, lambda sample: noise_image(sample["index"])),
-    }
+
+    def unpruned(batch: int) -> None:
+        return None
+
+    def noise(sample: dict[str, Any]) -> Image.Image:
+        return noise_image(sample["index"])
+
+    def fastv(budget: int) -> Callable[[int], Any]:
+        return lambda batch: vp.FastV(agg_layer=3, attention_rank=budget)
+
+    def random(budget: int) -> Callable[[int], Any]:
+        return lambda batch: vp.RandomDrop(keep=budget, layer=0, seed=batch)
+
+    table: dict[str, Setting] = {"baseline": (unpruned, picture), "noise": (unpruned, noise)}
     for budget in budgets:
-        table[f"fastv {budget}"] = (
-            lambda batch, n=budget: vp.FastV(agg_layer=3, attention_rank=n), picture,
-        )
-        table[f"random {budget}"] = (
-            lambda batch, n=budget: vp.RandomDrop(keep=n, layer=0, seed=batch), picture,
-        )
+        table[f"fastv {budget}"] = (fastv(budget), picture)
+        table[f"random {budget}"] = (random(budget), picture)
     return table
 
 
@@ -222,8 +230,10 @@ def measure(
             mine[name] = score(part, answers(model, processor, part, method, image))
             mine[name]["seconds"] = round(time.monotonic() - begun, 1)
             bleu = f", BLEU-4 {mine[name]['bleu_4']:.1f}" if kind == "caption" else ""
-            progress(f"{TITLES[kind]} {name}: {mine[name]['value']:.1f} %{bleu} "
-                     f"of {len(part)} in {mine[name]['seconds']} s")
+            progress(
+                f"{TITLES[kind]} {name}: {mine[name]['value']:.1f} %{bleu} "
+                f"of {len(part)} in {mine[name]['seconds']} s"
+            )
         result[kind] = mine
     return result
 
@@ -276,8 +286,9 @@ def draw_figure(report: dict[str, Any], path: Path) -> None:
             rows = [(ALL_TOKENS, mine["baseline"]), *rows]
             x = [b for b, _ in rows]
             axis.plot(x, [r["value"] for _, r in rows], marker="o", markersize=3, label=label)
-            axis.fill_between(x, [r["low"] for _, r in rows], [r["high"] for _, r in rows],
-                              alpha=0.15)
+            axis.fill_between(
+                x, [r["low"] for _, r in rows], [r["high"] for _, r in rows], alpha=0.15
+            )
         axis.axhline(mine["noise"]["value"], color="grey", linestyle=":", label="image is noise")
         axis.set_xscale("log", base=2)
         axis.set_xticks([ALL_TOKENS, *report["budgets"]])
@@ -316,12 +327,14 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if given.threads:
         torch.set_num_threads(given.threads)
-    model, processor = vp.load(
-        given.model, dtype=getattr(torch, given.dtype), device=given.device
-    )
+    model, processor = vp.load(given.model, dtype=getattr(torch, given.dtype), device=given.device)
     kinds = tuple(given.sets.split(","))
     sets = measure(
-        model, processor, seed=given.seed, count=given.samples, kinds=kinds,
+        model,
+        processor,
+        seed=given.seed,
+        count=given.samples,
+        kinds=kinds,
         sweep_count=given.sweep_samples,
         progress=lambda line: print(line, flush=True),
     )

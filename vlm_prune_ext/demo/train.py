@@ -254,9 +254,9 @@ class Tower(nn.Module):
         """
         batch = patches.shape[0]
         x = self.patch_embedding(patches)
-        place = self.position_embedding[1:] if indices is None else self.position_embedding[
-            indices + 1
-        ]
+        place = (
+            self.position_embedding[1:] if indices is None else self.position_embedding[indices + 1]
+        )
         head = (self.class_embedding + self.position_embedding[0]).expand(batch, 1, -1)
         x = self.pre_layrnorm(torch.cat([head.to(x.dtype), x + place], dim=1))
         for layer in self.layers[:-1]:
@@ -276,7 +276,8 @@ class Tower(nn.Module):
         for name in ("pre_layrnorm", "post_layernorm"):
             for part in ("weight", "bias"):
                 state[f"{root}{name}.{part}"] = getattr(getattr(self, name), part)
-        for i, layer in enumerate(self.layers):
+        for i, child in enumerate(self.layers):
+            layer: Any = child
             base = f"{root}encoder.layers.{i}."
             for part in ("weight", "bias"):
                 q, k, v = getattr(layer.qkv, part).chunk(3)
@@ -375,7 +376,8 @@ class Llava(nn.Module):
         for index, linear in ((0, self.projector_in), (2, self.projector_out)):
             state[f"model.mm_projector.{index}.weight"] = linear.weight
             state[f"model.mm_projector.{index}.bias"] = linear.bias
-        for i, layer in enumerate(self.layers):
+        for i, child in enumerate(self.layers):
+            layer: Any = child
             base = f"model.layers.{i}."
             q, k, v = layer.qkv.weight.chunk(3)
             gate, up = layer.gate_up.weight.chunk(2)
@@ -584,7 +586,8 @@ class Optimiser:
         for optimiser in self.optimisers:
             optimiser.step()
         with torch.no_grad():
-            torch._foreach_copy_(self.live, self.master)
+            for master, live in zip(self.master, self.live, strict=True):
+                live.copy_(master)
         return norm
 
     def state(self) -> dict[str, Any]:
@@ -800,13 +803,23 @@ def train_tower(run: Run, minutes: float) -> Tower:
             step, seen, spent = step + 1, seen + size, spent + time.monotonic() - begun
             if step % 50 == 0:
                 run.log.write(
-                    stage="tower", step=step, images=seen, seconds=spent, tokens=keep,
-                    loss=float(loss.detach()), norm=norm, **scores,
+                    stage="tower",
+                    step=step,
+                    images=seen,
+                    seconds=spent,
+                    tokens=keep,
+                    loss=float(loss.detach()),
+                    norm=norm,
+                    **scores,
                 )
             if spent - last_save > 60 or spent >= budget:
                 last_save = spent
                 save_state(
-                    path, optimiser=optimiser.state(), step=step, seen=seen, spent=spent,
+                    path,
+                    optimiser=optimiser.state(),
+                    step=step,
+                    seen=seen,
+                    spent=spent,
                     weights=both.state_dict(),
                 )
     return tower.eval().requires_grad_(False)
@@ -854,15 +867,30 @@ class Phase:
 PHASES = (
     Phase(0.15, 10, 96, False, 0.0, 0.5, (Group(14, 24, ("vqa", "yn")), Group(2, 44, ("mcq",)))),
     Phase(
-        0.35, 10, 96, False, 0.0, 0.4,
+        0.35,
+        10,
+        96,
+        False,
+        0.0,
+        0.4,
         (Group(10, 24, ("vqa", "yn")), Group(4, 44, ("mcq",)), Group(2, 44, ("caption",))),
     ),
     Phase(
-        0.72, 12, 112, True, 0.0, 0.3,
+        0.72,
+        12,
+        112,
+        True,
+        0.0,
+        0.3,
         (Group(8, 40, ("vqa", "yn")), Group(4, 62, ("mcq",)), Group(2, 54, ("caption",))),
     ),
     Phase(
-        1.01, 8, PATCHES, True, 0.6, 0.2,
+        1.01,
+        8,
+        PATCHES,
+        True,
+        0.6,
+        0.2,
         (Group(10, 40, ("vqa", "yn")), Group(5, 62, ("mcq",)), Group(2, 54, ("caption",))),
     ),
 )
@@ -939,7 +967,8 @@ def make_slot(
 
 def _caption_looks(scene: Scene, last: int) -> list[tuple[int, tuple[int, ...]]]:
     """Where to look while writing `a red circle, ...`: each token is predicted one place before."""
-    looks, place = [], last
+    looks: list[tuple[int, tuple[int, ...]]] = []
+    place = last
     count = len(scene.objects)
     for rank in range(count):
         # Article, colour and shape are three tokens; what comes between is one (`,` or `and`).
@@ -1017,9 +1046,7 @@ def make_language_batch(
         for b, row in enumerate(rows):
             for s in range(group.slots):
                 kind = group.kinds[s % len(group.kinds)]
-                slot = make_slot(
-                    encode, scenes.scenes[row], kind, form, phase.full_prompts, rng
-                )
+                slot = make_slot(encode, scenes.scenes[row], kind, form, phase.full_prompts, rng)
                 size = len(slot.ids)
                 assert size <= group.length, (kind, size)
                 block[b, s, :size] = slot.ids
@@ -1034,6 +1061,8 @@ def make_language_batch(
                     (b, base + place, who, place == slot.start - 1) for place, who in slot.look
                 ]
                 if slot.choice is not None:
+                    # Half-way, the right option's words must have become its letter.
+                    half[b, s, slice(*slot.choice)] = slot.ids[slot.start]
                     choices.append((b, g, s, slot.start - 1, slot.choice[0] * 100 + slot.choice[1]))
         offset += group.slots * group.length
         ids.append(torch.from_numpy(block.reshape(phase.rows, -1)))
@@ -1043,7 +1072,10 @@ def make_language_batch(
         plain.append(half.reshape(phase.rows, -1))
     batch["ids"] = torch.cat(ids, dim=1)
     for name, parts in (
-        ("labels", labels), ("weights", weights), ("kinds", kinds), ("plain", plain)
+        ("labels", labels),
+        ("weights", weights),
+        ("kinds", kinds),
+        ("plain", plain),
     ):
         batch[name] = torch.from_numpy(np.concatenate(parts, axis=1))
     batch |= _look_targets(looks, owners)
@@ -1071,7 +1103,9 @@ def _look_targets(
     anything = anything / anything.sum(-1, keepdim=True).clamp(min=1)
     last = torch.tensor([entry[3] for entry in looks])
     return {
-        "look_rows": rows, "look_places": places, "look_targets": 0.85 * about + 0.15 * anything,
+        "look_rows": rows,
+        "look_places": places,
+        "look_targets": 0.85 * about + 0.15 * anything,
         "look_last": last,
     }
 
@@ -1191,7 +1225,8 @@ def language_loss(
     cos, sin = rotary(positions, model.shape)
     terms: dict[str, Tensor] = {}
     look = x.new_zeros(0)
-    for i, layer in enumerate(model.layers):
+    for i, child in enumerate(model.layers):
+        layer: Any = child
         if i == LOOK_LAYER + 1 and batch["drop_to"]:
             kept = _rows_best(look, batch, rows, min(batch["drop_to"], count))
             index = torch.cat(
@@ -1237,9 +1272,7 @@ def _rows_best(look: Tensor, batch: dict[str, Any], rows: int, keep: int) -> Ten
     return score.topk(keep, dim=-1).indices.sort(-1).values
 
 
-def _read(
-    model: Llava, x: Tensor, labels: Tensor, weights: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _read(model: Llava, x: Tensor, labels: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
     """Cross-entropy where there are labels, and whether the likeliest token was right."""
     known = labels != IGNORE
     logits = model.lm_head(model.norm(x[known])).float()
@@ -1268,7 +1301,11 @@ def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def train_language(
-    run: Run, tower: Tower, tokenizer: bytes, minutes: float, scene_count: int,
+    run: Run,
+    tower: Tower,
+    tokenizer: bytes,
+    minutes: float,
+    scene_count: int,
     every: Callable[[Llava], None],
 ) -> Llava:
     """Stage 2. `every` is called with the model each few minutes and at the end."""
@@ -1311,14 +1348,17 @@ def train_language(
             means = {name: sum(values) / len(values) for name, values in sums.items()}
             sums.clear()
             run.log.write(
-                stage="language", step=step, answers=answers, scenes=len(scenes.scenes),
-                seconds=spent, tokens=phase.tokens, **means,
+                stage="language",
+                step=step,
+                answers=answers,
+                scenes=len(scenes.scenes),
+                seconds=spent,
+                tokens=phase.tokens,
+                **means,
             )
         if spent - last_save > 150 or spent >= budget:
             last_save = spent
-            save_state(
-                path, optimiser=optimiser.state(), step=step, answers=answers, spent=spent
-            )
+            save_state(path, optimiser=optimiser.state(), step=step, answers=answers, spent=spent)
             every(model)
     return model
 
@@ -1328,6 +1368,8 @@ def train_language(
 
 def draw_curve(log: Path, picture: Path) -> None:
     """The accuracies of both stages against minutes, from the JSON lines."""
+    if not log.exists():
+        return
     import matplotlib
 
     matplotlib.use("Agg")
@@ -1347,7 +1389,8 @@ def draw_curve(log: Path, picture: Path) -> None:
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("minutes")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        if axis.lines:
+            axis.legend(fontsize=8)
     axes[0].set_ylabel("right on fresh training scenes, %")
     figure.tight_layout()
     figure.savefig(picture, dpi=80)
@@ -1355,7 +1398,13 @@ def draw_curve(log: Path, picture: Path) -> None:
 
 
 def train(
-    out: Path, *, work: Path, device: str, minutes: float, scene_count: int, workers: int,
+    out: Path,
+    *,
+    work: Path,
+    device: str,
+    minutes: float,
+    scene_count: int,
+    workers: int,
     fast: bool,
 ) -> None:
     """Both stages; the checkpoint, `log.jsonl` and `curve.png` land in `out`."""
@@ -1393,8 +1442,13 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
     train(
-        given.out, work=given.work or given.out / "work", device=given.device,
-        minutes=given.minutes, scene_count=given.scenes, workers=given.workers, fast=given.compile,
+        given.out,
+        work=given.work or given.out / "work",
+        device=given.device,
+        minutes=given.minutes,
+        scene_count=given.scenes,
+        workers=given.workers,
+        fast=given.compile,
     )
 
 

@@ -104,9 +104,7 @@ def _check(seed: Any, count: Any) -> None:
 # ----------------------------------------------------------------------------- VLMEvalKit
 
 
-def write_vlmeval_tsv(
-    folder: str | os.PathLike[str], seed: int, samples: int
-) -> dict[str, Path]:
+def write_vlmeval_tsv(folder: str | os.PathLike[str], seed: int, samples: int) -> dict[str, Path]:
     """Write `Shapes_MCQ.tsv`, `Shapes_YN.tsv`, `Shapes_VQA.tsv` and `Shapes_Caption.tsv`.
 
     Args:
@@ -154,9 +152,7 @@ def _tsv_answer(kind: str, answer: str) -> str:
 # ----------------------------------------------------------------------------- lmms-eval
 
 
-def write_lmms_parquet(
-    folder: str | os.PathLike[str], seed: int, samples: int
-) -> dict[str, Path]:
+def write_lmms_parquet(folder: str | os.PathLike[str], seed: int, samples: int) -> dict[str, Path]:
     """Write `mcq`, `yn`, `mme`, `vqa` and `caption` as `.parquet`.
 
     Columns are those of MMBench, POPE, MME (two questions per picture, one answered yes and one

@@ -6,9 +6,8 @@ it took come with each answer.
 
 from __future__ import annotations
 
-import math
-
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any

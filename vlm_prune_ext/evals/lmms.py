@@ -122,14 +122,14 @@ class PruneModel(lmms):
         self.accelerator = Accelerator()
         self._rank = self.accelerator.process_index
         self._world_size = self.accelerator.num_processes
-        self._device = _device(device, self.accelerator)
         self._style = value_of(conv_template)
         model, processor = load(
             value_of(pretrained) or CHECKPOINT,
             dtype=value_of(dtype),
-            device=self._device,
+            device=_device(device, self.accelerator),
             attn_implementation=value_of(attn_implementation),
         )
+        self._device = processor.device
         processor.messages([{"role": "user", "content": "?"}], style=self._style)  # a known style?
         with prune(model, method):  # does the method fit the model?
             pass
@@ -441,12 +441,12 @@ def _batch_size(given: int | str, most: int | None) -> int:
     return size
 
 
-def _device(given: str | None, accelerator: Accelerator) -> torch.device:
+def _device(given: str | None, accelerator: Accelerator) -> torch.device | str:
     """The device of this process; a stated one counts unless several processes would share it."""
     given = value_of(given)
     if given is None or (accelerator.num_processes > 1 and str(given) != "cpu"):
         return accelerator.device
-    return torch.device(given)
+    return str(given)
 
 
 def _padding_twins(requests: Sequence[Instance]) -> dict[int, int]:

@@ -82,10 +82,13 @@ def class_of(model: str, given: Mapping[str, Any]) -> type[Method] | None:
 
 
 def _method_name(model: str, given: Mapping[str, Any]) -> str:
-    name = MODELS[model] or given.get("method")
-    if name is None:
+    named = MODELS[model]
+    if named is not None:
+        return named
+    if "method" not in given:
         raise InputError(f"{model} needs method=... in model_args: {', '.join(METHODS)}.")
-    return str(name)
+    name = value_of(given["method"])
+    return "none" if name is None else str(name)
 
 
 def accepted_keys(model: str, cls: type[Method] | None) -> set[str]:

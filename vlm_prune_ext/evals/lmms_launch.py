@@ -219,6 +219,8 @@ def _environment(launch: Mapping[str, str], cpu: bool) -> dict[str, str]:
     return {
         "ACCELERATE_USE_CPU": "true",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+        # Threads that wait by spinning bring a busy machine to a standstill.
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
     }
 
 

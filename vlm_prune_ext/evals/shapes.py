@@ -22,20 +22,16 @@ from vlmeval.smp import load
 
 from vlm_prune_ext import demo
 from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.evals.cache import cache_folder
 
 SEED = 0
 SAMPLES = 100
 VARIABLE = "VLM_PRUNE_DEMO_DATA"
+LMUDATA = "LMUData"
 
 # Answers in these sets are short; VLMEvalKit's limit for LLaVA (2048) would only let a model that
 # does not stop by itself babble.
 MAX_NEW_TOKENS = {"Shapes_MCQ": 16, "Shapes_YN": 16, "Shapes_VQA": 16, "Shapes_Caption": 64}
-
-
-def cache_folder() -> Path:
-    """Where files that can be made again are kept."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return base / "vlm_prune_ext"
 
 
 def data_folder() -> Path:
@@ -87,7 +83,7 @@ class _Shapes:
 
     def __init__(self, dataset: str, **kwargs: Any) -> None:
         with _no_lmudata():
-            super().__init__(dataset=dataset, **kwargs)
+            super().__init__(dataset=dataset, **kwargs)  # type: ignore[call-arg]
 
     def prepare_tsv(self, url: str, file_md5: str | None = None) -> Any:
         """The table, from our folder instead of a download."""
@@ -108,15 +104,15 @@ class _Shapes:
 @contextmanager
 def _no_lmudata() -> Iterator[None]:
     """VLMEvalKit makes its data folder when a data set is built; here it gets an existing one."""
-    before = os.environ.get("LMUData")
-    os.environ["LMUData"] = tempfile.gettempdir()
+    before = os.environ.get(LMUDATA)
+    os.environ[LMUDATA] = tempfile.gettempdir()
     try:
         yield
     finally:
         if before is None:
-            del os.environ["LMUData"]
+            del os.environ[LMUDATA]
         else:
-            os.environ["LMUData"] = before
+            os.environ[LMUDATA] = before
 
 
 class ShapesMCQ(_Shapes, ImageMCQDataset):

@@ -85,9 +85,13 @@ class PrunedVLM(BaseModel):
             method = get_method(self.METHOD, **parameters)
         elif parameters:
             raise InputError(f"method and {', '.join(parameters)} are given: one of them may be.")
-        self.model, self.processor = loaded or load(
-            model_path, dtype=dtype, device=device, attn_implementation=attn_implementation
-        )
+        if loaded is None:
+            loaded = load(
+                model_path, dtype=dtype, device=device, attn_implementation=attn_implementation
+            )
+        self.model: Any
+        self.processor: Any
+        self.model, self.processor = loaded
         self.method = method
         self.max_new_tokens = max_new_tokens
         self.last: Answer | None = None

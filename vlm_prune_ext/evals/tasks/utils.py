@@ -7,6 +7,7 @@ in the user's cache folder (``XDG_CACHE_HOME``, else ``~/.cache``).
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import re
@@ -36,10 +37,22 @@ def data_folder() -> Path:
     if named:
         return Path(named).expanduser()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    folder = cache / "vlm_prune_ext" / f"shapes_seed{SEED}_samples{SAMPLES}"
+    name = f"shapes_parquet_seed{SEED}_samples{SAMPLES}_{_recipe()}"
+    folder = cache / "vlm_prune_ext" / name
     if not folder.exists():
         _generate(folder)
     return folder
+
+
+def _recipe() -> str:
+    """Changes when the code that draws pictures and asks questions does."""
+    from vlm_prune_ext import demo
+
+    digest = hashlib.sha1(usedforsecurity=False)
+    for name in ("drawing", "questions", "scenes", "writers"):
+        path = Path(demo.__file__).with_name(f"{name}.py")
+        digest.update(path.read_bytes() if path.is_file() else b"")
+    return digest.hexdigest()[:8]
 
 
 def _generate(folder: Path) -> None:

@@ -1,0 +1,71 @@
+"""What a checkpoint's ``config.json`` alone says about a run, before hours are spent."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from vlm_prune_ext.methods.base import Method, Stage, require
+from vlm_prune_ext.models.checkpoint import Checkpoint
+from vlm_prune_ext.models.original import OriginalCheckpoint, is_original
+
+
+def check_fit(source: Checkpoint, method: Method | None) -> None:
+    """Refuse a method that cannot work on a checkpoint.
+
+    Checked are layers of the decoder and of the tower, and budgets against the visual tokens of
+    one image where every image has equally many. What depends on prompts shows at the first one.
+
+    Raises:
+        InputError: naming the field, its value and what is accepted.
+    """
+    if method is None:
+        return
+    config = _config(source)
+    text = getattr(config, "text_config", config)
+    stages = method.stages(text.num_hidden_layers)
+    vision = getattr(config, "vision_config", None)
+    if vision is None or not hasattr(vision, "patch_size"):
+        return
+    method.vision_stages(vision.num_hidden_layers, _feature_layer(config, vision))
+    if hasattr(config, "image_grid_pinpoints"):
+        return
+    total = (vision.image_size // vision.patch_size) ** 2
+    total += int(getattr(config, "vision_feature_select_strategy", "default") == "full")
+    accepted = f"at most {total}, the visual tokens of an image of this model"
+    for name, value in _budgets(method, stages):
+        require(not isinstance(value, int) or value <= total, name, value, accepted)
+
+
+def _config(source: Checkpoint) -> Any:
+    from transformers import AutoConfig, LlavaConfig
+
+    if is_original(source.config):
+        return LlavaConfig(**OriginalCheckpoint(source).multimodal_config())
+    return AutoConfig.from_pretrained(str(source.folder))
+
+
+def _feature_layer(config: Any, vision: Any) -> int | None:
+    """Index of the last tower layer in use (``hidden_states[0]`` is what enters the first)."""
+    chosen = getattr(config, "vision_feature_layer", None)
+    if chosen is None:
+        return None
+    every = [chosen] if isinstance(chosen, int) else list(chosen)
+    return max(i - 1 if i > 0 else vision.num_hidden_layers + i for i in every)
+
+
+def _budgets(method: Method, stages: tuple[Stage, ...]) -> list[tuple[str, Any]]:
+    """Fields that hold a number of tokens, with their values."""
+    values = {f.name: getattr(method, f.name) for f in fields(method)}
+    asked = {stage.budget for stage in stages if stage.budget is not None}
+    named = {
+        name: value for name, value in values.items() if value in asked and "layer" not in name
+    }
+    if type(method).resize is not Method.resize:
+        named[method.BUDGET] = values[method.BUDGET]
+    return list(named.items())
+
+
+def is_untrained(source: Checkpoint) -> bool:
+    """Whether the checkpoint says of itself that its weights are random."""
+    return "random" in str(source.config.get("description", "")).lower()

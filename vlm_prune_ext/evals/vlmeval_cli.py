@@ -1,0 +1,305 @@
+"""Score a pruned LLaVA with VLMEvalKit.
+
+Without arguments: the demo model, with and without pruning, on the demo's data sets. Results are
+in WORK_DIR/NAME_DATA/: predictions (.xlsx) and one record (_results.json) with scores, visual
+tokens, FLOPs, times, memory and settings. Under torchrun rows are shared out among processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from vlm_prune_ext.errors import InputError, unknown_name
+from vlm_prune_ext.settings import (
+    DTYPES,
+    MODES,
+    Settings,
+    method_options,
+    option_setting,
+    read_file,
+    read_value,
+    resolve,
+)
+
+if TYPE_CHECKING:
+    from vlm_prune_ext.evals.record import Record
+
+SHAPES = ("Shapes_MCQ", "Shapes_YN", "Shapes_VQA", "Shapes_Caption")
+
+
+# -- arguments -----------------------------------------------------------------------------------
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are :class:`InputError`, with the near name suggested."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing usage and leaving."""
+        raise InputError(f"{message[0].upper()}{message[1:].rstrip('.')} (see {self.prog} --help).")
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse all of ``argv``."""
+        for word in argv:
+            option = word.partition("=")[0]
+            if option.startswith("--") and option not in self._option_string_actions:
+                shown = str(unknown_name("option", option, self._option_string_actions))
+                raise InputError(f"{shown.split(' Accepted: ')[0]} See {self.prog} --help.")
+        args, rest = self.parse_known_args(argv)
+        if rest:
+            self.error(f"unexpected {' '.join(map(repr, rest))}")
+        return args
+
+
+def make_parser() -> Parser:
+    """All options; what is not given is absent from the result."""
+    parser = Parser(
+        prog="run_vlmeval.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--model-path", metavar="NAME_OR_PATH", help="original LLaVA or Hugging Face format")
+    add("--data", nargs="+", metavar="NAME", help="VLMEvalKit's data sets, or Shapes_*")
+    add("--work-dir", metavar="DIR", help="default: outputs")
+    add("--config", metavar="FILE", help="settings as JSON or YAML; the command line wins")
+    add("--limit", type=int, metavar="N", help="only the first N rows of each data set")
+    add("--mode", choices=MODES, help="default: all")
+    add("--reuse", action="store_true", help="go on from the answers that are there")
+    add("--verbose", action="store_true", help="print every answer")
+    add("--seed", type=int, metavar="N", help="default: 0")
+    add("--dtype", choices=DTYPES, help="default: float32 on a CPU, else the checkpoint's")
+    add("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 (default: as found)")
+    add("--attn-implementation", metavar="NAME", help="eager, sdpa or flash_attention_2")
+    add("--max-new-tokens", type=int, metavar="N", help="default: VLMEvalKit's for LLaVA, 2048")
+    group = parser.add_argument_group("what prunes")
+    group.add_argument("--baseline", action="store_true", help="nothing")
+    group.add_argument("--method", metavar="NAME[:BUDGET]", help="see vlm-prune methods")
+    group.add_argument(
+        "--set",
+        action="append",
+        metavar="KEY=VALUE",
+        help="any parameter of the method, under its own or its model.config name",
+    )
+    for option in method_options():
+        if option.flag:
+            group.add_argument(option.option, action="store_true", help=option.help)
+        else:
+            help_text = option.help.replace("%", "%%")
+            group.add_argument(option.option, metavar="VALUE", help=help_text)
+    return parser
+
+
+def settings_of(argv: Sequence[str]) -> tuple[Settings, frozenset[str]]:
+    """Settings that a command line (and the file it names) asks for, and which of them are given.
+
+    Raises:
+        InputError: anything that is not accepted.
+    """
+    given = vars(make_parser().parse(argv))
+    file = read_file(given.pop("config")) if "config" in given else {}
+    extra = given.pop("set", [])
+    for option in method_options():
+        if option.key in given and not option.flag:
+            value = read_value(given.pop(option.key))
+            _check_owner(option.method, option.option, given, file)
+            given[option_setting(option)] = value
+    for setting in extra:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise InputError(f"--set {setting!r} is not valid: KEY=VALUE.")
+        given[key.strip().replace("-", "_")] = read_value(value)
+    return resolve(given, file)
+
+
+def _check_owner(method: str, option: str, given: dict[str, Any], file: dict[str, Any]) -> None:
+    """Options such as --random-keep set plain field names: their method must be the one asked
+    for."""
+    asked = given.get("method", file.get("method"))
+    if option.startswith(f"--{method}-") and method in ("random", "downsample"):
+        name = str(asked.get("name") if isinstance(asked, dict) else asked).partition(":")[0]
+        if name != method:
+            raise InputError(f"{option} needs --method {method}.")
+
+
+# -- running -------------------------------------------------------------------------------------
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: arguments; ``None`` takes those of the process.
+
+    Returns:
+        0: all went well; 1: some rows failed, or scores are missing; 2: wrong input or an
+        interrupted run, said in one sentence on standard error.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with _terminable():
+            settings, given = settings_of(words)
+            if not given - {"work_dir", "limit", "reuse", "seed", "device", "dtype"}:
+                return _compare(settings)
+            return _run(settings)
+    except SystemExit as done:  # --help
+        return int(done.code or 0)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "Interrupted: the answers made so far are on disk, and the same command with --reuse "
+            "goes on from them.",
+            file=sys.stderr,
+        )
+        return 2
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends a run as Ctrl-C does."""
+
+    def stop(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _compare(settings: Settings) -> int:
+    _keep_out_of_lmudata()
+    from vlm_prune_ext.evals.compare import compare
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("Under torchrun a run must name --data: the comparison is one process's.")
+    return compare(settings)
+
+
+def _keep_out_of_lmudata() -> None:
+    """VLMEvalKit makes its data folder as soon as it is imported. Where only the demo's data are
+    asked for and there is no such folder, it gets one in the cache."""
+    from vlm_prune_ext.evals.cache import cache_folder
+
+    if "LMUData" in os.environ or Path("~/LMUData").expanduser().exists():
+        return
+    folder = cache_folder() / "LMUData"
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["LMUData"] = str(folder)  # noqa: SIM112 (its name)
+
+
+def _run(settings: Settings) -> int:
+    from dataclasses import replace
+
+    from vlm_prune_ext.models.checkpoint import Checkpoint
+
+    if settings.model_path is not None:
+        Checkpoint(settings.model_path)  # a wrong path should not cost an import of 10 seconds
+    if not settings.data:
+        settings = replace(settings, data=SHAPES)
+    if set(settings.data) <= set(SHAPES):
+        _keep_out_of_lmudata()
+    from vlm_prune_ext.evals.precheck import check_fit
+    from vlm_prune_ext.evals.rows import check_name
+    from vlm_prune_ext.evals.shapes import register_datasets
+    from vlm_prune_ext.evals.vlmeval_run import Models, Ranks, run_dataset
+    from vlm_prune_ext.resets import announce
+
+    register_datasets()
+    for name in settings.data:
+        check_name(name, settings.mode)
+    models, ranks = Models(settings), Ranks.here()
+    check_fit(models.source, settings.method)
+    if ranks.rank == 0:
+        announce(settings.method)
+    made = []
+    with ranks.connected(settings.device):
+        for name in settings.data:
+            made.append(run_dataset(settings, name, models))
+    records = [one for one in made if one is not None]
+    return report(records, settings) if ranks.rank == 0 else 0
+
+
+# -- reporting -----------------------------------------------------------------------------------
+def report(records: Sequence[Record], settings: Settings) -> int:
+    """Print one row per data set and what went wrong; returns the exit code."""
+    from rich.table import Table
+
+    table = Table(title=records[0].name, title_justify="left")
+    for column in ("data", "score", "rows", "failed", "visual tokens", "FLOPs", "prefill"):
+        table.add_column(column, justify="left" if column in ("data", "score") else "right")
+    for one in records:
+        table.add_row(
+            one.dataset,
+            _score(one),
+            str(one.samples),
+            str(len(one.failed)),
+            tokens(one),
+            f"{100 * one.flops.ratio:.1f} %" if one.flops else "-",
+            _milliseconds(one),
+        )
+    console().print(table)
+    for note in dict.fromkeys(one.note for one in records if one.note):
+        print(note)
+    for one in records:
+        print(Path(settings.work_dir) / f"{one.name}_{one.dataset}")
+    return _failures(records, settings)
+
+
+def _failures(records: Sequence[Record], settings: Settings) -> int:
+    failed = sum(len(one.failed) for one in records)
+    for one in records:
+        for row in one.failed[:10]:
+            print(f"{one.dataset}, row {row['index']}: {row['reason']}", file=sys.stderr)
+        if len(one.failed) > 10:
+            print(f"{one.dataset}: and {len(one.failed) - 10} more rows", file=sys.stderr)
+    if failed:
+        rows = "row" if failed == 1 else "rows"
+        print(f"{failed} {rows} failed; the others are done.", file=sys.stderr)
+    unscored = settings.mode != "infer" and any(one.score is None for one in records)
+    return 1 if failed or unscored else 0
+
+
+def _score(record: Record) -> str:
+    if record.score is None:
+        return "-"
+    error = record.score.standard_error
+    spread = f" ± {1.96 * error:.1f}" if error is not None else ""
+    return f"{record.score.name} {record.score.value:.2f}{spread}"
+
+
+def tokens(record: Record) -> str:
+    """Visual tokens of a sample on their way through the layers: ``576 → 100``."""
+    steps = [f"{record.visual_tokens[0].before:.0f}"] if record.visual_tokens else []
+    steps += [f"{group.after:.0f}" for group in record.visual_tokens]
+    different = [step for i, step in enumerate(steps) if i == 0 or step != steps[i - 1]]
+    if len(different) > 4:
+        different = [different[0], "…", different[-1]]
+    return " → ".join(different) or "-"
+
+
+def _milliseconds(record: Record) -> str:
+    spread = record.seconds.prefill if record.seconds else None
+    return f"{1000 * spread.median:.0f} ms" if spread else "-"
+
+
+def console() -> Any:
+    """Where tables go: as wide as the terminal, wide enough without one."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=120)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
