@@ -213,7 +213,7 @@ def test_any_text_is_drawn(text, tmp_path):
     missing = draw(image, [Panel("t")], [("Question", text)], tmp_path / "x.png")
     picture = read(tmp_path / "x.png")
     # Nothing runs over the right edge, and long texts do not make an endless picture.
-    assert (picture[:, -4:] == 255).all()
+    assert (picture[:, -4:] > 245).all()
     assert picture.shape[0] < 340 + 20 * (MAX_LINES + 4)
     _, unknown = fonts_for(text[:MAX_CHARACTERS])
     assert set(unknown) <= set(missing)

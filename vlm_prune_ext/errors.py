@@ -24,6 +24,7 @@ def unknown_name(kind: str, value: object, accepted: Iterable[str]) -> InputErro
         accepted: all names that would have been right.
     """
     names = sorted(accepted)
-    near = difflib.get_close_matches(str(value).lower(), names, n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    by_lower = {name.lower(): name for name in names}
+    near = difflib.get_close_matches(str(value).lower(), by_lower, n=1, cutoff=0.5)
+    hint = f" Did you mean {by_lower[near[0]]!r}?" if near else ""
     return InputError(f"Unknown {kind} {value!r}.{hint} Accepted: {', '.join(names)}.")
