@@ -9,9 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import vlm_prune_ext as vp
 from vlm_prune_ext.demo import CHECKPOINT, drawing, questions, report, train
+
+TOKENIZER = (CHECKPOINT / "tokenizer.model").read_bytes()
+NORMALISE, ROTARY, CAUSAL_BIAS = train.normalise, train.rotary, train.causal_bias
 
 # Fresh scenes: no other seed of this repository is this one.
 SEED = 20_261
@@ -61,12 +65,12 @@ def test_it_captions(loaded):
 
 
 def test_the_tokenizer_is_the_one_that_the_script_makes():
-    assert train.train_tokenizer() == (CHECKPOINT / "tokenizer.model").read_bytes()
+    assert train.train_tokenizer() == TOKENIZER
 
 
 def test_prompts_are_those_of_the_processor(loaded):
     _, processor = loaded
-    encode = train.Encoder((CHECKPOINT / "tokenizer.model").read_bytes())
+    encode = train.Encoder(TOKENIZER)
     rng = np.random.default_rng(0)
     for seed in range(20):
         scene = drawing.make_scene(seed)
@@ -81,15 +85,53 @@ def test_prompts_are_those_of_the_processor(loaded):
             assert processor.token_ids(prompt, [1]) == ids
 
 
-def test_the_training_code_is_the_same_model(loaded):
-    """The compact decoder and tower of the training script against transformers' own."""
-    _, processor = loaded
-    scene = drawing.make_scene(3)
-    pixels, _ = drawing.draw(scene)
-    patches = torch.from_numpy(train.pixels_to_patches(pixels))[None]
-    shown = processor.pixels([drawing.render(scene)])["pixel_values"]
-    grid = shown.reshape(1, 3, 24, 14, 24, 14).permute(0, 2, 4, 1, 3, 5).reshape(1, 576, -1)
-    assert torch.allclose(train.normalise(patches).float(), grid, atol=0.02)
+def _compact() -> tuple[train.Tower, train.Llava]:
+    """The training script's own modules with the shipped weights."""
+    tower, model = train.Tower(), train.Llava(train.Encoder(TOKENIZER).sp.vocab_size())
+    for module, state, folder in (
+        (tower, tower.huggingface_state(), CHECKPOINT / "vision_tower"),
+        (model, model.llava_state(), CHECKPOINT),
+    ):
+        module.requires_grad_(False)
+        shipped = load_file(folder / "model.safetensors")
+        assert set(shipped) == set(state)
+        for name, view in state.items():
+            view.detach().copy_(shipped[name])
+    return tower, model
+
+
+def test_the_training_code_is_the_same_model(monkeypatch):
+    """One loss of the compact modules, and the same from transformers' own."""
+    tower, compact = _compact()
+    scenes = train.Scenes(tower, 1, 4, torch.device("cpu"))
+    scenes.features = scenes.features.float()
+    monkeypatch.setattr(train, "normalise", lambda p: NORMALISE(p).float())
+    monkeypatch.setattr(train, "rotary", lambda p, s: [t.float() for t in ROTARY(p, s)])
+    monkeypatch.setattr(train, "causal_bias", lambda n, d: CAUSAL_BIAS(n, d).float())
+    scenes.add(1)
+    group = train.Group(1, 40, ("vqa",))
+    phase = train.Phase(1.0, 1, 576, True, 0.0, 0.2, (group,))
+    batch = train.make_language_batch(
+        scenes, train.Encoder(TOKENIZER), phase, np.random.default_rng(0)
+    )
+    with torch.no_grad():
+        _, terms = train.language_loss(compact, batch, phase)
+
+    model, processor = vp.load(CHECKPOINT, dtype=torch.float32)
+    ids = torch.cat(
+        [batch["prefix"], torch.full((576,), processor.image_token_id), batch["ids"][0]]
+    )
+    pixels = processor.pixels([drawing.render(drawing.make_scene(4))])["pixel_values"]
+    with torch.no_grad():
+        logits = model(input_ids=ids[None], pixel_values=pixels).logits[0, -40:]
+    known = batch["labels"][0] != train.IGNORE
+    losses = torch.nn.functional.cross_entropy(
+        logits[known], batch["labels"][0][known], reduction="none"
+    )
+    weights = batch["weights"][0][known]
+    assert terms["answer"] == pytest.approx(
+        float((losses * weights).sum() / weights.sum()), rel=0.05, abs=5e-3
+    )
 
 
 def test_the_checkpoint_says_what_it_is_and_stays_small():

@@ -272,6 +272,9 @@ def test_plan_counts_processes(monkeypatch: pytest.MonkeyPatch) -> None:
         (["llava_fastv", "shapes_mcq", "num_machines=2"], ("machine_rank",)),
         (["llava_fastv", "shapes_mcq_ppl", "use_cache=x"], ("use_cache", "shapes_mcq_ppl")),
         (["llava_fastv", "shapes_mcq", "include_path=x"], ("include_path",)),
+        (["llava_fastv", "shapes_mcq", "agg_layer=99"], ("agg_layer", "99", "12 layers")),
+        (["llava_fastv", "shapes_mcq", "attention_rank=577"], ("attention_rank", "576")),
+        (["llava_fastv", "shapes_mcq", "pretrained=no/where/at/all"], ("no/where/at/all",)),
     ],
 )
 def test_wrong_calls_are_one_sentence(

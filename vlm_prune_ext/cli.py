@@ -21,6 +21,7 @@ from vlm_prune_ext.errors import InputError, unknown_name
 
 COMMANDS = {
     "methods": "pruning methods with their parameters, defaults and papers",
+    "models": "models with a short name, and what each supports",
     "inspect": "draw which patches of a picture a method drops, layer by layer",
     "scienceqa": "accuracy and seconds per example on ScienceQA as LLaVA lays it out",
     "demo-data": "write fresh demo pictures with questions as benchmark files",

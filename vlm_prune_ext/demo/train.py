@@ -181,10 +181,21 @@ def train_tokenizer() -> bytes:
     return model.getvalue()
 
 
-def random_question(scene: Scene, kind: str, rng: np.random.Generator) -> qa.Question | None:
-    """A training question, or `None` where the scene does not allow the one that was drawn."""
+def random_question(
+    scene: Scene, kind: str, rng: np.random.Generator, more_position: float = 0.0
+) -> qa.Question | None:
+    """A training question, or `None` where the scene does not allow the one that was drawn.
+
+    `more_position` is the share of questions that are about positions whatever else is drawn.
+    """
     if kind == "caption":
         return qa.caption_question(scene)
+    if more_position and rng.random() < more_position:
+        if kind == "yn":
+            return qa.yes_no_question(scene, "position", bool(rng.integers(2)), rng)
+        if kind == "vqa":
+            return qa.open_question(scene, "position", rng)
+        return qa.choice_question(scene, "position", qa.LETTERS[int(rng.integers(4))], rng)
     if kind == "yn":
         category = str(rng.choice(tuple(qa.YES_NO_QUESTIONS), p=(0.36, 0.16, 0.16, 0.16, 0.16)))
         return qa.yes_no_question(scene, category, bool(rng.integers(2)), rng)
@@ -852,7 +863,8 @@ class Phase:
 
     `until` is a share of the stage's time, `tokens` how many of the 576 visual tokens a row has,
     `full_prompts` whether questions come in the frameworks' wording or bare, `drop` how often the
-    visual tokens are cut before layer 3 as FastV would, `look` the weight of the attention term.
+    visual tokens are cut before layer 3 as FastV would, `look` the weight of the attention term,
+    `more_position` the share of questions given to what is learnt last.
     """
 
     until: float
@@ -862,6 +874,7 @@ class Phase:
     drop: float
     look: float
     groups: tuple[Group, ...]
+    more_position: float = 0.0
 
 
 PHASES = (
@@ -891,7 +904,8 @@ PHASES = (
         True,
         0.6,
         0.2,
-        (Group(10, 40, ("vqa", "yn")), Group(5, 62, ("mcq",)), Group(2, 54, ("caption",))),
+        (Group(8, 40, ("vqa", "yn")), Group(6, 62, ("mcq",)), Group(1, 54, ("caption",))),
+        more_position=0.3,
     ),
 )
 
@@ -926,17 +940,17 @@ class Slot:
     kind: str
     look: list[tuple[int, tuple[int, ...]]]
     choice: tuple[int, int] | None
-    plain: int
+    plain: tuple[int, ...]
 
 
 def make_slot(
-    encode: Encoder, scene: Scene, kind: str, form: str, full: bool, rng: np.random.Generator
+    encode: Encoder, scene: Scene, kind: str, form: str, phase: Phase, rng: np.random.Generator
 ) -> Slot:
     """A random question of `kind` about `scene`."""
     question = None
     while question is None:
-        question = random_question(scene, kind, rng)
-    if full:
+        question = random_question(scene, kind, rng, phase.more_position)
+    if phase.full_prompts:
         text = word_question(question, kind, rng)
     elif kind == "mcq":
         text = word_choice(question, 0).removesuffix(LETTER_SUFFIX)
@@ -950,19 +964,30 @@ def make_slot(
     ids = prompt + answer + [2]
     last = len(prompt) - 1
     look = [(last, question.owners)]
-    choice, plain = None, answer[0]
+    choice, plain = None, answer
     if kind == "mcq":
         right = question.options[qa.LETTERS.index(question.answer)]
-        plain = encode(right)[0]
+        plain = encode(right)
         before = after_image(form, text).split(f"\n{question.answer}. ")[0]
         first = len(encode(before)) - skip + 3  # the newline, the letter, the full stop
         choice = (first, first + len(encode(right)))
     elif kind == "caption":
-        plain = IGNORE
+        plain = []
         look += _caption_looks(scene, last)
     elif kind == "yn":
-        plain = IGNORE
-    return Slot(ids, len(prompt), kind, look, choice, plain)
+        plain = _true_place(encode, question)
+    elif len(answer) > 1:
+        look.append((last + 1, question.owners))
+    return Slot(ids, len(prompt), kind, look, choice, tuple(plain[:2]))
+
+
+def _true_place(encode: Encoder, question: qa.Question) -> list[int]:
+    """For `Is ... in the left half?`: the half it really is in."""
+    if question.category != "position":
+        return []
+    place = question.text.split()[-5]
+    opposite = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
+    return encode(place if question.answer == "Yes" else opposite[place])
 
 
 def _caption_looks(scene: Scene, last: int) -> list[tuple[int, tuple[int, ...]]]:
@@ -1033,7 +1058,7 @@ def make_language_batch(
         "indices": indices,
         "features": scenes.features[row_index[:, None], indices],
     }
-    ids, labels, weights, kinds, plain = [], [], [], [], []
+    ids, labels, weights, kinds, plain, plain_too = [], [], [], [], [], []
     looks: list[tuple[int, int, tuple[int, ...], bool]] = []
     choices: list[tuple[int, int, int, int, int]] = []
     offset = 0
@@ -1042,11 +1067,12 @@ def make_language_batch(
         target = np.full(block.shape, IGNORE, dtype=np.int64)
         weight = np.zeros(block.shape, dtype=np.float32)
         half = np.full(block.shape, IGNORE, dtype=np.int64)
+        second = half.copy()
         kind_of = np.zeros(block.shape, dtype=np.int8)
         for b, row in enumerate(rows):
             for s in range(group.slots):
                 kind = group.kinds[s % len(group.kinds)]
-                slot = make_slot(encode, scenes.scenes[row], kind, form, phase.full_prompts, rng)
+                slot = make_slot(encode, scenes.scenes[row], kind, form, phase, rng)
                 size = len(slot.ids)
                 assert size <= group.length, (kind, size)
                 block[b, s, :size] = slot.ids
@@ -1055,7 +1081,10 @@ def make_language_batch(
                 if kind != "caption":
                     weight[b, s, slot.start - 1] = 1.0
                 kind_of[b, s] = qa.KINDS.index(kind)
-                half[b, s, slot.start - 1] = slot.plain
+                if kind == "vqa":
+                    weight[b, s, slot.start - 1 : size - 2] = 1.0
+                for part, token in zip((half, second), slot.plain, strict=False):
+                    part[b, s, slot.start - 1] = token
                 base = offset + s * group.length
                 looks += [
                     (b, base + place, who, place == slot.start - 1) for place, who in slot.look
@@ -1070,12 +1099,14 @@ def make_language_batch(
         weights.append(weight.reshape(phase.rows, -1))
         kinds.append(kind_of.reshape(phase.rows, -1))
         plain.append(half.reshape(phase.rows, -1))
+        plain_too.append(second.reshape(phase.rows, -1))
     batch["ids"] = torch.cat(ids, dim=1)
     for name, parts in (
         ("labels", labels),
         ("weights", weights),
         ("kinds", kinds),
         ("plain", plain),
+        ("plain_too", plain_too),
     ):
         batch[name] = torch.from_numpy(np.concatenate(parts, axis=1))
     batch |= _look_targets(looks, owners)
@@ -1256,9 +1287,13 @@ def language_loss(
         x = layer.finish(x, mixed)
         if i == ANSWER_LAYER - 1:
             terms["plain"], _ = _read(model, x[:, start + count :], batch["plain"], None)
+            if (batch["plain_too"] != IGNORE).any():
+                terms["plain_too"], _ = _read(
+                    model, x[:, start + count :], batch["plain_too"], None
+                )
     terms["answer"], hits = _read(model, x[:, start + count :], batch["labels"], batch["weights"])
     total = terms["answer"] + phase.look * terms["look"] + 0.2 * terms["plain"]
-    for name in ("choose", "letter"):
+    for name in ("choose", "letter", "plain_too"):
         if name in terms:
             total = total + 0.3 * terms[name]
     scores = {name: float(term.detach()) for name, term in terms.items()}
@@ -1330,7 +1365,7 @@ def train_language(
         begun = time.monotonic()
         # New scenes come a few at a time, until there are enough: no long wait before the first.
         if (step % 2 == 0 or not scenes.scenes) and len(scenes.scenes) < scene_count:
-            scenes.add(16 if scenes.scenes else min(1024 + 8 * step, 2560))
+            scenes.add(16 if scenes.scenes else 1024)
             if len(scenes.scenes) == scene_count:
                 scenes.save(kept_scenes)
         phase = next(p for p in PHASES if spent < p.until * budget)

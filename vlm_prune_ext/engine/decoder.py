@@ -61,6 +61,15 @@ class DecoderPruner:
         self.num_layers = len(parts.layers)
         self.stages = {stage.layer: stage for stage in method.stages(self.num_layers)}
         self.shift = [method.decode_position_shift(layer) for layer in range(self.num_layers)]
+        if any(self.shift) and not parts.plain_rotary:
+            raise InputError(
+                f"{method.name} with reference_positions=True shifts rotary positions as the "
+                f"reference does on LLaMA; {type(parts.decoder).__name__} counts positions "
+                "differently: leave it False."
+            )
+        # Hybrid models have layers that see only so many tokens back.
+        config = getattr(parts.decoder, "config", None)
+        self.windows = masks.sliding_windows(config, self.num_layers)
         self.pending: tuple[torch.Tensor, list[list[int]] | None] | None = None
         # State by KV cache: several caches may be decoded in turn.
         self.states: weakref.WeakKeyDictionary[Any, _State] = weakref.WeakKeyDictionary()
@@ -140,6 +149,10 @@ class DecoderPruner:
             return images_from_argument(self.visual_span, given.batch, given.length)
         if pending is not None:
             mask, lengths = pending
+            beams = given.batch // mask.shape[0]
+            if beams > 1 and tuple(mask.shape) == (given.batch // beams, given.length):
+                mask = mask.repeat_interleave(beams, dim=0)  # seen before beams were made of it
+                lengths = lengths and [row for row in lengths for _ in range(beams)]
             if tuple(mask.shape) != (given.batch, given.length):
                 raise InputError(
                     f"Visual tokens were found in an input of shape {tuple(mask.shape)}, but the "
@@ -163,7 +176,8 @@ class DecoderPruner:
         if self.features_shrink:
             short = without_marked(given, images)
         elif 0 in self.stages:
-            short = without_dropped(given, images, self.stages[0], self.trace)
+            stage, counts = self.stages[0], self.parts.counts_real
+            short = without_dropped(given, images, stage, self.trace, counts)
         if short is None:
             state = Prefill.start(images, given.batch, given.length, given.real, given.device)
         else:
@@ -254,7 +268,7 @@ class DecoderPruner:
         cut = layout.count != layout.total or layout.valid is not None
         hiding = any(first <= index for first in prefill.hidden_keys)
         changes: dict[str, Any] = {}
-        if cut or hiding:
+        if cut or hiding or self._windows_gaps(index, call):
             changes["attention_mask"] = self._mask(index, layout, hidden, kwargs)
         if cut and call.prefill:
             for name in ("position_embeddings", "position_ids"):
@@ -266,6 +280,12 @@ class DecoderPruner:
         if not call.prefill and self.shift[index]:
             changes["position_embeddings"] = self._shifted(hidden, kwargs, self.shift[index])
         return {**kwargs, **changes} if changes else kwargs
+
+    def _windows_gaps(self, index: int, call: _Call) -> bool:
+        """Does the layer count a sliding window over a prompt that layer 0 dropped tokens of?"""
+        short = call.state.short
+        gaps = short is not None and short.origin is not None and not short.whole
+        return gaps and self.windows[index] is not None
 
     def _shifted(self, hidden: torch.Tensor, kwargs: dict, shift: int) -> Any:
         rotary: Any = self.parts.decoder.rotary_emb  # type: ignore[union-attr]
@@ -279,6 +299,12 @@ class DecoderPruner:
         assert call is not None
         mask = kwargs.get("attention_mask")
         prefill = call.state.prefill
+        if self._makes_mask(index, call):
+            return self._made_mask(index, layout, hidden, kwargs)
+        self._check_window(index, layout)
+        whole = layout.count == layout.total and layout.valid is None
+        if call.prefill and whole and not prefill.hidden_keys:
+            return mask  # cut with the prompt, in front of layer 0
         key = (id(layout), id(mask), tuple(f for f in prefill.hidden_keys if f <= index))
         if key not in call.masks:
             width = self._key_width(index, layout, hidden.shape[1], kwargs)
@@ -295,6 +321,64 @@ class DecoderPruner:
             # The original is kept beside it: an id is only unique while its object lives.
             call.masks[key] = (mask, made)
         return call.masks[key][1]
+
+    def _makes_mask(self, index: int, call: _Call) -> bool:
+        """Is the model's own mask of no use? Hybrid models size theirs by the cache of the first
+        layer of each kind, which may hold fewer tokens, and count windows in tokens that are left.
+        """
+        if not any(self.windows):
+            return False
+        if not call.prefill:
+            return True
+        given = call.state.short.given.mask if call.state.short is not None else None
+        stated = isinstance(given, dict) or (given is not None and given.dim() == 4)
+        return self._windows_gaps(index, call) and not stated
+
+    def _made_mask(self, index: int, layout: Layout, hidden: torch.Tensor, kwargs: dict) -> Any:
+        """The mask from where the tokens stood in the prompt, windows and hidden keys included."""
+        call, window = self.call, self.windows[index]
+        assert call is not None
+        self._check_window(index, layout)
+        prefill, cache = call.state.prefill, kwargs.get("past_key_values")
+        key = (id(layout), window, tuple(f for f in prefill.hidden_keys if f <= index))
+        if key in call.masks:
+            return call.masks[key][1]
+        layout = layout.to(hidden.device)
+        queries, device = hidden.shape[1], hidden.device
+        held = int(cache.get_seq_length(index)) if cache is not None else 0
+        width = self._key_width(index, layout, queries, kwargs)
+        slots, valid = masks.key_slots(layout, width, held + queries)
+        allowed = torch.ones_like(slots, dtype=torch.bool) if valid is None else valid
+        allowed = allowed & _pick(prefill.real, slots, True)
+        for first, gone in prefill.hidden_keys.items():
+            if first <= index:
+                allowed = allowed & ~_pick(gone, slots, False)
+        if call.prefill:
+            rows = layout.slots
+        else:
+            first_row = layout.total + held - layout.count
+            rows = torch.arange(first_row, first_row + queries, device=device)[None]
+        short = call.state.short
+        if short is not None:
+            slots, rows = short.places(slots), short.places(rows.expand(len(slots), -1))
+        made = masks.by_place(slots, allowed, rows, window, self._attention(), hidden.dtype)
+        call.masks[key] = (None, made)
+        return made
+
+    def _check_window(self, index: int, layout: Layout) -> None:
+        window = self.windows[index]
+        call = self.call
+        if call is None or not call.prefill or window is None:
+            return
+        total = layout.total if call.state.short is None else call.state.short.layout.total
+        if total <= window:
+            return
+        if masks.takes_padding_masks(self._attention()):
+            raise InputError(
+                f"attn_implementation={self._attention()!r} counts the sliding window of layer "
+                f"{index} ({window} tokens) in tokens that are left: use sdpa or eager to prune a "
+                f"prompt of {total} tokens."
+            )
 
     def _hide_keys(
         self, index: int, mask: Any, width: int, hidden: torch.Tensor, prefill: Prefill
@@ -349,6 +433,15 @@ class DecoderPruner:
         if gone is not None:
             prefill.hidden_keys[layer] = gone
         prefill.record(layer, self.trace, gone)
+
+
+def _pick(flags: torch.Tensor | None, slots: torch.Tensor, otherwise: bool) -> torch.Tensor:
+    """``flags`` ``(batch, n)`` of given slots; ``otherwise`` for slots behind the prompt."""
+    if flags is None:
+        return torch.full_like(slots, otherwise, dtype=torch.bool)
+    flags = flags.to(slots.device)
+    inside = slots < flags.shape[1]
+    return torch.where(inside, flags.gather(1, slots.clamp(max=flags.shape[1] - 1)), otherwise)
 
 
 def _bind(function: Callable[..., Any], index: int) -> Callable[..., Any]:
@@ -441,6 +534,12 @@ class _AttentionReader:
             if self.call.prefill and keys.shape[-2] >= self.hidden.shape[1]:
                 return keys[..., : self.hidden.shape[1], :]
             if not self.call.prefill:
+                if keys.shape[-2] < int(cache.get_seq_length(layer)):
+                    raise InputError(
+                        f"mode='mask' chooses anew at each decode step from the keys of layer "
+                        f"{layer}, but that layer caches only its sliding window: use mode='drop', "
+                        "or a layer behind one that sees all tokens."
+                    )
                 return keys[..., : int(cache.get_seq_length(layer)), :]
         projection = self.pruner.parts.keys
         assert projection is not None

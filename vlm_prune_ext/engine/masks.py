@@ -8,7 +8,10 @@ what the model meant, whatever the back end: 4-D bool (SDPA), 4-D additive (eage
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from transformers import DynamicCache
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     eager_mask,
@@ -25,6 +28,17 @@ def takes_padding_masks(attention: str) -> bool:
     Asked of the function that makes its masks, so kernels registered under other names count too.
     """
     return ALL_MASK_ATTENTION_FUNCTIONS.get(attention) is flash_attention_mask
+
+
+def sliding_windows(config: Any, layers: int) -> list[int | None]:
+    """Per layer, how many tokens back it sees (itself included); ``None`` where it sees all.
+
+    Asked of the cache that transformers makes for such a model, which has the same rule.
+    """
+    if config is None:
+        return [None] * layers
+    made = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
+    return (made + [None] * layers)[:layers]
 
 
 def hide(mask: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
@@ -48,11 +62,37 @@ def fresh(
         attention: the model's attention implementation.
         dtype: of the hidden states.
     """
-    if takes_padding_masks(attention):
-        return allowed
     keys = torch.arange(allowed.shape[1], device=allowed.device)
     rows = torch.arange(first, first + queries, device=allowed.device)
-    mask = (keys <= rows[:, None])[None, None] & allowed[:, None, None, :]
+    return by_place(keys[None], allowed, rows[None], None, attention, dtype)
+
+
+def by_place(
+    keys: torch.Tensor,
+    allowed: torch.Tensor,
+    rows: torch.Tensor,
+    window: int | None,
+    attention: str,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """A causal mask, with a sliding window or without, from where tokens stood in the prompt.
+
+    Args:
+        keys: int64 ``(batch or 1, keys)``, place of each key.
+        allowed: bool ``(batch, keys)``.
+        rows: int64 ``(batch or 1, queries)``, place of each query.
+        window: places back that a query sees, itself included; ``None`` sees all.
+        attention: the model's attention implementation.
+        dtype: of the hidden states.
+    """
+    if takes_padding_masks(attention):
+        if window is None:
+            return allowed
+        return allowed & (keys > rows[:, -1:] - window)  # causality is its own
+    mask = keys[:, None, :] <= rows[..., None]
+    if window is not None:
+        mask = mask & (keys[:, None, :] > rows[..., None] - window)
+    mask = (mask & allowed[:, None, :])[:, None]
     if ALL_MASK_ATTENTION_FUNCTIONS.get(attention) is eager_mask:
         zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
         return zeros.masked_fill(~mask, torch.finfo(dtype).min)
@@ -73,6 +113,21 @@ def columns(layout: Layout, width: int) -> tuple[torch.Tensor, torch.Tensor | No
     if layout.valid is None:
         return slots, None
     return slots, torch.nn.functional.pad(layout.valid, (0, extra), value=True)
+
+
+def key_slots(layout: Layout, width: int, entries: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """As :func:`columns`, for caches that may have let go of their oldest keys.
+
+    Args:
+        layout: what the layer holds of the prompt.
+        width: keys the layer's attention sees, the last ones of all (or, in a static cache that is
+            not full yet, the first ones and room behind them).
+        entries: keys the layer was ever given, those of this call included.
+    """
+    start = max(entries - width, 0)
+    slots, valid = columns(layout, max(start + width, layout.count))
+    slots = slots[:, start : start + width]
+    return slots, None if valid is None else valid[:, start : start + width]
 
 
 def adapt(

@@ -64,6 +64,10 @@ class ModelParts:
         final_norm: module that runs after the last layer.
         queries, keys: projections, see :class:`Projection`.
         scaling: factor on query-key products, by attention module.
+        plain_rotary: one rotary position per token, from ``decoder.rotary_emb(hidden,
+            position_ids=...)`` as in LLaMA, the same in all layers.
+        counts_real: where the decoder is given no positions, it counts tokens that are not
+            padding (OPT), not places in the row.
         vision: the tower, or ``None``.
         why_no_vision: sentence for methods that need the tower, where it is not CLIP-like.
         watch_spans: attaches whatever tells the engine where visual tokens are, returns undos;
@@ -77,6 +81,8 @@ class ModelParts:
     queries: Projection | None = None
     keys: Projection | None = None
     scaling: Callable[[Any], float] = lambda attn: attn.scaling
+    plain_rotary: bool = True
+    counts_real: bool = False
     vision: VisionParts | None = None
     why_no_vision: str = "the model has no vision tower"
     watch_spans: Callable[[SpanSink], list[Undo]] | None = None

@@ -124,6 +124,16 @@ class Shortened:
         """Tokens per sample that enter layer 0."""
         return self.layout.count
 
+    def places(self, slots: torch.Tensor) -> torch.Tensor:
+        """Where slots of the shorter sequence, and of what is decoded after it, stand in the
+        sequence that positions refer to; int64 ``(batch, n)`` to the same."""
+        if self.origin is None:
+            return slots
+        known = self.layout.slots.to(slots.device)
+        later = slots - self.length + self.layout.total
+        inside = known.gather(1, slots.clamp(max=self.length - 1))
+        return torch.where(slots < self.length, inside, later)
+
     @property
     def whole(self) -> bool:
         """Nothing was dropped."""
@@ -192,8 +202,8 @@ class Shortened:
                 return None
             extra = width - self.length
             return torch.nn.functional.pad(self.layout.valid.long(), (0, extra), value=1)
-        if mask.dim() == 4:
-            width = mask.shape[-1]
+        if mask.dim() == 4 and not (prefill and mask.shape[-1] == self.given.length):
+            width = mask.shape[-1]  # of a static cache
         return masks.adapt(
             mask,
             self.layout,
@@ -249,9 +259,12 @@ def _count_anew(layout: Layout, given: DecoderInput) -> torch.Tensor:
 
 
 def without_dropped(
-    given: DecoderInput, images: list[Image], stage: Stage, trace: Trace
+    given: DecoderInput, images: list[Image], stage: Stage, trace: Trace, counts_real: bool = False
 ) -> Shortened:
-    """The prompt after a stage at layer 0; kept tokens keep their positions."""
+    """The prompt after a stage at layer 0; kept tokens keep their positions.
+
+    ``counts_real``: see :class:`ModelParts`.
+    """
     state = Prefill.start(images, given.batch, given.length, given.real, given.device)
     embeds = given.embedded()
 
@@ -267,6 +280,8 @@ def without_dropped(
     positions = given.positions
     if positions is None:
         positions = torch.arange(given.length, device=given.device)[None]
+        if counts_real and given.real is not None:
+            positions = (given.real.long().cumsum(dim=1) - 1).clamp(min=0)
     lost = torch.zeros(given.batch, 1, dtype=torch.int64, device=given.device)
     left = images if gone is None else _without(images, gone, layout)
     return Shortened(

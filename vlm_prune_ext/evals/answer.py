@@ -103,7 +103,7 @@ class Answerer:
     def __init__(self, model: Any, processor: Any, method: Method | None = None) -> None:
         self.model, self.processor, self.method = model, processor, method
         self.largest: int | None = None
-        self._num_layers = len(parts_of(model).layers)
+        self._num_layers = _count_layers(model, method)
         stages = method.stages(self._num_layers) if method is not None else ()
         self._hiding = {stage.layer for stage in stages if stage.mode == "mask"}
 
@@ -198,6 +198,13 @@ class Answerer:
     def _text(self, ids: torch.Tensor, count: int, query: Query) -> str:
         text = self.processor.decode(ids[None, :count], {})[0]
         return _cut(text, query.until).strip()
+
+
+def _count_layers(model: Any, method: Method | None) -> int:
+    """Decoder layers; 0 for encoder-decoder models, which are answered with as they are."""
+    if method is None and getattr(model.config, "is_encoder_decoder", False):
+        return 0
+    return len(parts_of(model).layers)
 
 
 def _costs(who: Answerer, inputs: Any, trace: Trace, clock: TokenClock) -> list[Answer]:

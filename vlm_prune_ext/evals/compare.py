@@ -118,6 +118,9 @@ def _start_worker(logs: str, count: int, number: Any) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
         os.dup2(log.fileno(), stream.fileno())
+    # VLMEvalKit scores short answers in 16 processes of its own: spawned, each would import it all.
+    if "fork" in multiprocessing.get_all_start_methods():
+        multiprocessing.set_start_method("fork", force=True)
     if count > 1:
         import torch
 
@@ -262,7 +265,7 @@ def draw(rows: Sequence[Sequence[Record]], path: Path) -> None:
     axes.set_ylabel("score")
     axes.set_ylim(0, 102)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
     note = next((row[0].note for row in rows if row[0].note), None)
     axes.set_title(
         note

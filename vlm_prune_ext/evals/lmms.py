@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
+from loguru import logger
 from tqdm import tqdm
 
 from vlm_prune_ext.demo import CHECKPOINT
@@ -42,7 +43,9 @@ from vlm_prune_ext.evals.lmms_requests import (
 )
 from vlm_prune_ext.evals.lmms_rounds import Follow, Step, Talk
 from vlm_prune_ext.evals.lmms_tally import Tally
+from vlm_prune_ext.evals.precheck import check_fit
 from vlm_prune_ext.models import load
+from vlm_prune_ext.models.checkpoint import Checkpoint
 from vlm_prune_ext.pruning import prune
 
 AUTO_BATCH = 64
@@ -95,6 +98,8 @@ class PruneModel(lmms):
         attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``.
         conv_template: conversation template (``vicuna_v1``, ``vlmeval``, ...); missing: the
             family's own.
+        device_map: ``auto`` spreads one model over all GPUs of a single process.
+        revision: branch, tag or commit of a checkpoint on the hub.
         **given: parameters of the method, under their own or their ``model.config`` names.
 
     Raises:
@@ -114,6 +119,8 @@ class PruneModel(lmms):
         dtype: str | None = None,
         attn_implementation: str | None = None,
         conv_template: str | None = None,
+        device_map: str | None = None,
+        revision: str | None = None,
         **given: Any,
     ) -> None:
         super().__init__()
@@ -123,11 +130,14 @@ class PruneModel(lmms):
         self._rank = self.accelerator.process_index
         self._world_size = self.accelerator.num_processes
         self._style = value_of(conv_template)
+        checkpoint = value_of(pretrained) or CHECKPOINT
+        check_fit(Checkpoint(checkpoint, revision=value_of(revision)), method)
         model, processor = load(
-            value_of(pretrained) or CHECKPOINT,
+            checkpoint,
             dtype=value_of(dtype),
             device=_device(device, self.accelerator),
             attn_implementation=value_of(attn_implementation),
+            **self._extra(device_map, revision),
         )
         self._device = processor.device
         processor.messages([{"role": "user", "content": "?"}], style=self._style)  # a known style?
@@ -135,7 +145,22 @@ class PruneModel(lmms):
             pass
         self._answerer: Answerer | None = Answerer(model, processor, method)
         self._tally = Tally(model, self._device)
+        if self._rank == 0:
+            label = method.label() if method is not None else "baseline"
+            logger.info(
+                f"{label}: lmms-eval names its output folder after the checkpoint alone, so give "
+                f"each configuration an --output_path of its own (run_lmms.sh does)"
+            )
         _keep_cache_across_runs(self.MODEL, [pretrained, dtype, conv_template, *given.items()])
+
+    def _extra(self, device_map: str | None, revision: str | None) -> dict[str, Any]:
+        """Arguments of ``from_pretrained`` that are there."""
+        given = {"device_map": value_of(device_map), "revision": value_of(revision)}
+        if given["device_map"] is not None and self._world_size > 1:
+            raise InputError(
+                f"device_map={device_map!r} needs a single process: start it with num_processes=1."
+            )
+        return {name: value for name, value in given.items() if value is not None}
 
     # -- what lmms-eval and its users look at ------------------------------------------------------
     @property
@@ -295,31 +320,45 @@ class PruneModel(lmms):
                 for key, lasts in rows.items()
             }
         )
-        return [self._score_of(one, rows, scored) for one in wanted]
+        return [self._likelihood(one, rows, scored) for one in wanted]
 
-    def _score_rows(self, rows: dict[Any, Row]) -> dict[Any, RowScore]:
-        answerer, keys = self.answerer, list(rows)
-        scored: dict[Any, RowScore] = {}
+    def _score_rows(self, rows: dict[Any, Row]) -> dict[Any, RowScore | str]:
+        keys = list(rows)
+        scored: dict[Any, RowScore | str] = {}
         for first in range(0, len(keys), self.batch_size):
             part = keys[first : first + self.batch_size]
             with self._tally.batch() as measured:
-                made = score_rows(
-                    answerer.model, answerer.processor, answerer.method, [rows[k] for k in part]
-                )
-                measured.count(len(made))
+                made = self._score_some([rows[key] for key in part])
+                measured.count(sum(isinstance(one, RowScore) for one in made))
             scored.update(zip(part, made, strict=True))
         return scored
 
-    @staticmethod
-    def _score_of(
+    def _score_some(self, rows: list[Row]) -> list[RowScore | str]:
+        """Scores, or in their place what is wrong with a row."""
+        answerer = self.answerer
+        try:
+            return list(score_rows(answerer.model, answerer.processor, answerer.method, rows))
+        except (InputError, torch.OutOfMemoryError) as error:
+            fault = str(error)
+        if len(rows) == 1:
+            return [fault]
+        return [one for row in rows for one in self._score_some([row])]
+
+    def _likelihood(
+        self,
         one: tuple[Any, int] | None,
         rows: dict[Any, dict[int, int]],
-        scored: dict[Any, RowScore],
+        scored: dict[Any, RowScore | str],
     ) -> Likelihood:
+        """The outcome of one request; one without a score is the least likely there can be."""
         if one is None:
             return Likelihood((math.inf, False))
         key, last = one
         score = scored[key]
+        if isinstance(score, str):
+            (source, _), _ = key
+            self._tally.fault(source, score)
+            return Likelihood((math.inf, False))
         greedy = all(score.path_greedy) and score.best == last
         return Likelihood((score.mean_loss(rows[key][last]), greedy))
 

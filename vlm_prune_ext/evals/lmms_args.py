@@ -16,7 +16,15 @@ from vlm_prune_ext.evals.lmms_plugin import MODELS
 from vlm_prune_ext.methods.base import Method, label_text
 from vlm_prune_ext.methods.registry import METHODS, get_method, method_class
 
-MODEL_KEYS = ("pretrained", "dtype", "attn_implementation", "conv_template", "device")
+MODEL_KEYS = (
+    "pretrained",
+    "dtype",
+    "attn_implementation",
+    "conv_template",
+    "device",
+    "device_map",
+    "revision",
+)
 """Arguments that say which model and how it is loaded and prompted."""
 
 RUN_KEYS = ("batch_size", "max_batch_size")
@@ -125,6 +133,11 @@ def _with_vit(settings: dict[str, Any]) -> dict[str, Any]:
     return {**rest, "vit": {key.removeprefix(VIT): value for key, value in parts.items()}}
 
 
+def method_keys(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What is left of ``model_args`` for the method."""
+    return {key: value for key, value in given.items() if key not in (*MODEL_KEYS, *RUN_KEYS)}
+
+
 def run_label(model: str, given: Mapping[str, Any]) -> str:
     """Name of a folder for one configuration: checkpoint, method with budget, and what else differs
     from the default, e.g. ``llava-v1.5-7b-fastv_rank100``.
@@ -136,8 +149,7 @@ def run_label(model: str, given: Mapping[str, Any]) -> str:
     Raises:
         InputError: as :func:`method_of`.
     """
-    own = {key: value for key, value in given.items() if key not in (*MODEL_KEYS, *RUN_KEYS)}
-    method = method_of(model, own)
+    method = method_of(model, method_keys(given))
     checkpoint = str(given.get("pretrained") or "demo").rstrip("/").rsplit("/", 1)[-1]
     extra = [
         label_text(given[key])

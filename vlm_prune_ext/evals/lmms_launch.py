@@ -20,7 +20,14 @@ from typing import Any
 import yaml
 
 from vlm_prune_ext.errors import InputError, unknown_name
-from vlm_prune_ext.evals.lmms_args import accepted_keys, class_of, run_label, value_of
+from vlm_prune_ext.evals.lmms_args import (
+    accepted_keys,
+    class_of,
+    method_keys,
+    method_of,
+    run_label,
+    value_of,
+)
 from vlm_prune_ext.evals.lmms_plugin import GROUP, MODELS
 
 TASKS = Path(__file__).parent / "tasks"
@@ -126,6 +133,7 @@ def make_plan(words: Sequence[str]) -> Plan:
     label = run_label(model, settings)  # checks the method's parameters
     _check_registered(model)
     _check_tasks(tasks, options)
+    _check_checkpoint(model, settings)
     output = Path(options.pop("output_path", "") or f"logs/{label}")
     cpu = str(settings.get("device", "")) == "cpu" or not _gpus()
     evaluation = ["--model", model, "--tasks", ",".join(tasks)]
@@ -288,6 +296,16 @@ def _check_tasks(tasks: Sequence[str], options: dict[str, str]) -> None:
             f"use_cache does not go with {scored[0]}: lmms-eval cannot read likelihoods back from "
             "its cache. Leave it out."
         )
+
+
+def _check_checkpoint(model: str, settings: Mapping[str, str]) -> None:
+    """The checkpoint is there and the method fits it."""
+    from vlm_prune_ext.demo import CHECKPOINT
+    from vlm_prune_ext.evals.precheck import check_fit
+    from vlm_prune_ext.models.checkpoint import Checkpoint
+
+    source = Checkpoint(settings.get("pretrained") or CHECKPOINT)
+    check_fit(source, method_of(model, method_keys(settings)))
 
 
 def local_tasks() -> dict[str, str]:

@@ -446,7 +446,7 @@ def finish(
     if is_untrained(models.source):
         notes.append(UNTRAINED)
     failed = [{"index": row.index, "reason": row.reason} for row in table.bad]
-    failed += [{"index": str(s.index), "reason": s.failed} for s in samples if s.failed]
+    failed += [{"index": str(s.index), "reason": s.failed or ""} for s in samples if s.failed]
     energies = [s.energy_joules for s in stretches if s.energy_joules is not None]
     hardware = {json.dumps(s.hardware, sort_keys=True): s.hardware for s in stretches}
     return Record(
@@ -518,8 +518,8 @@ def headline(dataset: Any, name: str, scores: dict[str, float], count: int) -> S
     if {"perception", "reasoning"} <= set(scores):
         return Score("perception + reasoning", scores["perception"] + scores["reasoning"])
     if getattr(dataset, "TYPE", "") == "Caption":
-        key = "Bleu_4" if name.startswith("Shapes_") else "CIDEr"
-        return Score(key, scores[key]) if key in scores else None
+        known = "Bleu_4" if name.startswith("Shapes_") else "CIDEr"
+        return Score(known, scores[known]) if known in scores else None
     key = "Overall" if "Overall" in scores else next((k for k in scores if _overall(k)), None)
     if key is None or math.isnan(scores[key]):
         return None

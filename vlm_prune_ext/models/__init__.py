@@ -16,6 +16,7 @@ from torch import nn
 from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.models.base import Family, LoadOptions, PromptProcessor
+from vlm_prune_ext.models.catalogue import check_versions, resolve
 from vlm_prune_ext.models.checkpoint import Checkpoint
 from vlm_prune_ext.models.convert import convert_to_hf
 
@@ -88,8 +89,9 @@ def load(
     """Load a model and what makes its prompts.
 
     Args:
-        name_or_path: folder of a checkpoint, or ``owner/name`` of one on the Hugging Face hub;
-            LLaVA in its original format or any family in Hugging Face format.
+        name_or_path: folder of a checkpoint, ``owner/name`` of one on the Hugging Face hub, or a
+            short name of :data:`vlm_prune_ext.models.catalogue.CATALOGUE`; LLaVA in its original
+            format or any family in Hugging Face format.
         dtype: e.g. ``"bfloat16"`` or ``torch.float16``. ``None``: float32 on a CPU, elsewhere what
             the checkpoint states. ``"auto"``: what the checkpoint states.
         device: e.g. ``"cuda:1"``. ``None``: the first GPU if there is one, else the CPU.
@@ -102,12 +104,13 @@ def load(
 
     Raises:
         InputError: nothing there, an architecture that is not known, files or weights that are
-            missing or do not fit, or an argument that is not accepted.
+            missing or do not fit, a library that is too old, or an argument that is not accepted.
     """
     where = _device(device)
     _check_attention(attn_implementation)
     stated = _dtype(dtype) if dtype not in (None, "auto") else None
-    source = Checkpoint(name_or_path, revision=kw.get("revision"))
+    check_versions()
+    source = Checkpoint(resolve(name_or_path), revision=kw.get("revision"))
     family = _family_of(source)
     if stated is None:
         on_cpu = where.type == "cpu" and "device_map" not in kw

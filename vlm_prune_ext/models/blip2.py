@@ -22,7 +22,7 @@ from vlm_prune_ext.models import rotary
 from vlm_prune_ext.models.base import Family, LoadOptions, PromptProcessor
 from vlm_prune_ext.models.causal_lm import decoder_parts, find_decoder
 from vlm_prune_ext.models.checkpoint import Checkpoint
-from vlm_prune_ext.models.hub_processor import HubProcessor, read_pictures
+from vlm_prune_ext.models.hub_processor import HubProcessor, read_pictures, without_markers
 from vlm_prune_ext.models.huggingface import load_model
 from vlm_prune_ext.models.original import load_tokenizer
 from vlm_prune_ext.models.prompts import IMAGE, Style
@@ -49,22 +49,24 @@ class QFormerProcessor(HubProcessor):
         return [self._live_model().config.num_query_tokens] * len(images)
 
     def token_ids(self, text: str, lengths: Any) -> list[int]:
-        """Placeholders, then the text with its start token; see :meth:`PromptProcessor.token_ids`."""
+        """Placeholders, then the text with its start token; see the base class."""
         markers = text.count(IMAGE)
         if markers != len(lengths):
             raise InputError(
                 f"The prompt has {markers} {IMAGE} marker(s) and {len(lengths)} image(s): give one "
                 "marker per image, or none to have the images put in front."
             )
-        said = self.tokenizer(text.replace(IMAGE, "")).input_ids
+        said = self.tokenizer(without_markers(text)).input_ids
         return [self.image_token_id] * sum(lengths) + list(said)
 
     def _encode(self, prompts: list[str], pictures: list[list[Image]]) -> Any:
         data = super()._encode(prompts, pictures)
-        if "pixel_values" not in data:  # its `generate` wants some: none, of the right shape
+        if "pixel_values" not in data:
+            # `generate` takes no prompt without an image. One that no placeholder asks for is
+            # looked at and goes nowhere.
             side = self._live_model().config.vision_config.image_size
-            empty = torch.zeros(0, 3, side, side, device=self.device, dtype=self.dtype)
-            data["pixel_values"] = empty
+            blank = torch.zeros(1, 3, side, side, device=self.device, dtype=self.dtype)
+            data["pixel_values"] = blank
         return data
 
 
@@ -114,7 +116,7 @@ def _load(source: Checkpoint, options: LoadOptions) -> tuple[Any, PromptProcesso
 
 
 def share_stops(model: Any) -> None:
-    """Tell the whole what ends an answer of its language model, whose ``generate`` does the work."""
+    """Tell the whole what ends an answer: its language model's ``generate`` does the work."""
     inner = model.language_model.generation_config
     for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
         setattr(model.generation_config, name, getattr(inner, name))

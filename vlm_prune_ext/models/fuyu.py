@@ -19,13 +19,19 @@ from vlm_prune_ext.engine.parts import ModelParts, SpanSink, Undo
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.models.base import Family, LoadOptions, PromptProcessor
 from vlm_prune_ext.models.checkpoint import Checkpoint
-from vlm_prune_ext.models.hub_processor import HubProcessor, read_pictures, token_id
+from vlm_prune_ext.models.hub_processor import (
+    HubProcessor,
+    read_pictures,
+    token_id,
+    without_markers,
+)
 from vlm_prune_ext.models.huggingface import load_model
 from vlm_prune_ext.models.prompts import IMAGE, Style
 
 NAME = "fuyu"
 ARCHITECTURE = "FuyuForCausalLM"
 NEWLINE = "|NEWLINE|"
+START = "<s>"
 # Behind the prompt of an image; the answer follows it.
 ANSWER = "<0x04>"
 
@@ -41,12 +47,15 @@ class FuyuPrompts(HubProcessor):
     Args:
         model, tokenizer, image_processor: as in :class:`PromptProcessor`.
         newline: id of the token that closes a row.
+        start: id of the token between image and text.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, image_processor: Any, newline: int) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, image_processor: Any, newline: int, start: int
+    ) -> None:
         token = model.config.image_token_id
         super().__init__(model, tokenizer, image_processor, token, NAME, "fuyu", FUYU_STYLES)
-        self.newline = newline
+        self.newline, self.start = newline, start
 
     def _encode(self, prompts: list[str], pictures: list[list[Image]]) -> BatchFeature:
         rows, patches = [], []
@@ -56,14 +65,14 @@ class FuyuPrompts(HubProcessor):
                     f"The prompt has {text.count(IMAGE)} {IMAGE} marker(s) and {len(own)} "
                     "image(s): Fuyu takes one image per prompt, or none."
                 )
-            text = text.replace(IMAGE, "")
+            text = without_markers(text)
             if not own:
                 rows.append(list(self.tokenizer(text).input_ids))
                 continue
             cut, columns = self.patches(own[0])
             row = [self.image_token_id] * columns + [self.newline]
             said = self.tokenizer(text + ANSWER, add_special_tokens=False).input_ids
-            rows.append(row * (len(cut) // columns) + [self.tokenizer.bos_token_id] + list(said))
+            rows.append(row * (len(cut) // columns) + [self.start] + list(said))
             patches.append(cut)
         data = self._pad(rows)
         if patches:
@@ -108,9 +117,9 @@ def _load(source: Checkpoint, options: LoadOptions) -> tuple[Any, PromptProcesso
         raise InputError(f"{what} has no tokenizer: tokenizer.json is needed.")
     pictures = read_pictures(source)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(str(source.folder))
-    newline = token_id(tokenizer, NEWLINE, what)
+    newline, start = (token_id(tokenizer, token, what) for token in (NEWLINE, START))
     model = load_model(FuyuForCausalLM, source, options)
-    return model, FuyuPrompts(model, tokenizer, pictures, newline)
+    return model, FuyuPrompts(model, tokenizer, pictures, newline, start)
 
 
 def _owns(model: Any) -> bool:
@@ -173,8 +182,8 @@ def _parts(model: Any) -> ModelParts:
         queries=queries,
         keys=keys,
         why_no_vision=(
-            "Fuyu has none, its patches go straight into the language model; methods that work "
-            "there apply"
+            "Fuyu has no tower, its patches go straight into the language model; methods that "
+            "work there apply"
         ),
         watch_spans=_watch(inner, model.config.image_token_id),
     )

@@ -53,7 +53,7 @@ GEMMA_STYLES: Mapping[str, Style] = {
         user="<start_of_turn>user\n{}<end_of_turn>\n",
         answer="{}<end_of_turn>\n",
         opening="<start_of_turn>model\n",
-        image=f"\n\n<start_of_image>{IMAGE}<end_of_image>\n\n",
+        image=IMAGE,
         after_system="\n\n",
     ),
     "plain": STYLES["plain"],
@@ -64,6 +64,7 @@ class GemmaProcessor(HubProcessor):
     """Prompts and pixels of Gemma 3; an image is taken whole, not panned over."""
 
     OPTIONS = {"do_pan_and_scan": False}
+    FRAME = ("\n\n<start_of_image>", "<end_of_image>\n\n")
     TOKEN_TYPES = "token_type_ids"
 
     def visual_lengths(self, images: list[Image]) -> list[int]:
@@ -98,8 +99,8 @@ def _parts(model: Any) -> ModelParts:
         inner.language_model,
         plain_rotary=False,
         why_no_vision=(
-            "Gemma 3's is SigLIP, whose patches are pooled into tokens and which has no class "
-            "token, so it is not CLIP-like; methods that work in the language model apply"
+            "Gemma 3's tower is SigLIP, whose patches are pooled into tokens and which has no "
+            "class token, so it is not CLIP-like; methods that work in the language model apply"
         ),
         watch_spans=watch_placeholders(inner, config.image_token_id, lengths),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from transformers import AutoImageProcessor
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.models.base import PromptProcessor
 from vlm_prune_ext.models.checkpoint import Checkpoint
-from vlm_prune_ext.models.prompts import Style
+from vlm_prune_ext.models.prompts import IMAGE, Style
 
 _FILES = ("preprocessor_config.json", "processor_config.json")
 
@@ -30,12 +30,14 @@ class HubProcessor(PromptProcessor):
     Attributes:
         INPUTS: what of the image processor's output the model takes.
         OPTIONS: what the image processor is told beside the images.
+        FRAME: what stands in front of an image's placeholders and behind them, wherever it is.
         TOKEN_TYPES: name of the model's input that is 1 at visual tokens and 0 elsewhere, if it
             has one.
     """
 
     INPUTS: tuple[str, ...] = ("pixel_values",)
     OPTIONS: Mapping[str, Any] = {}
+    FRAME: tuple[str, str] = ("", "")
     TOKEN_TYPES: str | None = None
 
     def __init__(
@@ -72,11 +74,21 @@ class HubProcessor(PromptProcessor):
                 f"{str(error).splitlines()[0]}"
             ) from error
 
+    def token_ids(self, text: str, lengths: Sequence[int]) -> list[int]:
+        """See :meth:`PromptProcessor.token_ids`."""
+        before, after = self.FRAME
+        return super().token_ids(text.replace(IMAGE, f"{before}{IMAGE}{after}"), lengths)
+
     def _pad(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
         data = super()._pad(rows)
         if self.TOKEN_TYPES is not None:
             data[self.TOKEN_TYPES] = (data["input_ids"] == self.image_token_id).long()
         return data
+
+
+def without_markers(text: str) -> str:
+    """The text alone, for families whose images have a fixed place."""
+    return text.replace(f"{IMAGE}\n", "").replace(IMAGE, "")
 
 
 def read_pictures(source: Checkpoint) -> Any:

@@ -25,7 +25,7 @@ from vlm_prune_ext.models.blip2 import (
 )
 from vlm_prune_ext.models.causal_lm import decoder_parts, find_decoder
 from vlm_prune_ext.models.checkpoint import Checkpoint
-from vlm_prune_ext.models.hub_processor import read_pictures
+from vlm_prune_ext.models.hub_processor import read_pictures, without_markers
 from vlm_prune_ext.models.huggingface import load_model
 from vlm_prune_ext.models.original import load_tokenizer
 from vlm_prune_ext.models.prompts import IMAGE, Style
@@ -60,13 +60,11 @@ class InstructBlipPrompts(QFormerProcessor):
     def _encode(self, prompts: list[str], pictures: list[list[Image]]) -> Any:
         data = super()._encode(prompts, pictures)
         # One row per image: the Q-Former reads the instruction beside each.
-        texts = [
-            text.replace(IMAGE, "")
-            for text, own in zip(prompts, pictures, strict=True)
-            for _ in own
-        ]
+        said = [without_markers(text) for text in prompts]
+        texts = [text for text, own in zip(said, pictures, strict=True) for _ in own]
+        texts = texts or said[:1]  # beside the blank image of prompts without any
         rows = [self.qformer_tokenizer(text).input_ids for text in texts]
-        width = max(map(len, rows), default=1)
+        width = max(map(len, rows))
         ids = torch.full((len(rows), width), self.qformer_tokenizer.pad_token_id or 0)
         real = torch.zeros(len(rows), width, dtype=torch.int64)
         for index, row in enumerate(rows):

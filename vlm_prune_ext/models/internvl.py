@@ -27,13 +27,14 @@ NAME = "internvl"
 ARCHITECTURE = "InternVLForConditionalGeneration"
 REMOTE = "InternVLChatModel"
 
-INTERNVL_STYLES = {"internvl": chatml(f"<img>{IMAGE}</img>\n"), "plain": STYLES["plain"]}
+INTERNVL_STYLES = {"internvl": chatml(f"{IMAGE}\n"), "plain": STYLES["plain"]}
 
 
 class InternVLProcessor(HubProcessor):
     """Prompts and tiles of InternVL."""
 
     OPTIONS = {"crop_to_patches": True}
+    FRAME = ("<img>", "</img>")
 
     def visual_lengths(self, images: list[Image]) -> list[int]:
         """By the number of tiles of each image."""
@@ -86,8 +87,8 @@ def _parts(model: Any) -> ModelParts:
         model,
         find_decoder(inner.language_model),
         why_no_vision=(
-            "InternVL's folds four patches into one token and is not CLIP-like; methods that work "
-            "in the language model apply"
+            "InternVL's tower gives four patches to one token and is not CLIP-like; methods that "
+            "work in the language model apply"
         ),
         watch_spans=watch_placeholders(inner, model.config.image_token_id, lengths),
     )

@@ -25,9 +25,8 @@ from vlm_prune_ext.models.prompts import IMAGE, STYLES, chatml
 NAME = "qwen2_5_vl"
 ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
 
-_FRAMED = f"<|vision_start|>{IMAGE}<|vision_end|>"
 QWEN_STYLES = {
-    "qwen2_vl": chatml(_FRAMED, system="You are a helpful assistant."),
+    "qwen2_vl": chatml(IMAGE, system="You are a helpful assistant."),
     "plain": STYLES["plain"],
 }
 
@@ -36,6 +35,7 @@ class QwenProcessor(HubProcessor):
     """Prompts and pixels of Qwen2.5-VL."""
 
     INPUTS = ("pixel_values", "image_grid_thw")
+    FRAME = ("<|vision_start|>", "<|vision_end|>")
     TOKEN_TYPES = "mm_token_type_ids"
 
     def visual_lengths(self, images: list[Image]) -> list[int]:
@@ -72,8 +72,8 @@ def _parts(model: Any) -> ModelParts:
         inner.language_model,
         plain_rotary=False,
         why_no_vision=(
-            "Qwen2.5-VL's merges patches of windows of any shape and is not CLIP-like; methods "
-            "that work in the language model apply"
+            "Qwen2.5-VL's tower looks through windows at images of any shape and is not CLIP-like; "
+            "methods that work in the language model apply"
         ),
         watch_spans=watch_placeholders(inner, model.config.image_token_id, lengths),
     )

@@ -21,6 +21,8 @@ from typing import Any
 
 import datasets
 
+from vlm_prune_ext.evals.cache import cache_folder
+
 SEED = 0
 SAMPLES = 100
 LETTERS = "ABCD"
@@ -36,9 +38,7 @@ def data_folder() -> Path:
     named = os.environ.get("VLM_PRUNE_DEMO_DATA")
     if named:
         return Path(named).expanduser()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    name = f"shapes_parquet_seed{SEED}_samples{SAMPLES}_{_recipe()}"
-    folder = cache / "vlm_prune_ext" / name
+    folder = cache_folder() / f"shapes_parquet_seed{SEED}_samples{SAMPLES}_{_recipe()}"
     if not folder.exists():
         _generate(folder)
     return folder
