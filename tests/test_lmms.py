@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from lmms_eval.tasks import TaskManager
 from loguru import logger
 
 import vlm_prune_ext as vp
-from tests import makers
+from tests import family_makers, makers
 from vlm_prune_ext.demo.writers import write_lmms_parquet, write_vlmeval_tsv
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.evals import lmms as models
@@ -354,6 +355,30 @@ def test_greedy_tokens_are_the_likeliest(make: Make) -> None:
     assert said.best == ids[-1]
     assert wrong.path_greedy[0] is False
     assert said.mean_loss(0) < wrong.mean_loss(0)
+
+
+def test_a_row_that_cannot_be_scored_is_reported(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make("LlavaFastvSimple", FASTV, 4)
+    choices = [" A", " B"]
+    whole = list(model.loglikelihood(likelihood_requests(choices, range(4))))
+    inner = model.model.generate
+
+    def generate(**inputs: Any) -> Any:
+        if (inputs["input_ids"] == model.answerer.processor.image_token_id).sum(1).max() > 16:
+            raise torch.OutOfMemoryError("injected")
+        return inner(**inputs)
+
+    monkeypatch.setattr(model.model, "generate", generate)
+    with said() as lines:
+        got = list(model.loglikelihood(likelihood_requests(choices, range(4))))
+    for place, (loss, _) in enumerate(got):
+        if place in (4, 5):  # sample 2 has two images
+            assert loss == math.inf
+        else:
+            assert loss == pytest.approx(whole[place][0], abs=1e-4)
+    assert sum("sample 2: not answered" in line for line in lines) == 2
 
 
 def test_options_of_a_question_share_a_prefill(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -796,3 +821,25 @@ def test_pruning_inside_a_transformers_pipeline(tmp_path: Path) -> None:
         same = pipe(text=chat, max_new_tokens=6, return_full_text=False)[0]["generated_text"]
     assert same == whole
     assert pipe(text=chat, max_new_tokens=6, return_full_text=False)[0]["generated_text"] == whole
+
+
+# -- other families --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "internvl"])
+def test_other_families_through_the_same_model(family: str, tmp_path: Path) -> None:
+    """``vlm_prune`` takes any supported family: batched = single, chat = simple."""
+    getattr(family_makers, family)(tmp_path / family)
+    args = f"pretrained={tmp_path / family},method=fastv,agg_layer=1,attention_rank=4,device=cpu"
+    answers = []
+    for name in ("VlmPruneChat", "VlmPruneSimple"):
+        model = getattr(models, name).create_from_arg_string(args, {"batch_size": 4})
+        model.task_dict = {"t": {"test": ROWS}}
+        for size in (4, 1):
+            model.batch_size_per_gpu = size
+            answers.append(texts(model.generate_until(requests(simple=model.is_simple))))
+        figures = model._tally.report(0, 1)
+        assert figures["visual_tokens_after"] < figures["visual_tokens_before"]
+        assert figures["failed_samples"] == 0
+    assert all(other == answers[0] for other in answers[1:])
+    assert len(set(answers[0])) > 2

@@ -240,6 +240,9 @@ def test_plan_counts_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert after(plan("llava_fastv", "shapes_mcq", "device=cpu"), "--num_processes") == "1"
     monkeypatch.setenv("NUM_PROCESSES", "2")
     assert after(plan("llava_fastv", "shapes_mcq"), "--num_processes") == "2"
+    monkeypatch.delenv("NUM_PROCESSES")
+    spread = plan("llava_fastv", "shapes_mcq", "device_map=auto")
+    assert after(spread, "--num_processes") == "1"
     command = plan(
         "llava_fastv",
         "shapes_mcq",

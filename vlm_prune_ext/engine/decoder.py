@@ -206,9 +206,10 @@ class DecoderPruner:
         call, self.call = self.call, None
         if call is None or not call.prefill or output is None:
             return
-        cache = call.cache
-        if cache is not None:
-            self.states[cache] = call.state
+        if call.state.short is not None:
+            call.state.short.given.forget()
+        if call.cache is not None:
+            self.states[call.cache] = call.state
 
     # -- one layer ---------------------------------------------------------------------------
     def _before_layer(

@@ -9,6 +9,7 @@ their rotary positions, as after any later layer.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from vlm_prune_ext.engine.layout import Layout, take
 from vlm_prune_ext.engine.prefill import Group, Prefill
 from vlm_prune_ext.engine.spans import Image
 from vlm_prune_ext.engine.trace import Trace
+from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.methods.base import Evidence, Stage
 
 # A feature row that is this number in every channel was dropped in the tower. Exact in float32,
@@ -28,46 +30,39 @@ DROPPED = -61440.0
 
 @dataclass
 class DecoderInput:
-    """What the decoder was called with."""
+    """What the decoder was called with; ``length`` counts padding."""
 
     module: nn.Module
     embeds: torch.Tensor | None
     ids: torch.Tensor | None
     mask: Any
     positions: torch.Tensor | None
+    batch: int
+    length: int
+    device: torch.device
 
     @staticmethod
     def of(module: nn.Module, kwargs: dict) -> DecoderInput:
         """Read the decoder's keyword arguments."""
+        embeds, ids = kwargs.get("inputs_embeds"), kwargs.get("input_ids")
+        given = embeds if embeds is not None else ids
+        if given is None:
+            raise InputError("The language model was called without input_ids or inputs_embeds.")
         return DecoderInput(
             module,
-            kwargs.get("inputs_embeds"),
-            kwargs.get("input_ids"),
+            embeds,
+            ids,
             kwargs.get("attention_mask"),
             kwargs.get("position_ids"),
+            given.shape[0],
+            given.shape[1],
+            given.device,
         )
 
-    @property
-    def tokens(self) -> torch.Tensor:
-        """Whatever was given, embeddings or ids."""
-        given = self.embeds if self.embeds is not None else self.ids
-        assert given is not None
-        return given
-
-    @property
-    def batch(self) -> int:
-        """Samples."""
-        return self.tokens.shape[0]
-
-    @property
-    def length(self) -> int:
-        """Tokens per sample, padding included."""
-        return self.tokens.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the input lives."""
-        return self.tokens.device
+    def forget(self) -> None:
+        """Let go of the tensors, once the prompt is through; what decoding needs is known."""
+        self.real  # noqa: B018 - computed while the mask is still here
+        self.embeds = self.ids = self.mask = None
 
     def embedded(self) -> torch.Tensor:
         """``(batch, length, hidden)``."""
@@ -75,7 +70,7 @@ class DecoderInput:
             return self.embeds
         return self.module.get_input_embeddings()(self.ids)  # type: ignore[operator]
 
-    @property
+    @cached_property
     def real(self) -> torch.Tensor | None:
         """Bool ``(batch, length)``, False at padding; ``None`` where there is none."""
         mask = self.mask

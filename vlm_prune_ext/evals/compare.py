@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.evals.interrupt import terminable
 from vlm_prune_ext.evals.record import Record
 from vlm_prune_ext.methods.base import Method
 from vlm_prune_ext.methods.fastv import FastV
@@ -91,8 +92,9 @@ def _work(jobs: Sequence[Settings], folder: Path) -> list[Record]:
     logs.mkdir(exist_ok=True)
     pool = ProcessPoolExecutor(count, context, _start_worker, (str(logs), count, lock))
     try:
-        futures = [pool.submit(_job, job) for job in jobs]
-        return list(_watched(futures, count, logs))
+        with terminable():
+            futures = [pool.submit(_job, job) for job in jobs]
+            return list(_watched(futures, count, logs))
     except BaseException:
         _stop(pool)
         raise

@@ -37,8 +37,9 @@ usage: run_lmms.sh MODEL TASKS [key=value ...]
 
 MODEL   one of: {models}
 TASKS   task names with commas between; local ones: {tasks}
-keys    of the model   pretrained (default: the demo checkpoint), dtype, device, conv_template,
-                       attn_implementation, and the method's parameters (vlm-prune methods)
+keys    of the model   pretrained (default: the demo checkpoint), dtype, device, device_map,
+                       revision, conv_template, attn_implementation, and the method's parameters
+                       (vlm-prune methods)
         of lmms-eval   {options}
         of the launch  {launch}
         data           folder made by `vlm-prune demo-data`, for the local tasks
@@ -130,6 +131,8 @@ def make_plan(words: Sequence[str]) -> Plan:
         raise unknown_name("model", model, MODELS)
     given = parse_pairs(words[2:])
     settings, options, launch = sort_keys(model, given)
+    if "device_map" in settings:  # one model over all GPUs, so one process
+        launch.setdefault("num_processes", "1")
     label = run_label(model, settings)  # checks the method's parameters
     _check_registered(model)
     _check_tasks(tasks, options)
@@ -304,7 +307,7 @@ def _check_checkpoint(model: str, settings: Mapping[str, str]) -> None:
     from vlm_prune_ext.evals.precheck import check_fit
     from vlm_prune_ext.models.checkpoint import Checkpoint
 
-    source = Checkpoint(settings.get("pretrained") or CHECKPOINT)
+    source = Checkpoint(settings.get("pretrained") or CHECKPOINT, revision=settings.get("revision"))
     check_fit(source, method_of(model, method_keys(settings)))
 
 

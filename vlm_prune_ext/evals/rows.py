@@ -10,14 +10,13 @@ import csv
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import vlmeval.dataset
-from vlmeval.dataset import build_dataset
 from vlmeval.dataset.image_base import ImageBaseDataset
 
 from vlm_prune_ext.errors import InputError, unknown_name
@@ -50,8 +49,8 @@ class Table:
     without_image: int = 0
 
 
-def known_class(name: str) -> type | None:
-    """VLMEvalKit's class for a data set; ``None`` for a user's own TSV.
+def class_of(name: str) -> type:
+    """VLMEvalKit's class for a data set; for a user's own TSV the one it takes for such.
 
     Raises:
         InputError: neither it nor a TSV of that name is there.
@@ -67,7 +66,13 @@ def known_class(name: str) -> type | None:
             f"{short} Accepted: VLMEvalKit's data sets, Shapes_MCQ, Shapes_YN, Shapes_VQA, "
             f"Shapes_Caption, or a TSV of your own at {str(path)!r}."
         )
-    return None
+    with path.open(encoding="utf-8", errors="replace") as file:
+        header = set(file.readline().rstrip("\r\n").split("\t"))
+    if not {"A", "B"} <= header:
+        return vlmeval.dataset.CustomVQADataset
+    if header & {"image", "image_path"}:
+        return vlmeval.dataset.CustomMCQDataset
+    return vlmeval.dataset.CustomTextMCQDataset
 
 
 def data_root() -> Path:
@@ -88,9 +93,12 @@ def check_name(name: str, mode: str) -> None:
         InputError: an unknown data set, one of another kind than images with questions, or one
             that VLMEvalKit cannot score.
     """
-    cls = known_class(name)
-    if cls is None:
-        return
+    cls = class_of(name)
+    if cls is vlmeval.dataset.CustomVQADataset and mode != "infer":
+        raise InputError(
+            f"data={name!r} is a TSV of your own without columns A and B, which VLMEvalKit cannot "
+            "score: mode 'infer' is accepted, or a file with multiple choice."
+        )
     modality, kind = getattr(cls, "MODALITY", "IMAGE"), getattr(cls, "TYPE", None)
     if modality == "VIDEO" or kind == "MT":
         what = "videos" if modality == "VIDEO" else "conversations of several turns"
@@ -106,12 +114,10 @@ def open_table(name: str) -> Table:
     Raises:
         InputError: an unknown data set, or its data cannot be had.
     """
-    cls = known_class(name)
+    cls = class_of(name)
     try:
-        if cls is None:
-            dataset: Any = build_dataset(name)
-        elif issubclass(cls, ImageBaseDataset):
-            dataset = type(cls.__name__, (_Screening, cls), {})(dataset=name)
+        if issubclass(cls, ImageBaseDataset):
+            dataset: Any = type(cls.__name__, (_Screening, cls), {})(dataset=name)
         else:
             dataset = cls(dataset=name)
     except InputError:
@@ -139,23 +145,29 @@ class _Screening:
         super().__init__(*args, **kwargs)
 
     def prepare_tsv(self, *args: Any, **kwargs: Any) -> pd.DataFrame:
-        """As in the class; a file with rows of the wrong length is read again row by row."""
-        try:
-            data = super().prepare_tsv(*args, **kwargs)  # type: ignore[misc]
-        except pd.errors.ParserError:
-            data = None
-        # A first row that is too long makes pandas take its first column for row names.
-        if data is None or not isinstance(data.index, pd.RangeIndex):
-            data, bad = read_leniently(Path(self.data_path))  # type: ignore[attr-defined]
-            self.bad_rows += bad
-        return data
+        """As in the class."""
+        return self._whole(lambda: super(_Screening, self).prepare_tsv(*args, **kwargs))  # type: ignore[misc]
 
     def load_data(self, dataset: str) -> pd.DataFrame:
         """As in the class, without rows that it could not use."""
-        data = super().load_data(dataset)  # type: ignore[misc]
+        data = self._whole(lambda: super(_Screening, self).load_data(dataset))  # type: ignore[misc]
         kept, bad, self.without_image = screen(data)
         self.bad_rows += bad
         return kept
+
+    def _whole(self, read: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+        """What ``read`` returns; a file with rows of a wrong length is read again row by row."""
+        try:
+            data = read()
+        except pd.errors.ParserError:
+            data = None
+        # A first row that is too long makes pandas take its first column for row names.
+        if data is not None and isinstance(data.index, pd.RangeIndex):
+            return data
+        own = data_root() / f"{self.dataset_name}.tsv"  # type: ignore[attr-defined]
+        data, bad = read_leniently(Path(getattr(self, "data_path", own)))
+        self.bad_rows += bad
+        return data
 
 
 # -- reading a file with broken lines ------------------------------------------------------------

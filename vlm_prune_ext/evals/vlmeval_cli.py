@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -141,11 +139,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        with _terminable():
-            settings, given = settings_of(words)
-            if not given - {"work_dir", "limit", "reuse", "seed", "device", "dtype"}:
-                return _compare(settings)
-            return _run(settings)
+        settings, given = settings_of(words)
+        if not given - {"work_dir", "limit", "reuse", "seed", "device", "dtype"}:
+            return _compare(settings)
+        return _run(settings)
     except SystemExit as done:  # --help
         return int(done.code or 0)
     except InputError as error:
@@ -158,24 +155,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends a run as Ctrl-C does."""
-
-    def stop(*_: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _compare(settings: Settings) -> int:

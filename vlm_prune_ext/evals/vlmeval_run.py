@@ -32,6 +32,7 @@ from vlm_prune_ext import measure
 from vlm_prune_ext.demo import CHECKPOINT
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.evals import record as records
+from vlm_prune_ext.evals.interrupt import terminable
 from vlm_prune_ext.evals.precheck import check_fit, is_untrained
 from vlm_prune_ext.evals.record import Record, Sample, SampleLog, Score, Sizes, Stretch
 from vlm_prune_ext.evals.rows import Table, open_table
@@ -413,13 +414,14 @@ def predict(
     measure.reset_peak(device)
     energy, start = measure.EnergyMeter(device), time.perf_counter()
     try:
-        infer_data_job(
-            rows,
-            work_dir=str(files.folder),
-            model_name=files.name,
-            dataset=table.dataset,
-            verbose=settings.verbose,
-        )
+        with terminable():
+            infer_data_job(
+                rows,
+                work_dir=str(files.folder),
+                model_name=files.name,
+                dataset=table.dataset,
+                verbose=settings.verbose,
+            )
     finally:
         if rows.answered:
             log.append(

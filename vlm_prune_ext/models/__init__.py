@@ -16,7 +16,7 @@ from torch import nn
 from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.models.base import Family, LoadOptions, PromptProcessor
-from vlm_prune_ext.models.catalogue import check_versions, resolve
+from vlm_prune_ext.models.catalogue import check_versions
 from vlm_prune_ext.models.checkpoint import Checkpoint
 from vlm_prune_ext.models.convert import convert_to_hf
 
@@ -110,7 +110,7 @@ def load(
     _check_attention(attn_implementation)
     stated = _dtype(dtype) if dtype not in (None, "auto") else None
     check_versions()
-    source = Checkpoint(resolve(name_or_path), revision=kw.get("revision"))
+    source = Checkpoint(name_or_path, revision=kw.get("revision"))
     family = _family_of(source)
     if stated is None:
         on_cpu = where.type == "cpu" and "device_map" not in kw

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.models.catalogue import resolve
 
 WEIGHT_FILES = (
     "model.safetensors.index.json",
@@ -28,11 +29,11 @@ class Checkpoint:
     """A folder with a ``config.json``, local or fetched from the Hugging Face hub.
 
     Args:
-        name: as the user gave it.
+        name: as the user gave it; short names of the catalogue are known.
         revision: branch, tag or commit on the hub.
 
     Attributes:
-        name: as the user gave it.
+        name: as the user gave it, short names spelled out.
         folder: where its files are.
         config: contents of ``config.json``.
 
@@ -41,7 +42,7 @@ class Checkpoint:
     """
 
     def __init__(self, name: str | os.PathLike[str], *, revision: str | None = None) -> None:
-        self.name = os.fspath(name)
+        self.name = os.fspath(resolve(name))
         self.folder = find_folder(self.name, revision=revision)
         self.config = read_json(self.folder / "config.json", f"checkpoint {self.name!r}")
 
