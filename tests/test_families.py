@@ -359,6 +359,20 @@ def test_reference_positions_are_for_llama(name: str, folders: dict[str, Path]) 
         pass
 
 
+@pytest.mark.parametrize("name", ["blip2_opt", "instructblip"])
+def test_the_language_model_by_itself(name: str, folders: dict[str, Path]) -> None:
+    """What it embeds on its own is no image's place in a later call."""
+    form = load_form(name, folders[name])
+    ids = torch.arange(3, 9)[None]
+    plain = form.model.language_model(input_ids=ids).logits
+    with vp.prune(form.model, METHODS["fastv"]) as trace:
+        assert torch.equal(form.model.language_model(input_ids=ids).logits, plain)
+        again = form.model.language_model(inputs_embeds=form.model.get_input_embeddings()(ids))
+        assert torch.equal(again.logits, plain)
+        form.generate(form.inputs([0, 1]), steps=2)
+        assert trace.visual_tokens[2] == [6, 6]
+
+
 def test_flan_t5_runs_and_says_why_it_is_not_pruned(folders: dict[str, Path]) -> None:
     from vlm_prune_ext.evals.answer import Answerer, Query
 

@@ -17,6 +17,7 @@ import pytest
 pytest.importorskip("lmms_eval")
 
 from tests import makers
+from tests.test_lmms import evaluate
 from vlm_prune_ext.demo.writers import write_lmms_parquet
 from vlm_prune_ext.evals.lmms_launch import TASKS
 
@@ -61,46 +62,48 @@ def samples(folder: Path, task: str) -> list[dict[str, Any]]:
 
 
 def test_script_on_two_processes(
-    checkpoint: Path, environment: dict[str, str], tmp_path: Path
+    checkpoint: Path,
+    environment: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Folders that tell configurations apart, one bad image, the scores of one process."""
-    answers = {}
-    for processes in ("1", "2"):
-        words = [str(SCRIPT), "llava_fastv", "shapes_mcq,shapes_yn", f"pretrained={checkpoint}"]
-        words += ["agg_layer=1", "attention_rank=4", "limit=7", "batch_size=2", "device=cpu"]
-        words.append(f"log_samples_suffix=run{processes}")
-        folder = tmp_path / processes
-        folder.mkdir()
-        done = subprocess.run(
-            words,
-            cwd=folder,
-            env={**environment, "NUM_PROCESSES": processes},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        label = f"{checkpoint.name}-fastv_rank4_k1"
-        (results_file,) = (folder / "logs" / label).rglob("*_results.json")
-        assert results_file.relative_to(folder).as_posix() in done.stdout
-        results = json.loads(results_file.read_text())
-        assert results["throughput"]["avg_processes"] == int(processes)
-        assert results["throughput"]["avg_failed_samples"] == 1
-        assert results["throughput"]["avg_visual_tokens_after"] == 4
-        assert results["config"]["model_args"].endswith("agg_layer=1,attention_rank=4,device=cpu")
-        assert done.stdout.count("task shapes_yn, split test, sample 3: not answered") == 1
-        found = {task: samples(folder, task) for task in ("shapes_mcq", "shapes_yn")}
-        answers[processes] = {
-            (task, one["doc_id"]): one["filtered_resps"] for task in found for one in found[task]
-        }
-        answers[processes]["scores"] = {
-            (task, name): value
-            for task, scores in results["results"].items()
-            for name, value in scores.items()
-            if "stderr" not in name
-        }
-    assert answers["1"] == answers["2"]
-    assert len(answers["1"]) == 15
-    assert answers["1"]["shapes_yn", 3] == ""
+    """A folder of its own, one bad image, and the answers and scores of one process."""
+    words = [str(SCRIPT), "llava_fastv", "shapes_mcq,shapes_yn", f"pretrained={checkpoint}"]
+    words += ["agg_layer=1", "attention_rank=4", "limit=7", "batch_size=2", "device=cpu"]
+    done = subprocess.run(
+        words,
+        cwd=tmp_path,
+        env={**environment, "NUM_PROCESSES": "2"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    folder = tmp_path / "logs" / f"{checkpoint.name}-fastv_rank4_k1"
+    (results_file,) = folder.rglob("*_results.json")
+    assert results_file.relative_to(tmp_path).as_posix() in done.stdout
+    results = json.loads(results_file.read_text())
+    assert results["throughput"]["avg_processes"] == 2
+    assert results["throughput"]["avg_failed_samples"] == 1
+    assert results["throughput"]["avg_visual_tokens_after"] == 4
+    assert results["config"]["model_args"].endswith("agg_layer=1,attention_rank=4,device=cpu")
+    assert done.stdout.count("task shapes_yn, split test, sample 3: not answered") == 1
+
+    monkeypatch.setenv("VLM_PRUNE_DEMO_DATA", environment["VLM_PRUNE_DEMO_DATA"])
+    tasks = ["shapes_mcq", "shapes_yn"]
+    settings = "agg_layer=1,attention_rank=4"
+    alone = evaluate(checkpoint, "llava_fastv", settings, tasks, limit=7)
+    assert alone["throughput"]["avg_processes"] == 1
+    for task in tasks:
+        expected = {one["doc_id"]: one["filtered_resps"] for one in alone["samples"][task]}
+        got = {one["doc_id"]: one["filtered_resps"] for one in samples(folder, task)}
+        assert got == {doc: answers[0] for doc, answers in expected.items()}
+        assert sorted(got) == list(range(7))
+        assert _scores(results["results"][task]) == _scores(alone["results"][task])
+    assert samples(folder, "shapes_yn")[0]["token_counts"]
+
+
+def _scores(results: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in results.items() if "stderr" not in name}
 
 
 def test_killed_and_started_again(

@@ -228,8 +228,8 @@ def test_broken_rows_fail_alone(
         (["--use-fast-v", "--fast-v-attention-rank", "17"], "at most 16"),
         (["--use-fast-v", "--fast-v-agg-layer", "6"], "agg_layer=6 is not valid: 1 ... 5"),
         (["--method", "downsample", "--downsample-keep", "99"], "keep=99"),
-        (["--method", "fastv:5", "--fast-v-image-token-length", "15"], "image_token_length=15"),
-        (["--method", "fastv:5", "--fast-v-sys-length", "3"], "sys_length=3"),
+        (["--method", "fastv:5", "--fast-v-image-token-length", "15"], "length 15 contradicts"),
+        (["--method", "fastv:5", "--fast-v-sys-length", "3"], "3 contradicts"),
         (["--limit", "0"], "limit=0"),
         (["--mode", "eval"], "needs predictions"),
         (["--use-fast-v", "--baseline"], "exactly one"),
@@ -296,7 +296,7 @@ def test_reuse_goes_on_where_it_stopped(
     assert len(more) == 10
     assert answered(folder) == Counter(range(14))
     in_one_go = tmp_path / "other"
-    assert main([*command[:-4], str(in_one_go), *SHORT]) == 0
+    assert main([*command[:-3], str(in_one_go), *SHORT]) == 0
     assert predictions(folder) == predictions(in_one_go / folder.name)
     assert result(folder)["samples"] == 14
 
@@ -363,8 +363,9 @@ def test_baseline_attaches_nothing_and_does_not_grow(
             sizes[sample] = psutil.Process().memory_info().rss
     assert sizes[500] < sizes[20] * 1.01
     for module in model.model.modules():
-        assert not module._forward_hooks
-        assert not module._forward_pre_hooks
+        # transformers records hidden states of the tower with hooks of its own.
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        assert {hook.__module__.partition(".")[0] for hook in hooks} <= {"transformers"}
 
 
 # -- VLMEvalKit's own launcher -------------------------------------------------------------------

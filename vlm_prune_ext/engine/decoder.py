@@ -204,6 +204,7 @@ class DecoderPruner:
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         call, self.call = self.call, None
+        self.pending = None  # seen while the decoder itself embedded: nobody asked
         if call is None or not call.prefill or output is None:
             return
         if call.state.short is not None:

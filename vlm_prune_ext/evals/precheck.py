@@ -22,12 +22,12 @@ def check_fit(source: Checkpoint, method: Method | None) -> None:
     if method is None:
         return
     try:
-        config = _config(source)
+        config: Any = _config(source)
     except ValueError:  # no family that is known: loading says so
         return
-    text = getattr(config, "text_config", config)
+    text: Any = getattr(config, "text_config", config)
     stages = method.stages(text.num_hidden_layers)
-    vision = getattr(config, "vision_config", None)
+    vision: Any = getattr(config, "vision_config", None)
     if getattr(vision, "model_type", None) != "clip_vision_model":
         return  # other towers drop nothing, and their patches are not what becomes visual tokens
     method.vision_stages(vision.num_hidden_layers, _feature_layer(config, vision))

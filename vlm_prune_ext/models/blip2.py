@@ -78,9 +78,7 @@ def watch_embedded(table: nn.Module, image_token_id: int) -> Callable[[SpanSink]
         def see(module: nn.Module, args: tuple) -> None:
             ids = args[0] if args else None
             if isinstance(ids, torch.Tensor) and ids.dim() == 2 and ids.shape[1] > 1:
-                mask = ids == image_token_id
-                if bool(mask.any()):
-                    sink(mask, None)
+                sink(ids == image_token_id, None)
 
         return [table.register_forward_pre_hook(see).remove]
 
