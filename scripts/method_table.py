@@ -273,13 +273,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=11)
     parser.add_argument("--batch-size", type=int, default=10)
     parser.add_argument("--only", help="names of methods, with commas between")
+    parser.add_argument("--dtype", help="float32 or bfloat16; default: float32 on a CPU")
     parser.add_argument("--out", type=Path, help="default: standard output")
     args = parser.parse_args()
     if args.samples < 1:
         raise InputError(f"--samples {args.samples} is not valid: at least 1.")
     from vlm_prune_ext.demo import CHECKPOINT
 
-    model, processor = vp.load(args.model or str(CHECKPOINT))
+    model, processor = vp.load(args.model or str(CHECKPOINT), dtype=args.dtype)
     model.eval()
     sets = {kind: cases(kind, args.seed, args.samples) for kind in KINDS}
     sizes = sizes_of(model, processor)

@@ -130,3 +130,19 @@ def test_prune_while_attached_is_an_error(model) -> None:
     model.reset_fastv()
     with pytest.raises(vp.InputError, match="already"), vp.prune(model, vp.RandomDrop(keep=3)):
         pass
+
+
+@pytest.mark.parametrize("wrong", ["fastv", vp.FastV, 5])
+def test_what_is_no_method_is_named(model, wrong) -> None:
+    with pytest.raises(vp.InputError, match=r"method=.* is not valid"):
+        vp.prune(model, wrong)
+
+
+def test_flags_are_true_or_false(model) -> None:
+    attachment = vp.attach(model)
+    fastv(model, on="false")
+    with pytest.raises(vp.InputError, match="use_fast_v='false' is not valid: true or false"):
+        model.reset_fastv()
+    assert attachment.method is None
+    with pytest.raises(vp.InputError, match="NoneType is not a model"):
+        vp.attach(None)

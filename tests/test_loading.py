@@ -755,3 +755,30 @@ def test_models_that_cannot_be_pruned_are_named() -> None:
         parts_of(T5ForConditionalGeneration(config))
     with pytest.raises(InputError, match="Linear is not a model that can be pruned"):
         parts_of(torch.nn.Linear(2, 2))
+
+
+def test_odd_values_in_files_are_named(
+    folders: dict[str, Path], converted: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="checkpoint 5 is not valid"):
+        load(5)  # type: ignore[arg-type]
+    for field, value in (("mm_vision_tower", 5), ("num_attention_heads", 0)):
+        folder = makers.tiny_original(tmp_path / field, layers=2, **{field: value})
+        with pytest.raises(InputError, match=field):
+            load(folder)
+    folder = makers.tiny_original(tmp_path / "tower", layers=2)
+    path = folder / "vision_tower" / "config.json"
+    makers.write_json(path, json.loads(path.read_text()) | {"model_type": "siglip_vision_model"})
+    with pytest.raises(InputError, match="model_type='siglip_vision_model'"):
+        load(folder)
+    folder = makers.tiny_original(tmp_path / "shards", layers=2, weights="bin", sharded=True)
+    torch.save([1, 2], folder / "pytorch_model-00002-of-00003.bin")
+    with pytest.raises(InputError, match="a list, not tensors by name"):
+        load(folder)
+    makers.write_json(folder / "pytorch_model.bin.index.json", {"weight_map": {"a": 5}})
+    with pytest.raises(InputError, match="weight_map"):
+        load(folder)
+    shutil.copytree(converted, tmp_path / "hf")
+    (tmp_path / "hf" / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(InputError, match="cannot be read"):
+        load(tmp_path / "hf")

@@ -363,6 +363,8 @@ def test_registry_names() -> None:
         get_method("fastv", atention_rank=7)
     with pytest.raises(InputError, match="takes no parameters"):
         get_method("none", keep=7)
+    with pytest.raises(InputError, match="Unknown method"):
+        get_method([])  # type: ignore[arg-type]
     with pytest.raises(InputError, match="random needs a value for keep"):
         get_method("random")
     with pytest.raises(InputError, match="contradicts"):
@@ -557,3 +559,11 @@ def test_saint_fields_of_model_config() -> None:
         get_method("saint", vit={}, saint_prune_mode=PRUNE_MODE)
     with pytest.raises(InputError, match="start=None"):
         saint(start=None, prune_mode=None)
+
+
+def test_needs_that_are_no_tuple_are_named() -> None:
+    def pick(evidence: object, keep: int) -> None: ...
+
+    pick.needs = "keys"  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match="needs='keys' is not valid: a tuple of"):
+        CustomSelection(method=pick)  # type: ignore[arg-type]

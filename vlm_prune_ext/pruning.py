@@ -9,6 +9,7 @@ from torch import nn
 from vlm_prune_ext.engine.prune import run
 from vlm_prune_ext.engine.spans import VisualSpan
 from vlm_prune_ext.engine.trace import Trace
+from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.methods.base import Method
 from vlm_prune_ext.models import parts_of
 
@@ -37,4 +38,9 @@ def prune(
     """
     if method is None:
         return run(None, None)  # type: ignore[arg-type]
+    if not isinstance(method, Method):
+        raise InputError(
+            f"method={method!r} is not valid: a method such as FastV(attention_rank=100), what "
+            "get_method('fastv') returns, or None for the baseline."
+        )
     return run(parts_of(model), method, visual_span)

@@ -16,7 +16,7 @@ from torch import nn
 from vlm_prune_ext.engine.prune import Session
 from vlm_prune_ext.engine.trace import Trace
 from vlm_prune_ext.errors import InputError
-from vlm_prune_ext.methods.base import Method
+from vlm_prune_ext.methods.base import Method, require
 from vlm_prune_ext.methods.registry import METHODS, settings_method
 from vlm_prune_ext.models import parts_of
 
@@ -79,7 +79,10 @@ class Attachment:
         cls = METHODS[name]
         assert cls is not None
         config = self._parts.model.config
-        if getattr(config, cls.CONFIG_FLAG, False):
+        flag = getattr(config, cls.CONFIG_FLAG, None)
+        accepted = "true or false"  # a text such as "false" would count as true
+        require(flag in (None, True, False), cls.CONFIG_FLAG, flag, accepted)
+        if flag:
             self.switch(settings_method(cls, config))
         elif self.method is None or isinstance(self.method, cls):
             self.switch(None)
@@ -114,7 +117,7 @@ def attach(model: nn.Module) -> Attachment:
     Raises:
         InputError: a model of unknown form.
     """
-    known = vars(model).get(_PLACE)
+    known = getattr(model, "__dict__", {}).get(_PLACE)
     if known is not None:
         return known
     attachment = Attachment(model)
@@ -128,7 +131,7 @@ def attach(model: nn.Module) -> Attachment:
 
 def detach(model: nn.Module) -> None:
     """Undo :func:`attach`: the running method and all reset calls go. Harmless if not attached."""
-    attachment = vars(model).pop(_PLACE, None)
+    attachment = getattr(model, "__dict__", {}).pop(_PLACE, None)
     if attachment is None:
         return
     if attachment._session is not None:

@@ -270,11 +270,9 @@ _WEIGHTS = {
 }
 
 
-def _is_asked(question: Question | None) -> bool:
+def _is_asked(question: Question) -> bool:
     """Whether the data sets ask this question."""
-    return question is not None and not any(
-        f"the {side} half" in question.text for side in ("left", "right")
-    )
+    return not any(f"the {side} half" in question.text for side in ("left", "right"))
 
 
 def _ask(kind: str, category: str, turn: int, scene: Scene, rng: np.random.Generator) -> Any:
@@ -313,7 +311,7 @@ def samples(kind: str, seed: int, count: int) -> list[dict[str, Any]]:
         # Moves on once a round, so that answers are even within each category as well.
         turn = index // len(categories) + index % len(categories)
         question = None
-        while not _is_asked(question):
+        while question is None or not _is_asked(question):
             scene_seed = int(rng.integers(FIRST_TRAINING_SEED))
             if scene_seed not in used:
                 question = _ask(kind, category, turn, make_scene(scene_seed), rng)

@@ -227,8 +227,12 @@ def measure(
         for name, (method, image) in settings(budgets).items():
             begun = time.monotonic()
             part = items if name in ("baseline", "noise") else items[: sweep_count or count]
-            mine[name] = score(part, answers(model, processor, part, method, image))
+            given = answers(model, processor, part, method, image)
+            mine[name] = score(part, given)
             mine[name]["seconds"] = round(time.monotonic() - begun, 1)
+            if name == "baseline" and sweep_count and sweep_count < count:
+                # What the budgets' figures are to be compared with: the very same samples.
+                mine["baseline part"] = score(items[:sweep_count], given[:sweep_count])
             bleu = f", BLEU-4 {mine[name]['bleu_4']:.1f}" if kind == "caption" else ""
             progress(
                 f"{TITLES[kind]} {name}: {mine[name]['value']:.1f} %{bleu} "
@@ -259,10 +263,13 @@ def markdown(report: dict[str, Any]) -> str:
     ]
     names = {
         "baseline": f"all {ALL_TOKENS}",
+        "baseline part": f"all {ALL_TOKENS}, the samples of the budgets",
         "noise": "image replaced by noise",
         "majority": "most frequent answer",
     }
     for name, title in names.items():
+        if not any(name in sets[k] for k in kinds):
+            continue
         lines.append(f"| {title} | " + " | ".join(_cell(sets[k].get(name)) for k in kinds) + " |")
     for method, title in (("fastv", "FastV, agg_layer 3"), ("random", "random, before layer 0")):
         for budget in report["budgets"]:
@@ -283,7 +290,7 @@ def draw_figure(report: dict[str, Any], path: Path) -> None:
     for axis, (kind, mine) in zip(np.atleast_1d(axes), sets.items(), strict=True):
         for method, label in (("fastv", "FastV (agg_layer 3)"), ("random", "random (layer 0)")):
             rows = [(b, mine[f"{method} {b}"]) for b in report["budgets"]]
-            rows = [(ALL_TOKENS, mine["baseline"]), *rows]
+            rows = [(ALL_TOKENS, mine.get("baseline part", mine["baseline"])), *rows]
             x = [b for b, _ in rows]
             axis.plot(x, [r["value"] for _, r in rows], marker="o", markersize=3, label=label)
             axis.fill_between(

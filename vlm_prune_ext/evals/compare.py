@@ -28,14 +28,14 @@ from vlm_prune_ext.methods.fastv import FastV
 from vlm_prune_ext.methods.random_drop import RandomDrop
 from vlm_prune_ext.settings import Settings
 
-ROWS = 40
+ROWS = 50
 DATA = ("Shapes_Caption", "Shapes_MCQ", "Shapes_VQA", "Shapes_YN")  # the longest answers first
 METHODS: tuple[Method | None, ...] = (
     None,
     FastV(agg_layer=3, attention_rank=288),
     FastV(agg_layer=3, attention_rank=100),
     FastV(agg_layer=3, attention_rank=32),
-    RandomDrop(keep=100, layer=3),
+    RandomDrop(keep=32),
 )
 TITLES = {
     "Shapes_MCQ": "MCQ %",
@@ -258,7 +258,7 @@ def draw(rows: Sequence[Sequence[Record]], path: Path) -> None:
         axes.plot(*zip(*points, strict=True), "o-", color=colors[place], label=TITLES[data])
         last = rows[-1][place]
         axes.plot(_kept(last), _value(last), "x", ms=9, mew=2.2, color=colors[place])
-    axes.plot([], [], "x", ms=9, mew=2.2, color="grey", label="random")
+    axes.plot([], [], "x", ms=9, mew=2.2, color="grey", label="at random")
     axes.set_xscale("log", base=2)
     ticks = sorted({_kept(row[0]) for row in rows})
     axes.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])

@@ -8,6 +8,7 @@ tokens, FLOPs, times, memory and settings. Under torchrun rows are shared out am
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -178,6 +179,15 @@ def _keep_out_of_lmudata() -> None:
     os.environ["LMUData"] = str(folder)  # noqa: SIM112 (its name)
 
 
+def _import_quietly() -> None:
+    """VLMEvalKit reports a missing file of API keys, which nothing here needs, as an error."""
+    logging.disable(logging.ERROR)
+    try:
+        import vlmeval  # noqa: F401
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 def _run(settings: Settings) -> int:
     from dataclasses import replace
 
@@ -189,6 +199,7 @@ def _run(settings: Settings) -> int:
         settings = replace(settings, data=SHAPES)
     if set(settings.data) <= set(SHAPES):
         _keep_out_of_lmudata()
+    _import_quietly()
     from vlm_prune_ext.evals.precheck import check_fit
     from vlm_prune_ext.evals.rows import check_name
     from vlm_prune_ext.evals.shapes import register_datasets

@@ -167,6 +167,8 @@ class CustomSelection(Method):
         declared = getattr(function, "needs", None)
         if declared is None:
             return ("attention:last", "keys", "hidden") if self.agg_layer > 0 else ("hidden",)
+        is_list = isinstance(declared, tuple | list)
+        require(is_list, "needs", declared, f"a tuple of {', '.join(get_args(Need))}")
         for need in declared:
             if need not in get_args(Need):
                 raise unknown_name("entry of needs", need, get_args(Need))

@@ -51,7 +51,7 @@ def method_class(name: str) -> type[Method] | None:
     Raises:
         InputError: unknown name (with the near name).
     """
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:  # a list cannot even be looked up
         raise unknown_name("method", name, METHODS)
     return METHODS[name]
 

@@ -42,6 +42,11 @@ class Checkpoint:
     """
 
     def __init__(self, name: str | os.PathLike[str], *, revision: str | None = None) -> None:
+        if not isinstance(name, str | os.PathLike):
+            raise InputError(
+                f"checkpoint {name!r} is not valid: give a folder, or owner/name of a repository "
+                "on the Hugging Face hub."
+            )
         self.name = os.fspath(resolve(name))
         self.folder = find_folder(self.name, revision=revision)
         self.config = read_json(self.folder / "config.json", f"checkpoint {self.name!r}")
@@ -140,8 +145,9 @@ def _shards(path: Path, what: str) -> Iterator[Path]:
         yield path
         return
     places = read_json(path, what).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise InputError(f"{str(path)!r} of {what} has no weight_map.")
+    named = isinstance(places, dict) and all(isinstance(v, str) for v in places.values())
+    if not named or not places:
+        raise InputError(f"{str(path)!r} of {what} has no weight_map from weights to files.")
     for name in sorted(set(places.values())):
         if not (path.parent / name).is_file():
             raise InputError(f"{what} is incomplete: {str(path.parent / name)!r} is missing.")
@@ -155,7 +161,10 @@ def _read_file(path: Path, what: str) -> Mapping[str, torch.Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return _read_pickle(path)
+        found = _read_pickle(path)
+        if isinstance(found, dict):
+            return found
+        raise ValueError(f"a {type(found).__name__}, not tensors by name")
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         raise InputError(f"{str(path)!r} of {what} cannot be read: {_first_line(error)}") from error
     except Exception as error:  # pickle's own errors have no common base

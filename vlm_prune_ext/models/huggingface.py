@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import CLIPImageProcessor
 
 from vlm_prune_ext.errors import InputError
@@ -25,7 +26,12 @@ def load_model(kind: Any, source: Checkpoint, options: LoadOptions) -> Any:
         )
     arguments = options.from_pretrained_arguments()
     arguments.pop("revision", None)  # the folder is that revision
-    model, report = kind.from_pretrained(str(source.folder), output_loading_info=True, **arguments)
+    try:
+        model, report = kind.from_pretrained(
+            str(source.folder), output_loading_info=True, **arguments
+        )
+    except SafetensorError as error:
+        raise InputError(f"Weights of {what} cannot be read: {error}.") from error
     for said, key in (("lacks", "missing_keys"), ("has mismatched", "mismatched_keys")):
         names = sorted(str(name) for name in report[key])
         if names:

@@ -113,8 +113,15 @@ class OriginalCheckpoint:
     def _check(self) -> None:
         required = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
         for name in required:
-            if not isinstance(self.config.get(name), int):
-                raise InputError(f"config.json of {self.what} needs an integer {name}.")
+            value = self.config.get(name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InputError(f"config.json of {self.what} needs an integer {name} above 0.")
+        tower = self.config["mm_vision_tower"]
+        if not isinstance(tower, str) or not tower.strip():
+            raise InputError(
+                f"mm_vision_tower={tower!r} of {self.what} is not valid: a folder, or owner/name "
+                "of a repository on the Hugging Face hub."
+            )
         accepted = {
             "mm_projector_type": ("mlp2x_gelu",),
             "mm_vision_select_feature": ("patch", "cls_patch", None),
@@ -251,7 +258,13 @@ class Tower:
 
 def _vision_fields(folder: Path, what: str) -> dict[str, Any]:
     fields = read_json(folder / "config.json", what)
-    return dict(fields.get("vision_config") or fields)
+    fields = dict(fields.get("vision_config") or fields)
+    kind = fields.get("model_type", "clip_vision_model")
+    if kind not in ("clip_vision_model", "clip"):
+        raise InputError(
+            f"model_type={kind!r} of {what} is not supported; accepted: clip_vision_model."
+        )
+    return fields
 
 
 def _is_buffer(name: str) -> bool:

@@ -1,0 +1,164 @@
+"""Answers of a batch are those of its members, whatever prunes, and say what they cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import vlm_prune_ext as vp
+from tests.makers import QUESTIONS, photos, tiny_original
+from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.evals.answer import Answer, Answerer, Query
+from vlm_prune_ext.measure import EnergyMeter, Spread, TokenClock, commit, hardware, versions
+
+METHODS = {
+    "baseline": None,
+    "fastv": vp.FastV(agg_layer=2, attention_rank=5),
+    "fastv-mask": vp.FastV(agg_layer=2, attention_rank=5, mode="mask"),
+    "himap": vp.HiMAP(attn_txt_layer=2, attn_txt_rank=8, attn_img_layer=4, attn_img_rank=4),
+    "saint": vp.SAINT(start=1, end=3, threshold=0.3, min_neighbors=2),
+    "saint-vit": vp.SAINT(start=None, vit=vp.SAINTViT(layers=(2,), keep_num=11)),
+    "random": vp.RandomDrop(keep=5),
+    "downsample": vp.Downsample(keep=4),
+}
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """16 visual tokens, 6 layers."""
+    return vp.load(tiny_original(tmp_path_factory.mktemp("answer")))
+
+
+def queries() -> list[Query]:
+    """Different lengths, limits and numbers of images."""
+    images = [[image] for image in photos(4)]
+    images[2] = photos(2, seed=9)
+    return [
+        Query(text, own, max_new_tokens=3 + place)
+        for place, (text, own) in enumerate(zip(QUESTIONS, images, strict=True))
+    ]
+
+
+def content(answer: Answer) -> tuple[Any, ...]:
+    return (
+        answer.text,
+        answer.new_tokens,
+        answer.prompt_tokens,
+        answer.visual_kept,
+        answer.lengths,
+    )
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_batch_equals_singles(loaded: tuple[Any, Any], name: str) -> None:
+    answerer = Answerer(*loaded, METHODS[name])
+    together = answerer.answer(queries())
+    alone = [answerer.answer([query])[0] for query in queries()]
+    assert [content(a) for a in together] == [content(a) for a in alone]
+    assert [answer.batch for answer in together] == [4] * 4
+    for answer, query in zip(together, queries(), strict=True):
+        assert answer.visual_tokens == 16 * len(query.images)
+        assert 1 <= answer.new_tokens <= query.max_new_tokens
+        assert answer.prefill_seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "kept", "lengths"),
+    [
+        ("baseline", {0: 16}, [0] * 6),
+        ("fastv", {0: 16, 2: 5}, [0, 0, -11, -11, -11, -11]),
+        ("fastv-mask", {0: 16, 2: 5}, [0] * 6),
+        ("himap", {0: 16, 2: 8, 4: 4}, [0, 0, -8, -8, -12, -12]),
+        ("saint-vit", {0: 10}, [-6] * 6),
+        ("random", {0: 5}, [-11] * 6),
+        ("downsample", {0: 4}, [-12] * 6),
+    ],
+)
+def test_what_was_kept(
+    loaded: tuple[Any, Any], name: str, kept: dict[int, int], lengths: list[int]
+) -> None:
+    answer = Answerer(*loaded, METHODS[name]).answer(queries()[:1])[0]
+    assert answer.visual_kept == kept
+    assert [n - answer.prompt_tokens for n in answer.lengths] == lengths
+
+
+def test_answers_end_at_a_string(loaded: tuple[Any, Any]) -> None:
+    answerer = Answerer(*loaded)
+    whole = answerer.answer([Query("What?", photos(1), max_new_tokens=12)])[0]
+    end = whole.text[4:6]
+    short = answerer.answer([Query("What?", photos(1), max_new_tokens=12, until=(end,))])[0]
+    assert short.text == whole.text[: whole.text.find(end)].strip()
+    assert short.new_tokens < whole.new_tokens
+
+
+def test_a_batch_that_does_not_fit_is_halved(
+    loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answerer = Answerer(*loaded, METHODS["fastv"])
+    expected = [content(answer) for answer in answerer.answer(queries())]
+    original, sizes = answerer._generate, []
+
+    def small_memory(batch: list[Query]) -> list[Answer]:
+        sizes.append(len(batch))
+        if len(batch) > 1:
+            raise torch.OutOfMemoryError
+        return original(batch)
+
+    monkeypatch.setattr(answerer, "_generate", small_memory)
+    assert [content(answer) for answer in answerer.answer(queries())] == expected
+    assert sizes == [4, 2, 1, 1, 1, 1]
+    assert answerer.largest == 1
+
+    def no_memory(batch: list[Query]) -> list[Answer]:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(answerer, "_generate", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        answerer.answer(queries()[:1])
+
+
+def test_wrong_input(loaded: tuple[Any, Any]) -> None:
+    with pytest.raises(InputError, match="at most 16"):
+        Answerer(*loaded, vp.FastV(agg_layer=2, attention_rank=17)).answer(queries()[:1])
+    with pytest.raises(InputError, match="agg_layer=6"):
+        Answerer(*loaded, vp.FastV(agg_layer=6, attention_rank=2))
+    with pytest.raises(InputError, match="style"):
+        Answerer(*loaded).answer([Query("a"), Query("b", style="plain")])
+    assert Answerer(*loaded).answer([]) == []
+
+
+# -- measuring -----------------------------------------------------------------------------------
+def test_clock_splits_time_and_changes_nothing(loaded: tuple[Any, Any]) -> None:
+    model, processor = loaded
+    inputs = processor.prompt("What?", photos(1)[0])
+    plain = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    clock = TokenClock("cpu")
+    timed = model.generate(**inputs, max_new_tokens=4, do_sample=False, logits_processor=[clock])
+    clock.stop()
+    assert torch.equal(plain, timed)
+    assert clock.steps == timed.shape[1] - (inputs["input_ids"].shape[1])
+    assert clock.prefill_seconds > 0
+    assert clock.decode_seconds > 0
+
+
+def test_spread_and_environment() -> None:
+    assert Spread.of([]) is None
+    assert Spread.of(range(1, 11)) == Spread(5.5, 5.5, 9, 10)
+    assert versions()["torch"] == torch.__version__.partition("+")[0]
+    assert hardware("cpu")["cores"] >= 1
+    found = commit()
+    assert found is None or len(found.removesuffix("-dirty")) == 40
+    assert EnergyMeter("cpu").joules() is None
+
+
+@pytest.mark.gpu
+def test_energy_is_counted_on_a_gpu() -> None:
+    meter = EnergyMeter("cuda")
+    if not meter.available:
+        pytest.skip("this GPU has no counter")
+    size = torch.ones(4096, 4096, device="cuda")
+    for _ in range(200):
+        size = size @ size * 1e-4
+    assert (meter.joules() or 0.0) > 0
