@@ -81,6 +81,7 @@ class Ranks:
             torch.cuda.set_device(self.device(device))
         dist.init_process_group("nccl" if on_gpu else "gloo")
         yield
+        dist.barrier()  # nobody leaves while others may still need the connection
         dist.destroy_process_group()
 
     def wait(self) -> None:
