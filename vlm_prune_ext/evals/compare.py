@@ -204,7 +204,8 @@ def _print(rows: Sequence[Sequence[Record]], settings: Settings, start: float) -
     print(
         f"{_model(rows)}, {settings.limit} samples per set "
         f"(95 % interval of an accuracy of 90 %: ± {_interval(settings.limit or 1):.0f} points); "
-        f"FLOPs: language model's prefill over the baseline's; prefill: median. "
+        f"FLOPs: language model's prefill over the baseline's; prefill: median. FastV drops in front "
+        f"of layer 3, random dropping in front of layer 0. "
         f"{hardware.get('gpu', hardware.get('cpu', ''))}, {time.perf_counter() - start:.0f} s."
     )
     for note in dict.fromkeys(one.note for row in rows for one in row if one.note):
@@ -258,7 +259,7 @@ def draw(rows: Sequence[Sequence[Record]], path: Path) -> None:
         axes.plot(*zip(*points, strict=True), "o-", color=colors[place], label=TITLES[data])
         last = rows[-1][place]
         axes.plot(_kept(last), _value(last), "x", ms=9, mew=2.2, color=colors[place])
-    axes.plot([], [], "x", ms=9, mew=2.2, color="grey", label="at random")
+    axes.plot([], [], "x", ms=9, mew=2.2, color="grey", label="at random,\nbefore layer 0")
     axes.set_xscale("log", base=2)
     ticks = sorted({_kept(row[0]) for row in rows})
     axes.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])

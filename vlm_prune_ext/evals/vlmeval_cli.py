@@ -58,6 +58,7 @@ def make_parser() -> Parser:
     """All options; what is not given is absent from the result."""
     parser = Parser(
         prog="run_vlmeval.py",
+        usage="run_vlmeval.py [options]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
