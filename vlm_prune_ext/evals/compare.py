@@ -204,8 +204,8 @@ def _print(rows: Sequence[Sequence[Record]], settings: Settings, start: float) -
     print(
         f"{_model(rows)}, {settings.limit} samples per set "
         f"(95 % interval of an accuracy of 90 %: ± {_interval(settings.limit or 1):.0f} points); "
-        f"FLOPs: language model's prefill over the baseline's; prefill: median. FastV drops in front "
-        f"of layer 3, random dropping in front of layer 0. "
+        "FLOPs: language model's prefill over the baseline's; prefill: median. FastV drops in "
+        "front of layer 3, random dropping in front of layer 0. "
         f"{hardware.get('gpu', hardware.get('cpu', ''))}, {time.perf_counter() - start:.0f} s."
     )
     for note in dict.fromkeys(one.note for row in rows for one in row if one.note):

@@ -531,9 +531,13 @@ def headline(dataset: Any, name: str, scores: dict[str, float], count: int) -> S
     if is_choice and value <= 1.0:  # VLMEvalKit gives shares for these, percent for others
         value *= 100.0
     single = name.startswith("Shapes_") or (is_choice and "mmbench" not in name.lower())
-    share = value / 100.0
-    error = 100.0 * math.sqrt(share * (1.0 - share) / count) if single and count else None
-    return Score(key, value, error)
+    return Score(key, value, share_error(value, count) if single and count else None)
+
+
+def share_error(percent: float, count: int) -> float:
+    """Standard error of a share in percent (Agresti and Coull: not 0 where all or none are right)."""
+    share = (percent / 100.0 * count + 2.0) / (count + 4.0)
+    return 100.0 * math.sqrt(share * (1.0 - share) / (count + 4.0))
 
 
 def _overall(key: str) -> bool:
