@@ -1486,15 +1486,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile parts of the decoder")
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
-    train(
-        given.out,
-        work=given.work or given.out / "work",
-        device=given.device,
-        minutes=given.minutes,
-        scene_count=given.scenes,
-        workers=given.workers,
-        fast=given.compile,
-    )
+    with torch.enable_grad():  # some libraries turn gradients off for the whole process
+        train(
+            given.out,
+            work=given.work or given.out / "work",
+            device=given.device,
+            minutes=given.minutes,
+            scene_count=given.scenes,
+            workers=given.workers,
+            fast=given.compile,
+        )
 
 
 if __name__ == "__main__":

@@ -535,7 +535,7 @@ def headline(dataset: Any, name: str, scores: dict[str, float], count: int) -> S
 
 
 def share_error(percent: float, count: int) -> float:
-    """Standard error of a share in percent (Agresti and Coull: not 0 where all or none are right)."""
+    """Standard error of a share in percent, after Agresti and Coull: not 0 if all are right."""
     share = (percent / 100.0 * count + 2.0) / (count + 4.0)
     return 100.0 * math.sqrt(share * (1.0 - share) / (count + 4.0))
 
