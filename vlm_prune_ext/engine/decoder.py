@@ -30,6 +30,7 @@ from vlm_prune_ext.engine.spans import (
     check_stated,
     images_from_argument,
     images_from_mask,
+    tokens_by_sample,
 )
 from vlm_prune_ext.engine.trace import Trace
 from vlm_prune_ext.errors import InputError
@@ -136,9 +137,7 @@ class DecoderPruner:
         if not images:
             self.call = None
             return None
-        self.trace.visual_input[:] = Prefill.start(
-            images, given.batch, given.length, None, given.device
-        ).visual_counts()
+        self.trace.visual_input[:] = tokens_by_sample(images, given.batch)
         check_stated(self.method.stated_span, images, given.first_tokens())
         return self._enter_prefill(given, images, kwargs)
 

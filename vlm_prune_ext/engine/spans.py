@@ -22,6 +22,14 @@ class Image:
     length: int
 
 
+def tokens_by_sample(images: list[Image], batch: int) -> list[int]:
+    """Visual tokens of each of ``batch`` samples."""
+    counts = [0] * batch
+    for image in images:
+        counts[image.sample] += image.length
+    return counts
+
+
 def images_from_mask(mask: torch.Tensor, lengths: list[list[int]] | None) -> list[Image]:
     """Images from a ``(batch, seq)`` bool mask of visual tokens.
 
