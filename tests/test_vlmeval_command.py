@@ -416,7 +416,8 @@ def test_comparison_of_the_demo(tmp_path: Path) -> None:
         text=True,
         timeout=500,
     )
-    assert done.returncode == 0, done.stderr
+    logs = "".join(p.read_text() for p in (tmp_path / "out" / "logs").glob("*.log"))
+    assert done.returncode == 0, done.stderr + logs
     for label in ("baseline", "fastv_rank288", "fastv_rank100", "fastv_rank32", "random_keep32"):
         assert label in done.stdout
     found = sorted((tmp_path / "out").glob("*/*_results.json"))

@@ -37,6 +37,7 @@ from vlm_prune_ext.evals.precheck import check_fit, is_untrained
 from vlm_prune_ext.evals.record import Record, Sample, SampleLog, Score, Sizes, Stretch
 from vlm_prune_ext.evals.rows import Table, open_table
 from vlm_prune_ext.evals.vlmeval import PrunedVLM, run_name
+from vlm_prune_ext.evals.vlmeval_files import own_files
 from vlm_prune_ext.models import load
 from vlm_prune_ext.models.checkpoint import Checkpoint
 from vlm_prune_ext.settings import Settings, method_as_json
@@ -415,7 +416,7 @@ def predict(
     measure.reset_peak(device)
     energy, start = measure.EnergyMeter(device), time.perf_counter()
     try:
-        with terminable():
+        with terminable(), own_files():
             infer_data_job(
                 rows,
                 work_dir=str(files.folder),
@@ -482,7 +483,8 @@ def score(files: Files, dataset: Any) -> tuple[dict[str, float], str | None]:
     for path in files.scoring_files():  # of other predictions
         path.unlink()
     try:
-        result = dataset.evaluate(str(files.predictions), model="exact_matching")
+        with own_files():
+            result = dataset.evaluate(str(files.predictions), model="exact_matching")
     except Exception as error:  # data sets fail in many ways without a judge
         return {}, (
             f"VLMEvalKit cannot score {files.dataset} by exact matching ({_one_line(error)}); the "

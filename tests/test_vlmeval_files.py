@@ -1,0 +1,74 @@
+"""Several processes on one data set, and processes that were killed: no half files."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+pytest.importorskip("vlmeval")
+
+from vlmeval.dataset import image_base
+from vlmeval.dataset.utils import multiple_choice
+
+from vlm_prune_ext.evals.vlmeval_files import own_files
+
+
+@pytest.fixture
+def encoded() -> str:
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def test_a_picture_is_not_in_its_place_before_it_is_whole(
+    encoded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, seen = tmp_path / "1.png", []
+    save = Image.Image.save
+
+    def watched(self: Image.Image, path: Any, *args: Any, **kwargs: Any) -> None:
+        save(self, path, *args, **kwargs)
+        seen.append((Path(path).suffix, target.exists()))
+
+    monkeypatch.setattr(Image.Image, "save", watched)
+    with own_files():
+        image_base.decode_base64_to_image_file(encoded, str(target))
+    assert seen == [(".png", False)]
+    assert list(tmp_path.iterdir()) == [target]
+    assert Image.open(target).size == (256, 256)
+
+
+def test_a_writer_that_fails_leaves_nothing(
+    encoded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(self: Image.Image, path: Any, *args: Any, **kwargs: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Image.Image, "save", half)
+    with own_files(), pytest.raises(OSError, match="no space left"):
+        image_base.decode_base64_to_image_file(encoded, str(tmp_path / "1.png"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_scoring_files_of_the_same_second_differ_and_go() -> None:
+    with own_files():
+        first = multiple_choice.timestr()
+        left = Path("/tmp") / f"{first}.xlsx"
+        left.touch()
+    assert not left.exists()
+    with own_files():
+        assert multiple_choice.timestr() != first
+
+
+def test_vlmevalkit_has_its_own_functions_back() -> None:
+    before = image_base.decode_base64_to_image_file, multiple_choice.timestr
+    with pytest.raises(KeyError), own_files():
+        assert image_base.decode_base64_to_image_file is not before[0]
+        raise KeyError
+    assert (image_base.decode_base64_to_image_file, multiple_choice.timestr) == before
