@@ -39,6 +39,7 @@ class Settings:
         seed: of torch's generators, and of methods that draw lots.
         dtype, device, attn_implementation: see :func:`vlm_prune_ext.load`.
         max_new_tokens: limit of an answer; ``None``: VLMEvalKit's for LLaVA.
+        fast: see :func:`vlm_prune_ext.load`.
     """
 
     model_path: str | None = None
@@ -54,6 +55,7 @@ class Settings:
     device: str | None = None
     attn_implementation: str | None = None
     max_new_tokens: int | None = None
+    fast: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("model_path", "device", "attn_implementation"):
@@ -66,7 +68,8 @@ class Settings:
             _require(name, getattr(self, name), "an integer of at least 1", _at_least(1), none=True)
         _require("seed", self.seed, "an integer of at least 0", _at_least(0))
         for name in ("reuse", "verbose"):
-            _require(name, getattr(self, name), "true or false", lambda v: isinstance(v, bool))
+            _require(name, getattr(self, name), "true or false", _is_bool)
+        _require("fast", self.fast, "true or false", _is_bool, none=True)
 
     @property
     def label(self) -> str:
@@ -352,6 +355,10 @@ def _require(name: str, value: Any, accepted: str, ok: Any, *, none: bool = Fals
         good = False
     if not good:
         raise InputError(f"{name}={value!r} is not valid: {accepted}.")
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool)
 
 
 def _is_text(value: Any) -> bool:

@@ -77,6 +77,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--attn-implementation", metavar="NAME", help="eager, sdpa or flash_attention_2"
     )
+    parser.add_argument(
+        "--fast",
+        action=argparse.BooleanOptionalAction,
+        help="CUDA graphs with fixed shapes (default: on a GPU, where model and method allow it)",
+    )
 
 
 def model_name(args: argparse.Namespace) -> str:
@@ -95,6 +100,7 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
         dtype=args.dtype,
         device=args.device,
         attn_implementation=args.attn_implementation,
+        fast=args.fast,
     )
     return model.eval(), processor
 

@@ -8,16 +8,17 @@ module of the layer in front of each stage reads the scores.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from vlm_prune_ext.engine import masks, scores
+from vlm_prune_ext.engine import masks
+from vlm_prune_ext.engine.evidence import AttentionReader, Looker
 from vlm_prune_ext.engine.layout import Layout, take
 from vlm_prune_ext.engine.parts import ModelParts, Undo
-from vlm_prune_ext.engine.prefill import Group, Prefill
+from vlm_prune_ext.engine.prefill import Prefill
 from vlm_prune_ext.engine.shorten import (
     DecoderInput,
     Shortened,
@@ -34,7 +35,7 @@ from vlm_prune_ext.engine.spans import (
 )
 from vlm_prune_ext.engine.trace import Trace
 from vlm_prune_ext.errors import InputError
-from vlm_prune_ext.methods.base import Evidence, Method, Stage
+from vlm_prune_ext.methods.base import Method, Need, Stage
 
 
 class DecoderPruner:
@@ -73,8 +74,8 @@ class DecoderPruner:
         self.windows = masks.sliding_windows(config, self.num_layers)
         self.pending: tuple[torch.Tensor, list[list[int]] | None] | None = None
         # State by KV cache: several caches may be decoded in turn.
-        self.states: weakref.WeakKeyDictionary[Any, _State] = weakref.WeakKeyDictionary()
-        self.call: _Call | None = None
+        self.states: weakref.WeakKeyDictionary[Any, State] = weakref.WeakKeyDictionary()
+        self.call: Call | None = None
 
     # -- attaching ---------------------------------------------------------------------------
     def attach(self) -> list[Undo]:
@@ -184,7 +185,7 @@ class DecoderPruner:
             state = short.start_prefill()
             self.trace.lengths[:] = [short.length] * self.num_layers
         self.trace.visual_tokens[0] = state.visual_counts()
-        self.call = _Call(_State(state, short), prefill=True)
+        self.call = Call(State(state, short), prefill=True)
         return (), kwargs
 
     def _enter_decode(
@@ -196,7 +197,7 @@ class DecoderPruner:
                 "while pruning, feed the whole prompt at once."
             )
         state = self.states.get(cache)
-        self.call = _Call(state, prefill=False) if state is not None else None
+        self.call = Call(state, prefill=False) if state is not None else None
         if state is None or state.short is None:
             return None
         return (), state.short.decode_arguments(kwargs, given, seen)
@@ -233,7 +234,7 @@ class DecoderPruner:
         assert call is not None
         prefill = call.state.prefill
         prefill.move(hidden.device)
-        gone = prefill.select(stage, _Looker(call, hidden))
+        gone = prefill.select(stage, Looker(call.attention, call.keys, hidden))
         call.forget_evidence()
         if gone is not None and stage.mode == "drop":
             index = prefill.drop(layer, gone)
@@ -246,13 +247,21 @@ class DecoderPruner:
         self._translate(layer, call)
         return hidden
 
-    def _translate(self, layer: int, call: _Call) -> None:
+    def _translate(self, layer: int, call: Call) -> None:
         """Slots -> positions of the sequence that entered layer 0, where layer 0 itself dropped."""
         short = call.state.short
         if short is not None and short.origin is not None:
             kept = self.trace.kept[layer]
             real = short.origin.to(kept.device).gather(1, kept.clamp(min=0))
             self.trace.kept[layer] = torch.where(kept < 0, kept, real)
+
+    def write_trace(self, layer: int, call: Call, layout: Layout, visual: list[int]) -> None:
+        """Note what another way of running the model (fast.py) kept in front of ``layer``."""
+        self.trace.kept[layer] = layout.positions()
+        self.trace.visual_tokens[layer] = visual
+        for later in range(layer, self.num_layers):
+            self.trace.lengths[later] = layout.count
+        self._translate(layer, call)
 
     def _after_last(self, module: nn.Module, args: tuple) -> tuple | None:
         """In front of the final norm: a stage after the last layer."""
@@ -282,7 +291,7 @@ class DecoderPruner:
             changes["position_embeddings"] = self._shifted(hidden, kwargs, self.shift[index])
         return {**kwargs, **changes} if changes else kwargs
 
-    def _windows_gaps(self, index: int, call: _Call) -> bool:
+    def _windows_gaps(self, index: int, call: Call) -> bool:
         """Does the layer count a sliding window over a prompt that layer 0 dropped tokens of?"""
         short = call.state.short
         gaps = short is not None and short.origin is not None and not short.whole
@@ -323,7 +332,7 @@ class DecoderPruner:
             call.masks[key] = (mask, made)
         return call.masks[key][1]
 
-    def _makes_mask(self, index: int, call: _Call) -> bool:
+    def _makes_mask(self, index: int, call: Call) -> bool:
         """Is the model's own mask of no use? Hybrid models size theirs by the cache of the first
         layer of each kind, which may hold fewer tokens, and count windows in tokens that are left.
         """
@@ -415,20 +424,43 @@ class DecoderPruner:
         if call is None or not (call.prefill or stage.mode == "mask"):
             return
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        call.state.prefill.move(hidden.device)
-        reader = _AttentionReader(self, module, hidden, kwargs, call, layer - 1)
-        if "keys" in stage.needs:
-            call.keys = reader.keys
-        for need in stage.needs:
-            if need.startswith("attention:"):
-                call.attention = reader.attention(need)
+        prefill = call.state.prefill
+        prefill.move(hidden.device)
+        keys = self._cached_keys(kwargs.get("past_key_values"), layer - 1, hidden.shape[1])
+        reader = AttentionReader(
+            self.parts,
+            module,
+            hidden,
+            prefill,
+            prefill.layout_at(layer - 1),
+            keys=keys,
+            mask=kwargs.get("attention_mask"),
+            rotary=kwargs.get("position_embeddings"),
+            prompt=call.prefill,
+        )
+        call.see(stage.needs, reader)
         if not call.prefill:
             self._reselect(layer, stage, call)
 
-    def _reselect(self, layer: int, stage: Stage, call: _Call) -> None:
+    def _cached_keys(self, cache: Any, layer: int, queries: int) -> torch.Tensor | None:
+        """Keys the layer has just attended to, where its cache holds them all."""
+        if cache is None:
+            return None
+        keys = cache.layers[layer].keys
+        if self.call is not None and self.call.prefill:
+            return keys[..., :queries, :] if keys.shape[-2] >= queries else None
+        if keys.shape[-2] < int(cache.get_seq_length(layer)):
+            raise InputError(
+                f"mode='mask' chooses anew at each decode step from the keys of layer "
+                f"{layer}, but that layer caches only its sliding window: use mode='drop', "
+                "or a layer behind one that sees all tokens."
+            )
+        return keys[..., : int(cache.get_seq_length(layer)), :]
+
+    def _reselect(self, layer: int, stage: Stage, call: Call) -> None:
         """Mask mode, decode step: choose anew what the layers from ``layer`` on may see."""
         prefill = call.state.prefill
-        gone = prefill.select(stage, _Looker(call, None))
+        gone = prefill.select(stage, Looker(call.attention, call.keys, None))
         call.forget_evidence()
         prefill.hidden_keys.pop(layer, None)
         if gone is not None:
@@ -452,23 +484,31 @@ def _bind(function: Callable[..., Any], index: int) -> Callable[..., Any]:
     return hook
 
 
-class _State:
+class State:
     """What decoding must remember of a prompt."""
 
     def __init__(self, prefill: Prefill, short: Shortened | None) -> None:
         self.prefill, self.short = prefill, short
 
 
-class _Call:
+class Call:
     """One run of the decoder."""
 
-    def __init__(self, state: _State, prefill: bool) -> None:
+    def __init__(self, state: State, prefill: bool) -> None:
         self.state, self.prefill = state, prefill
         self.cache: Any = None
         self.masks: dict[Any, tuple[Any, Any]] = {}
         self.positions: dict[Any, tuple[Any, Any]] = {}
         self.attention: torch.Tensor | None = None
         self.keys: torch.Tensor | None = None
+
+    def see(self, needs: Sequence[Need], reader: AttentionReader) -> None:
+        """Take what a stage wants to see."""
+        if "keys" in needs:
+            self.keys = reader.keys
+        for need in needs:
+            if need.startswith("attention:"):
+                self.attention = reader.attention(need)
 
     def forget_evidence(self) -> None:
         """Scores serve one stage only."""
@@ -489,156 +529,3 @@ class _Call:
                 made = tuple(take(part, layout.slots, -2) for part in value)
             self.positions[key] = (value, made)
         return self.positions[key][1]
-
-
-class _Looker:
-    """Shows a rule the evidence about one group of images."""
-
-    def __init__(self, call: _Call, hidden: torch.Tensor | None) -> None:
-        self.call, self.hidden = call, hidden
-
-    def __call__(self, group: Group, places: torch.Tensor) -> Evidence:
-        rows = group.samples[:, None]
-        attention, keys = self.call.attention, self.call.keys
-        return Evidence(
-            total=group.total,
-            places=group.places,
-            attention=None if attention is None else attention[rows, places],
-            keys=None if keys is None else keys.transpose(1, 2)[rows, places].transpose(1, 2),
-            hidden=None if self.hidden is None else self.hidden[rows, places],
-            sample=group.names,
-        )
-
-
-class _AttentionReader:
-    """Reads attention rows and keys of a layer that has just attended."""
-
-    def __init__(
-        self,
-        pruner: DecoderPruner,
-        attn: nn.Module,
-        hidden: torch.Tensor,
-        kwargs: dict,
-        call: _Call,
-        layer: int,
-    ) -> None:
-        self.pruner, self.attn, self.hidden, self.call = pruner, attn, hidden, call
-        self.mask = kwargs.get("attention_mask")
-        self.rotary = kwargs.get("position_embeddings")
-        self.layout = call.state.prefill.layout_at(layer).to(hidden.device)
-        self.keys = self._keys(kwargs.get("past_key_values"), layer)
-
-    def _keys(self, cache: Any, layer: int) -> torch.Tensor:
-        """The cached keys; projected anew only where no cache holds them."""
-        if cache is not None:
-            keys = cache.layers[layer].keys
-            if self.call.prefill and keys.shape[-2] >= self.hidden.shape[1]:
-                return keys[..., : self.hidden.shape[1], :]
-            if not self.call.prefill:
-                if keys.shape[-2] < int(cache.get_seq_length(layer)):
-                    raise InputError(
-                        f"mode='mask' chooses anew at each decode step from the keys of layer "
-                        f"{layer}, but that layer caches only its sliding window: use mode='drop', "
-                        "or a layer behind one that sees all tokens."
-                    )
-                return keys[..., : int(cache.get_seq_length(layer)), :]
-        projection = self.pruner.parts.keys
-        assert projection is not None
-        return projection(self.attn, self.hidden, self.rotary)
-
-    def attention(self, need: str) -> torch.Tensor:
-        """Attention every token received from the rows ``need`` names, float32 ``(batch, n)``."""
-        rows, weights = self._rows(need)
-        batch, count = rows.shape
-        heads = getattr(self.attn.config, "num_attention_heads", 1)
-        step = scores.rows_per_block(batch, heads, self.keys.shape[-2])
-        total = torch.zeros(batch, self.keys.shape[-2], device=self.hidden.device)
-        for first in range(0, count, step):
-            block = rows[:, first : first + step]
-            total += scores.received(
-                self._queries(block),
-                self.keys,
-                self._allowed(block),
-                weights[:, first : first + step],
-                self.pruner.parts.scaling(self.attn),
-            )
-        return total
-
-    def _queries(self, rows: torch.Tensor) -> torch.Tensor:
-        rotary = self.rotary
-        if rotary is not None:
-            rotary = tuple(take(part, rows, -2) for part in rotary)
-        projection = self.pruner.parts.queries
-        assert projection is not None
-        return projection(self.attn, take(self.hidden, rows, -2), rotary)
-
-    def _real(self) -> torch.Tensor | None:
-        """Bool ``(batch, n)``, False at padding and empty slots of the prompt."""
-        prefill, layout = self.call.state.prefill, self.layout
-        real = prefill.real
-        if real is not None:
-            real = real.gather(1, layout.slots)
-        if layout.valid is not None:
-            real = layout.valid if real is None else real & layout.valid
-        return real
-
-    def _rows(self, need: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Query rows (places in this call's input) and their weights, ``(batch, rows)`` each."""
-        batch, count = self.hidden.shape[:2]
-        device = self.hidden.device
-        real = self._real() if self.call.prefill else None
-        iota = torch.arange(count, device=device)
-        if need == "attention:last":
-            if real is None:
-                rows = torch.full((batch, 1), count - 1, device=device)
-            else:
-                rows = (real * iota).argmax(dim=1, keepdim=True)
-            return rows, torch.ones_like(rows, dtype=torch.float32)
-        if need == "attention:text":
-            return self._text_rows(real, iota)
-        return self._visual_rows()
-
-    def _text_rows(
-        self, real: torch.Tensor | None, iota: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Text behind the last visual token."""
-        prefill = self.call.state.prefill
-        batch, count = self.hidden.shape[:2]
-        last = torch.zeros(batch, dtype=torch.int64, device=iota.device)
-        for group in prefill.groups:
-            ends = self.layout.places_of(group.slots[:, -1:], group.samples)[:, 0]
-            last = last.scatter_reduce(0, group.samples, ends, "amax")
-        first = int(last.min()) + 1
-        rows = iota[first:].expand(batch, count - first)
-        weights = rows > last[:, None]
-        if real is not None:
-            weights = weights & real[:, first:]
-        return rows, weights.float()
-
-    def _visual_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """All visual tokens that are left; samples with fewer are filled with weight 0."""
-        prefill = self.call.state.prefill
-        counts = prefill.visual_counts()
-        batch = self.hidden.shape[0]
-        here = torch.zeros(
-            batch, self.hidden.shape[1], dtype=torch.int32, device=self.hidden.device
-        )
-        for group in prefill.groups:
-            places = self.layout.places_of(group.slots, group.samples)
-            here[group.samples[:, None], places] = 1
-        rows = here.argsort(dim=1, stable=True)[:, here.shape[1] - max(counts) :]
-        return rows, here.gather(1, rows).float()
-
-    def _allowed(self, rows: torch.Tensor) -> torch.Tensor:
-        """What the rows may see, bool ``(batch, rows, keys)``."""
-        width = self.keys.shape[-2]
-        batch = rows.shape[0]
-        if self.mask is not None and self.mask.dim() == 4:
-            mask = self.mask[:, 0, :, :width].expand(batch, -1, -1)
-            mask = take(mask, rows, -2)
-            return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        offset = width - self.hidden.shape[1]
-        allowed = torch.arange(width, device=rows.device) <= (rows + offset)[..., None]
-        if self.mask is not None:
-            return allowed & self.mask.bool()[:, None, :width]
-        return allowed

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from vlm_prune_ext.engine import kernels
 from vlm_prune_ext.engine.decoder import DecoderPruner
 from vlm_prune_ext.engine.parts import ModelParts, Undo
 from vlm_prune_ext.engine.spans import VisualSpan
@@ -16,8 +17,9 @@ from vlm_prune_ext.engine.vision import VisionPruner
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.methods.base import Method
 
-# Modules that carry hooks of ours at this moment.
-_BUSY: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+# Modules that carry hooks of ours at this moment, and whose. A session holds its modules, so it is
+# only referred to here.
+_BUSY: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.WeakKeyDictionary()
 _RECORDERS = "_output_capturing_hooks_installed"
 
 
@@ -38,15 +40,16 @@ class Session:
     ) -> None:
         self.trace = Trace()
         self.method = method
-        pruners = _pruners(parts, method, visual_span, self.trace)
+        self.pruners = pruners = _pruners(parts, method, visual_span, self.trace)
         self._claimed = [m for m in (parts.decoder, parts.vision and parts.vision.tower) if m]
         if any(module in _BUSY for module in self._claimed):
             raise InputError(
                 "This model is being pruned already: leave the first prune() (or turn the attached "
                 "method off) before starting another."
             )
-        self._undos: list[Undo] = [_restore_recorders(parts.model)]
-        _BUSY.update(self._claimed)
+        kernels.leave_out_cudnn()
+        self._undos: list[Undo] = [kernels.let_in_cudnn, _restore_recorders(parts.model)]
+        _BUSY.update({module: weakref.ref(self) for module in self._claimed})
         try:
             for pruner in pruners:
                 self._undos += pruner.attach()
@@ -59,8 +62,14 @@ class Session:
         while self._undos:
             self._undos.pop()()
         for module in self._claimed:
-            _BUSY.discard(module)
+            _BUSY.pop(module, None)
         self._claimed = []
+
+
+def session_on(module: nn.Module) -> Session | None:
+    """The session whose hooks a decoder or tower carries at this moment."""
+    found = _BUSY.get(module)
+    return found() if found is not None else None
 
 
 @contextmanager
@@ -69,7 +78,8 @@ def run(
 ) -> Iterator[Trace]:
     """Prune inside a ``with`` block; ``method=None`` attaches nothing at all."""
     if method is None:
-        yield Trace()
+        with kernels.steady_attention():
+            yield Trace()
         return
     session = Session(parts, method, visual_span)
     try:

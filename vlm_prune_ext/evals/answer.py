@@ -21,6 +21,7 @@ from vlm_prune_ext.measure import TokenClock
 from vlm_prune_ext.methods.base import Method
 from vlm_prune_ext.models import parts_of
 from vlm_prune_ext.models.base import starts_with
+from vlm_prune_ext.models.fast import FastGenerate
 from vlm_prune_ext.models.images import ImageLike
 from vlm_prune_ext.pruning import prune
 
@@ -97,13 +98,16 @@ class Answerer:
         largest: samples that go together at most, once a batch did not fit into memory.
 
     Raises:
-        InputError: a layer of the method that the model does not have, or a model of unknown form.
+        InputError: a layer of the method that the model does not have, a model of unknown form,
+            or a model loaded with ``fast=True`` and a method that has no fast path.
     """
 
     def __init__(self, model: Any, processor: Any, method: Method | None = None) -> None:
         self.model, self.processor, self.method = model, processor, method
         self.largest: int | None = None
         self._num_layers = _count_layers(model, method)
+        if isinstance(model.generate, FastGenerate):
+            model.generate.check(method)
         stages = method.stages(self._num_layers) if method is not None else ()
         self._hiding = {stage.layer for stage in stages if stage.mode == "mask"}
 

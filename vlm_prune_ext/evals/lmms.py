@@ -96,6 +96,7 @@ class PruneModel(lmms):
         dtype: ``float32``, ``float16``, ``bfloat16`` or ``auto``; missing: float32 on a CPU,
             elsewhere what the checkpoint states.
         attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``.
+        fast: CUDA graphs with fixed shapes, see :func:`vlm_prune_ext.load`.
         conv_template: conversation template (``vicuna_v1``, ``vlmeval``, ...); missing: the
             family's own.
         device_map: ``auto`` spreads one model over all GPUs of a single process.
@@ -121,6 +122,7 @@ class PruneModel(lmms):
         conv_template: str | None = None,
         device_map: str | None = None,
         revision: str | None = None,
+        fast: bool | None = None,
         **given: Any,
     ) -> None:
         super().__init__()
@@ -137,6 +139,7 @@ class PruneModel(lmms):
             dtype=value_of(dtype),
             device=_device(device, self.accelerator),
             attn_implementation=value_of(attn_implementation),
+            fast=_fast(fast),
             **self._extra(device_map, revision),
         )
         self._device = processor.device
@@ -478,6 +481,13 @@ def _batch_size(given: int | str, most: int | None) -> int:
     if size < 1:
         raise InputError(f"batch_size={given!r} is not valid: an integer of at least 1, or auto.")
     return size
+
+
+def _fast(given: Any) -> bool | None:
+    value = value_of(given)
+    if value is not None and not isinstance(value, bool):
+        raise InputError(f"fast={given!r} is not valid: true or false.")
+    return value
 
 
 def _device(given: str | None, accelerator: Accelerator) -> torch.device | str:

@@ -24,6 +24,7 @@ MODEL_KEYS = (
     "device",
     "device_map",
     "revision",
+    "fast",
 )
 """Arguments that say which model and how it is loaded and prompted."""
 
@@ -156,5 +157,7 @@ def run_label(model: str, given: Mapping[str, Any]) -> str:
         for key in ("dtype", "attn_implementation", "conv_template")
         if given.get(key) is not None
     ]
+    if value_of(given.get("fast")) is not None:
+        extra.append("fast" if value_of(given["fast"]) else "ordinary")
     name = method.label() if method is not None else "baseline"
     return "-".join([label_text(checkpoint), name, *extra])

@@ -51,7 +51,7 @@ class PrunedVLM(BaseModel):
     Args:
         model_path: folder or hub name of a checkpoint.
         method: a ready-made method in place of the class's own and of ``parameters``.
-        dtype, device, attn_implementation: see :func:`vlm_prune_ext.load`.
+        dtype, device, attn_implementation, fast: see :func:`vlm_prune_ext.load`.
         max_new_tokens: limit of an answer; ``None``: 2048, as VLMEvalKit's ``LLaVA`` has it (the
             demo's data sets have shorter ones).
         loaded: ``(model, processor)`` in place of ``model_path``.
@@ -76,6 +76,7 @@ class PrunedVLM(BaseModel):
         dtype: str | None = None,
         device: str | None = None,
         attn_implementation: str | None = None,
+        fast: bool | None = None,
         max_new_tokens: int | None = None,
         loaded: tuple[Any, Any] | None = None,
         **parameters: Any,
@@ -87,7 +88,11 @@ class PrunedVLM(BaseModel):
             raise InputError(f"method and {', '.join(parameters)} are given: one of them may be.")
         if loaded is None:
             loaded = load(
-                model_path, dtype=dtype, device=device, attn_implementation=attn_implementation
+                model_path,
+                dtype=dtype,
+                device=device,
+                attn_implementation=attn_implementation,
+                fast=fast,
             )
         self.model: Any
         self.processor: Any

@@ -77,6 +77,11 @@ def make_parser() -> Parser:
     add("--dtype", choices=DTYPES, help="default: float32 on a CPU, else the checkpoint's")
     add("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 (default: as found)")
     add("--attn-implementation", metavar="NAME", help="eager, sdpa or flash_attention_2")
+    add(
+        "--fast",
+        action=argparse.BooleanOptionalAction,
+        help="CUDA graphs with fixed shapes (default: on a GPU, where model and method allow it)",
+    )
     add("--max-new-tokens", type=int, metavar="N", help="default: VLMEvalKit's for LLaVA, 2048")
     group = parser.add_argument_group("what prunes")
     group.add_argument("--baseline", action="store_true", help="nothing")

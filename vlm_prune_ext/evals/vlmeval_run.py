@@ -45,7 +45,7 @@ from vlm_prune_ext.settings import Settings, method_as_json
 UNTRAINED = "The weights of this checkpoint are random: scores are those of guessing."
 
 # Settings that change predictions: --reuse goes on only where they are the same.
-_DECISIVE = ("method", "seed", "dtype", "attn_implementation", "max_new_tokens")
+_DECISIVE = ("method", "seed", "dtype", "attn_implementation", "max_new_tokens", "fast")
 
 
 # -- processes -----------------------------------------------------------------------------------
@@ -116,6 +116,7 @@ class Models:
             dtype=given.dtype,
             device=Ranks.here().device(given.device),
             attn_implementation=given.attn_implementation,
+            fast=given.fast,
         )
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.errors import InputError
-from vlm_prune_ext.models.base import Family, LoadOptions, PromptProcessor
+from vlm_prune_ext.models.base import Family, LoadOptions, PromptProcessor, check_keywords
 from vlm_prune_ext.models.catalogue import check_versions
 from vlm_prune_ext.models.checkpoint import Checkpoint
 from vlm_prune_ext.models.convert import convert_to_hf
@@ -37,6 +37,7 @@ _MODULES = (
     "qwen2_5_vl",
     "gemma3",
     "internvl",
+    "internvl_chat",
     "blip2",
     "instructblip",
     "fuyu",
@@ -84,6 +85,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     attn_implementation: str | None = None,
+    fast: bool | None = None,
     **kw: Any,
 ) -> tuple[Any, PromptProcessor]:
     """Load a model and what makes its prompts.
@@ -97,6 +99,9 @@ def load(
         device: e.g. ``"cuda:1"``. ``None``: the first GPU if there is one, else the CPU.
         attn_implementation: ``"sdpa"``, ``"eager"``, ``"flash_attention_2"``; ``None`` leaves it
             to transformers.
+        fast: let ``model.generate`` run greedy decoding, pruned or not, as CUDA graphs with fixed
+            shapes; the arguments and the answers stay the same. ``None``: on a GPU, where the
+            model allows it (a line in the log says why not); ``True``: or else an error.
         **kw: further arguments of transformers' ``from_pretrained``, e.g. ``device_map="auto"``.
 
     Returns:
@@ -106,6 +111,7 @@ def load(
         InputError: nothing there, an architecture that is not known, files or weights that are
             missing or do not fit, a library that is too old, or an argument that is not accepted.
     """
+    check_keywords(kw)
     where = _device(device)
     _check_attention(attn_implementation)
     stated = _dtype(dtype) if dtype not in (None, "auto") else None
@@ -117,7 +123,18 @@ def load(
         stated = torch.float32 if dtype is None and on_cpu else _stored_dtype(source)
     options = LoadOptions(stated, where, attn_implementation, kw)
     assert family.load is not None
-    return family.load(source, options)
+    model, processor = family.load(source, options)
+    _turn_on_fast(family, model, fast)
+    return model, processor
+
+
+def _turn_on_fast(family: Family, model: Any, wanted: bool | None) -> None:
+    from vlm_prune_ext.models.fast import turn_on_fast
+
+    if family.fast:
+        turn_on_fast(model, family.parts(model), wanted)
+    elif wanted:
+        raise InputError(f"fast=True is not possible: {family.title} has no fast path.")
 
 
 def _family_of(source: Checkpoint) -> Family:

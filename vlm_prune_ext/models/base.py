@@ -31,7 +31,7 @@ class LoadOptions:
         device: where the model goes; not used where ``extra`` has a ``device_map``.
         attn_implementation: ``"sdpa"``, ``"eager"``, ... or ``None`` for transformers' choice.
         extra: further keyword arguments of transformers' ``from_pretrained`` (``device_map``,
-            ``quantization_config``, ``revision``, ...).
+            ``quantization_config``, ``revision``, ...): names in :data:`KEYWORDS`.
     """
 
     dtype: torch.dtype
@@ -39,12 +39,58 @@ class LoadOptions:
     attn_implementation: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def trust_remote_code(self) -> bool:
+        """Whether the user trusts code that comes with the checkpoint."""
+        return bool(self.extra.get("trust_remote_code", False))
+
     def from_pretrained_arguments(self) -> dict[str, Any]:
-        """Keyword arguments for ``from_pretrained``."""
+        """Keyword arguments for ``from_pretrained``, but for ``trust_remote_code``."""
         arguments: dict[str, Any] = {"dtype": self.dtype, "device_map": {"": self.device}}
         if self.attn_implementation is not None:
             arguments["attn_implementation"] = self.attn_implementation
-        return arguments | dict(self.extra)
+        arguments |= self.extra
+        arguments.pop("trust_remote_code", None)
+        return arguments
+
+
+KEYWORDS = (
+    "allow_all_kernels",
+    "cache_dir",
+    "device_map",
+    "device_mesh",
+    "distributed_config",
+    "experts_implementation",
+    "force_download",
+    "kernel_config",
+    "local_files_only",
+    "low_cpu_mem_usage",
+    "max_memory",
+    "offload_buffers",
+    "offload_folder",
+    "quantization_config",
+    "revision",
+    "token",
+    "tp_plan",
+    "tp_size",
+    "trust_remote_code",
+    "use_kernels",
+    "use_safetensors",
+    "weights_only",
+)
+"""Further arguments of transformers' ``from_pretrained`` that loading a model takes."""
+
+
+def check_keywords(given: Mapping[str, Any]) -> None:
+    """Raise InputError where an argument of loading is unknown, or is no truth value where it must
+    be one."""
+    own = ("dtype", "device", "attn_implementation")
+    for name in given:
+        if name not in KEYWORDS:
+            raise unknown_name("keyword of load()", name, (*own, *KEYWORDS))
+    trust = given.get("trust_remote_code", False)
+    if not isinstance(trust, bool):
+        raise InputError(f"trust_remote_code={trust!r} is not valid: True or False.")
 
 
 @dataclass(frozen=True)
@@ -59,6 +105,7 @@ class Family:
         architectures: class names in ``config.json`` that may be this family's.
         recognises: whether a ``config.json`` is one of this family's.
         load: model and processor from a checkpoint; ``None`` where only live models are taken.
+        fast: whether its models can run on fixed shapes (see ``fast`` of ``load``).
     """
 
     name: str
@@ -68,6 +115,16 @@ class Family:
     architectures: tuple[str, ...] = ()
     recognises: Callable[[Mapping[str, Any]], bool] | None = None
     load: Callable[[Checkpoint, LoadOptions], tuple[Any, PromptProcessor]] | None = None
+    fast: bool = False
+
+
+def is_named(*architectures: str) -> Callable[[Mapping[str, Any]], bool]:
+    """For :attr:`Family.recognises`: whether a ``config.json`` names one of these classes."""
+
+    def recognises(config: Mapping[str, Any]) -> bool:
+        return any(name in architectures for name in config.get("architectures") or [])
+
+    return recognises
 
 
 class PromptProcessor:

@@ -133,4 +133,5 @@ FAMILY = Family(
     ),
     recognises=_recognises,
     load=_load,
+    fast=True,
 )

@@ -218,4 +218,5 @@ FAMILY = Family(
     ),
     recognises=_recognises,
     load=_load,
+    fast=True,
 )

@@ -1,0 +1,388 @@
+"""The fast path: the same answers and the same trace as the ordinary one, from fixed shapes.
+
+On a CPU the pieces run without being recorded; on a GPU the same tests record CUDA graphs.
+VLM_PRUNE_FAST_SAMPLES=500 compares so many demo questions for every method.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import os
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
+
+import vlm_prune_ext as vp
+from tests import makers
+from tests.pruning_checks import fingerprint
+from vlm_prune_ext.cli import main
+from vlm_prune_ext.demo import CHECKPOINT, questions, report
+from vlm_prune_ext.engine import fast as fast_engine
+from vlm_prune_ext.engine import kernels
+from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.evals.answer import Answerer, Query
+from vlm_prune_ext.models import parts_of
+from vlm_prune_ext.models.fast import FastGenerate
+
+SAMPLES = int(os.environ.get("VLM_PRUNE_FAST_SAMPLES", "8"))
+SEED = 71  # fresh scenes
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+FORMS = ("original", "huggingface", "next-vicuna", "next-mistral", "next-original")
+VIT = vp.SAINTViT(layers=(1, 3), keep_num=(13, 10), r=3)
+METHODS: dict[str, Any] = {
+    "none": None,
+    "fastv": vp.FastV(agg_layer=2, attention_rank=0.4),
+    "fastv-all": vp.FastV(agg_layer=3, attention_rank=1.0),
+    "himap": vp.HiMAP(attn_txt_layer=1, attn_txt_rank=0.6, attn_img_layer=3, attn_img_rank=0.3),
+    "saint-vit": vp.SAINT(start=None, vit=VIT),
+    "attention": vp.CustomSelection(kept_tokens=5, agg_layer=2),
+    "sampling": vp.CustomSelection(method="sampling", kept_tokens=0.5, agg_layer=2),
+    "similarity": vp.CustomSelection(method="similarity", kept_tokens=0.5, agg_layer=4),
+    "norm": vp.CustomSelection(method="norm", kept_tokens=0.5, agg_layer=1),
+    "uniform": vp.CustomSelection(method="uniform", kept_tokens=0.5, agg_layer=1),
+    "random": vp.RandomDrop(keep=0.5),
+    "random-later": vp.RandomDrop(keep=0.5, layer=3),
+    "downsample": vp.Downsample(keep=0.25),
+}
+NOT_STATIC = {
+    "mask": vp.FastV(agg_layer=2, attention_rank=0.4, mode="mask"),
+    "saint": vp.SAINT(start=1, end=3, threshold=0.2, min_neighbors=1),
+}
+TEXTS = ("What is this?", "How many circles are there in the picture?", "Red?")
+BATCHES: dict[str, Any] = {
+    "single": lambda p: ([TEXTS[1]], [[p[0]]]),
+    "padded": lambda p: (list(TEXTS), [[p[0]], [p[1]], [p[2]]]),
+    "uneven": lambda p: (list(TEXTS), [[p[0]], [], [p[1], p[2]]]),
+    "text": lambda p: (list(TEXTS[:2]), [[], []]),
+}
+
+
+def write(folder: Path, form: str) -> Path:
+    if form == "original":
+        return makers.tiny_original(folder)
+    if form == "huggingface":
+        return makers.tiny_hf_llava(folder)
+    backbone = "mistral" if "mistral" in form else "vicuna"
+    return makers.tiny_next(folder, backbone, "original" if "original" in form else "hf")
+
+
+def make_fast(model: Any, **options: Any) -> FastGenerate:
+    return FastGenerate(model, parts_of(model), **{"capture": GPU, **options})
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = write(tmp_path_factory.mktemp("fast") / "model", request.param)
+    model, processor = vp.load(folder, device=DEVICE, dtype="float32", fast=False)
+    # transformers puts recording hooks on a model's first run, and leaves them there.
+    generate(model.generate, processor.prompt("Red?", makers.photo()))
+    return model, processor, make_fast(model)
+
+
+@pytest.fixture
+def original(tmp_path: Path) -> Any:
+    return vp.load(
+        makers.tiny_original(tmp_path / "model"), device=DEVICE, dtype="float32", fast=False
+    )
+
+
+def generate(function: Any, inputs: Any, **more: Any) -> torch.Tensor:
+    return function(**inputs, **{"max_new_tokens": 6, "do_sample": False, **more})
+
+
+def assert_same_trace(one: vp.Trace, other: vp.Trace) -> None:
+    assert one.kept.keys() == other.kept.keys()
+    for layer, kept in one.kept.items():
+        assert torch.equal(kept, other.kept[layer])
+    assert one.lengths == other.lengths
+    assert one.visual_tokens == other.visual_tokens
+    assert one.visual_input == other.visual_input
+    assert one.vision_kept.keys() == other.vision_kept.keys()
+
+
+# -- the same answers -------------------------------------------------------------------------------
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("name", METHODS)
+def test_tokens_and_trace_are_those_of_the_ordinary_path(tiny: Any, name: str, batch: str) -> None:
+    model, processor, fast = tiny
+    inputs = processor.batch(*BATCHES[batch](makers.photos(3)))
+    before = fingerprint(model)
+    with vp.prune(model, METHODS[name]) as ordinary:
+        expected = generate(model.generate, inputs)
+    with vp.prune(model, METHODS[name]) as trace:
+        for _ in range(2):  # recorded, and replayed
+            found = generate(fast, inputs)
+            assert torch.equal(expected, found)
+            assert_same_trace(ordinary, trace)
+    assert fingerprint(model) == before
+    assert not found.is_inference()
+
+
+@pytest.mark.parametrize("name", ["none", "fastv", "himap", "random"])
+def test_logits_are_those_of_the_ordinary_path(original: Any, name: str) -> None:
+    model, processor = original
+    inputs = processor.batch(*BATCHES["padded"](makers.photos(3)))
+    seen: dict[str, list[torch.Tensor]] = {"ordinary": [], "fast": []}
+    for way, function in (("ordinary", model.generate), ("fast", make_fast(model))):
+
+        class Keep(LogitsProcessor):
+            kept = seen[way]
+
+            def __call__(self, input_ids: Any, scores: Any) -> Any:
+                self.kept.append(scores.clone())
+                return scores
+
+        with vp.prune(model, METHODS[name]):
+            generate(function, inputs, logits_processor=[Keep()])
+    assert len(seen["fast"]) == len(seen["ordinary"]) > 1
+    for one, other in zip(seen["ordinary"], seen["fast"], strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method",
+    [
+        None,
+        vp.FastV(attention_rank=100),
+        vp.HiMAP(),
+        vp.CustomSelection(kept_tokens=64),
+        vp.RandomDrop(keep=64),
+        vp.Downsample(keep=144),
+        vp.SAINT(start=None, vit=vp.SAINTViT(layers=(2,), keep_num=301, r=100)),
+    ],
+    ids=lambda method: method.label() if method else "baseline",
+)
+def test_answers_of_the_demo_model(method: Any) -> None:
+    model, processor = vp.load(CHECKPOINT, device=DEVICE, dtype="float32", fast=False)
+    queries = demo_queries(SAMPLES)
+    plain = Answerer(model, processor, method)
+    expected = [a for i in range(0, SAMPLES, 4) for a in plain.answer(queries[i : i + 4])]
+    model.generate = make_fast(model, forced=True)
+    quick = Answerer(model, processor, method)
+    found = [a for i in range(0, SAMPLES, 4) for a in quick.answer(queries[i : i + 4])]
+    assert [a.text for a in found] == [a.text for a in expected]
+    assert [a.lengths for a in found] == [a.lengths for a in expected]
+    assert len({a.text for a in found}) > 1
+
+
+# -- what stays as it is ----------------------------------------------------------------------------
+def test_options_that_it_does_not_know_go_to_transformers(
+    original: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, processor = original
+    fast = make_fast(model)
+    inputs = processor.prompt("Red?", makers.photo())
+    for options in (
+        {"num_beams": 2},
+        {"do_sample": True, "top_k": 5},
+        {"no_repeat_ngram_size": 2},
+        {"return_dict_in_generate": True},
+        {"max_new_tokens": None, "max_length": 60},
+    ):
+        torch.manual_seed(0)
+        expected = generate(model.generate, inputs, **options)
+        caplog.clear()
+        torch.manual_seed(0)
+        with caplog.at_level(logging.WARNING, "vlm_prune_ext"):
+            found = generate(fast, inputs, **options)
+            torch.manual_seed(0)
+            generate(fast, inputs, **options)
+        assert len([r for r in caplog.records if "fast path is not taken" in r.message]) == 1
+        if not isinstance(found, torch.Tensor):
+            expected, found = expected.sequences, found.sequences
+        assert torch.equal(expected, found)
+    assert fast.captures == 0
+
+
+def test_a_generation_config_that_is_not_greedy(original: Any) -> None:
+    model, processor = original
+    model.generation_config = copy.deepcopy(model.generation_config)
+    model.generation_config.no_repeat_ngram_size = 2
+    model.generation_config.eos_token_id = None
+    fast = make_fast(model)
+    inputs = processor.prompt("Red?", makers.photo())
+    generate(fast, inputs, max_new_tokens=1)
+    assert fast.captures == 0
+
+
+def test_answers_of_a_batch_end_one_by_one(original: Any) -> None:
+    model, processor = original
+    inputs = processor.batch(*BATCHES["padded"](makers.photos(3)))
+    free = generate(model.generate, inputs, max_new_tokens=8, eos_token_id=-1)
+    new = free[:, inputs["input_ids"].shape[1] :]
+    stop = [int(new[0, 2]), int(new[1, 4])]
+    options = {"max_new_tokens": 8, "eos_token_id": stop, "pad_token_id": 0}
+    expected = generate(model.generate, inputs, **options)
+    assert torch.equal(generate(make_fast(model), inputs, **options), expected)
+
+
+def test_stopping_criteria_are_asked(original: Any) -> None:
+    model, processor = original
+
+    class AfterThree(StoppingCriteria):
+        def __call__(self, input_ids: Any, scores: Any, **_: Any) -> torch.Tensor:
+            stop = input_ids.shape[1] >= inputs["input_ids"].shape[1] + 3
+            return torch.full((input_ids.shape[0],), stop, device=input_ids.device)
+
+    inputs = processor.prompt("Red?", makers.photo())
+    options = {"stopping_criteria": StoppingCriteriaList([AfterThree()]), "eos_token_id": -1}
+    found = generate(make_fast(model), inputs, **options)
+    assert torch.equal(found, generate(model.generate, inputs, **options))
+    assert found.shape[1] == inputs["input_ids"].shape[1] + 3
+
+
+@pytest.mark.parametrize("name", NOT_STATIC)
+def test_a_method_without_fixed_counts(
+    original: Any, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, processor = original
+    inputs = processor.prompt("Red?", makers.photo())
+    with vp.prune(model, NOT_STATIC[name]):
+        expected = generate(model.generate, inputs)
+        with caplog.at_level(logging.WARNING, "vlm_prune_ext"):
+            assert torch.equal(generate(make_fast(model), inputs), expected)
+        assert "fast path is not taken" in caplog.text
+        with pytest.raises(InputError, match="fast=True is not possible: "):
+            generate(make_fast(model, forced=True), inputs)
+    model.generate = make_fast(model, forced=True)
+    with pytest.raises(InputError, match="fast=True is not possible: "):
+        Answerer(model, processor, NOT_STATIC[name])
+
+
+def test_an_exception_leaves_the_model_as_it_was(original: Any) -> None:
+    model, processor = original
+    fast = make_fast(model)
+    inputs = processor.prompt("Red?", makers.photo())
+    before = fingerprint(model)
+
+    class Fault(LogitsProcessor):
+        def __call__(self, input_ids: Any, scores: Any) -> Any:
+            raise KeyError("fault")
+
+    with pytest.raises(KeyError), vp.prune(model, METHODS["fastv"]):
+        generate(fast, inputs, logits_processor=[Fault()])
+    assert fingerprint(model) == before
+    with pytest.raises(InputError), vp.prune(model, vp.FastV(agg_layer=2, attention_rank=999)):
+        generate(fast, inputs)
+    assert fingerprint(model) == before
+    assert torch.equal(generate(fast, inputs), generate(model.generate, inputs))
+
+
+# -- memory -----------------------------------------------------------------------------------------
+def test_few_recordings_for_many_lengths(original: Any) -> None:
+    model, processor = original
+    fast = make_fast(model)
+    text = "What is in the picture and where is it and how large and of what colour is it"
+    words = text.split(" ")
+
+    def ask() -> None:
+        for count in range(1, len(words)):
+            with vp.prune(model, METHODS["fastv"]):
+                generate(fast, processor.prompt(" ".join(words[:count]), makers.photo()))
+
+    ask()
+    lengths = {
+        -(-processor.prompt(" ".join(words[:n]), makers.photo())["input_ids"].shape[1] // 16)
+        for n in range(1, len(words))
+    }
+    first = fast.captures
+    tower = int(GPU)
+    # Two segments for each length; one step, or two where a cache of 128 places is too short.
+    assert 2 * len(lengths) + 1 <= first - tower <= 2 * len(lengths) + 2
+    ask()
+    assert fast.captures == first
+
+
+def test_old_shapes_make_room_for_new_ones(original: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_engine, "CACHES", 2)
+    model, processor = original
+    fast = make_fast(model)
+    for rank in (2, 3, 4, 2):
+        for batch in ("single", "padded", "text"):
+            inputs = processor.batch(*BATCHES[batch](makers.photos(3)))
+            with vp.prune(model, vp.FastV(agg_layer=2, attention_rank=rank)):
+                expected = generate(model.generate, inputs)
+                assert torch.equal(generate(fast, inputs), expected)
+    assert len(fast.fast._caches._items) <= 2
+    assert all(s.cache in fast.fast._caches._items.values() for s in _segments(fast))
+
+
+def _segments(fast: FastGenerate) -> Iterator[Any]:
+    return iter(fast.fast._segments._items.values())
+
+
+def test_the_model_is_let_go_of(tmp_path: Path) -> None:
+    model, processor = vp.load(makers.tiny_original(tmp_path / "m"), device=DEVICE, fast=False)
+    model.generate = make_fast(model)
+    generate(model.generate, processor.prompt("Red?", makers.photo()))
+    seen = weakref.ref(model)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert seen() is None
+    finally:
+        gc.enable()
+
+
+# -- switches ---------------------------------------------------------------------------------------
+@pytest.mark.skipif(GPU, reason="there is a GPU")
+def test_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = makers.tiny_original(tmp_path / "m")
+    model, _ = vp.load(folder)
+    assert not isinstance(model.generate, FastGenerate)
+    with pytest.raises(InputError, match="fast=True is not possible: it needs a CUDA device"):
+        vp.load(folder, fast=True)
+    makers.photo().save(tmp_path / "photo.png")
+    argv = ["inspect", str(tmp_path / "photo.png"), "--question", "Red?", "--method", "fastv"]
+    assert main([*argv, "--model", str(folder), "--fast"]) == 2
+    assert "CUDA" in capsys.readouterr().err
+
+
+def test_eager_attention_is_refused(tmp_path: Path) -> None:
+    model, _ = vp.load(
+        makers.tiny_original(tmp_path / "m"), attn_implementation="eager", fast=False
+    )
+    with pytest.raises(InputError, match="attn_implementation='eager'"):
+        make_fast(model)
+
+
+@pytest.mark.gpu
+def test_on_by_default_on_a_gpu(tmp_path: Path) -> None:
+    model, _ = vp.load(makers.tiny_original(tmp_path / "m"))
+    assert isinstance(model.generate, FastGenerate)
+
+
+def test_cudnn_is_left_out_and_let_in_again(original: Any) -> None:
+    model, _ = original
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        with vp.prune(model, None), vp.prune(model, METHODS["fastv"]):
+            assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+        with pytest.raises(KeyError), kernels.steady_attention():
+            raise KeyError
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def demo_queries(count: int) -> list[Query]:
+    """Questions of the demo, of all four formats in turn."""
+    share = -(-count // len(questions.KINDS))
+    sets = [questions.samples(kind, SEED, share) for kind in questions.KINDS]
+    mixed = [sample for turn in zip(*sets, strict=True) for sample in turn]
+    return [
+        Query(report.prompt_text(sample), [report.picture(sample)], max_new_tokens=48)
+        for sample in mixed[:count]
+    ]

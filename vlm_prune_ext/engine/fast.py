@@ -1,0 +1,332 @@
+"""Pruned prefill and greedy decoding as a few recorded pieces with fixed shapes.
+
+The layers between two drops are one recording, a decode step is another. What lies between the
+pieces (a rule, and the gather it leads to) runs as ever, while the device is still busy with the
+piece before. So every rule that keeps a fixed number of tokens works here as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vlm_prune_ext.engine import masks
+from vlm_prune_ext.engine.decoder import Call, DecoderPruner
+from vlm_prune_ext.engine.evidence import AttentionReader, Looker
+from vlm_prune_ext.engine.layout import Layout, take
+from vlm_prune_ext.engine.parts import ModelParts
+from vlm_prune_ext.engine.prefill import Group, Prefill
+from vlm_prune_ext.engine.recorded import Recorder, Shelf
+from vlm_prune_ext.engine.static import Head, Segment, SegmentCache, Step
+from vlm_prune_ext.methods.base import Method, Stage
+
+PROMPT_STEP = 16  # prompts are filled up to a multiple: few recordings, at most 15 tokens more
+CACHE_STEP = 128  # likewise caches, so that many lengths share one decode step
+CACHES, SEGMENTS, STEPS = 12, 64, 12  # kept at a time
+
+
+def why_not(parts: ModelParts, method: Method | None) -> str | None:
+    """Why a model with a method cannot run on fixed shapes; ``None`` if it can."""
+    decoder: Any = parts.decoder
+    if decoder is None:
+        return "the model has no language model whose layers are known"
+    name = type(decoder).__name__
+    config = getattr(decoder, "config", None)
+    if not parts.plain_rotary or parts.counts_real or not hasattr(decoder, "rotary_emb"):
+        return f"{name} does not have one rotary position per token"
+    if any(masks.sliding_windows(config, len(parts.layers))):
+        return f"{name} has sliding windows"
+    if getattr(decoder.rotary_emb, "rope_type", "default") in ("dynamic", "longrope"):
+        return f"{name}'s rotary embedding depends on the length"
+    attention = getattr(config, "_attn_implementation", None)
+    if attention != "sdpa":
+        return f"attn_implementation={attention!r} (sdpa is needed)"
+    if len({parameter.device for parameter in decoder.parameters()}) > 1:
+        return "the model is spread over several devices"
+    if getattr(parts.model, "hf_quantizer", None) is not None:
+        return "the weights are quantised"
+    return None if method is None else _why_not_method(method, len(parts.layers))
+
+
+def _why_not_method(method: Method, layers: int) -> str | None:
+    for stage in method.stages(layers):
+        if stage.mode == "mask":
+            return f"{method.name} with mode='mask' drops nothing"
+        if stage.budget is None:
+            return f"{method.name} keeps a number of tokens that depends on the picture"
+        if stage.layer == layers:
+            return f"{method.name} drops behind the last layer"
+    if any(method.decode_position_shift(layer) for layer in range(layers)):
+        return f"{method.name} with reference_positions=True shifts decode positions"
+    return None
+
+
+@dataclass
+class Prompt:
+    """What the decoder would have been called with.
+
+    Attributes:
+        embeds: ``(batch, n, hidden)``.
+        real: bool ``(batch, n)``, False at padding; ``None`` if there is none.
+        positions: int64 ``(batch, n)``, rotary positions.
+    """
+
+    embeds: torch.Tensor
+    real: torch.Tensor | None
+    positions: torch.Tensor
+
+
+@dataclass
+class _Aligned:
+    """The prompt at the left of its buffers.
+
+    ``order``: int64 ``(batch, n)``, place in the prompt of each token there; ``counts``: int64
+    ``(batch,)``, real tokens of each sample; ``tokens``: of the buffers.
+    """
+
+    order: torch.Tensor
+    counts: torch.Tensor
+    tokens: int
+
+    @staticmethod
+    def of(prompt: Prompt) -> _Aligned:
+        batch, count = prompt.embeds.shape[:2]
+        tokens = _round_up(count, PROMPT_STEP)
+        if prompt.real is None:
+            order = torch.arange(count, device=prompt.embeds.device).expand(batch, count)
+            return _Aligned(order, torch.full_like(order[:, 0], count), tokens)
+        order = (~prompt.real).int().argsort(dim=1, stable=True)
+        return _Aligned(order, prompt.real.sum(dim=1), tokens)
+
+    def filled(self, tensor: torch.Tensor) -> torch.Tensor:
+        """``(batch, n, ...)`` in this order, with zeros behind."""
+        batch, count = self.order.shape
+        rows = torch.arange(batch, device=tensor.device)[:, None]
+        full = tensor.new_zeros(batch, self.tokens, *tensor.shape[2:])
+        full[:, :count] = tensor.expand(batch, *tensor.shape[1:])[rows, self.order]
+        return full
+
+    def prefill(self, groups: list[Group]) -> Prefill:
+        """The engine's state of the prompt, in this order."""
+        batch = self.order.shape[0]
+        place = self.order.argsort(dim=1)
+        moved = [
+            Group(g.samples, g.names, place[g.samples[:, None], g.starts], g.total, g.places)
+            for g in groups
+        ]
+        layout = Layout.whole(batch, self.tokens, self.order.device)
+        real = layout.slots < self.counts[:, None]
+        return Prefill(layout, moved, [self.tokens] * batch, real, {0: layout})
+
+
+@dataclass
+class _Note:
+    """What a stage left, to be written into the trace once the device has work to do."""
+
+    layer: int
+    layout: Layout
+    held: list[int]
+    visual: list[int]
+
+
+class FastDecoder:
+    """Runs one model's decoder on fixed shapes.
+
+    Args:
+        parts: where things are in the model.
+        head: see :data:`vlm_prune_ext.engine.static.Head`.
+        capture: record CUDA graphs; without them the same pieces run one by one.
+    """
+
+    def __init__(self, parts: ModelParts, head: Head, *, capture: bool) -> None:
+        self.parts, self.head = parts, head
+        device = next(parts.decoder.parameters()).device  # type: ignore[union-attr]
+        self.recorder = Recorder(device, capture)
+        self._caches: Shelf[SegmentCache] = Shelf(CACHES, self._forget)
+        self._segments: Shelf[Segment] = Shelf(SEGMENTS)
+        self._steps: Shelf[Step] = Shelf(STEPS)
+
+    def _forget(self, cache: SegmentCache) -> None:
+        """A cache goes, and with it what was recorded on its memory."""
+        self._segments.drop_where(lambda segment: segment.cache is cache)
+        self._steps.drop_where(lambda step: cache in step.caches)
+
+    def start(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int,
+        pruner: DecoderPruner | None = None,
+        call: Call | None = None,
+    ) -> Run:
+        """Prefill.
+
+        Args:
+            prompt: as it would enter layer 0.
+            max_new_tokens: how many tokens will be decoded at most.
+            pruner, call: the method that is attached, and what it made of the prompt so far.
+        """
+        aligned = _Aligned.of(prompt)
+        stages: dict[int, Stage] = {}
+        state = aligned.prefill([])
+        if pruner is not None and call is not None:
+            stages = {layer: stage for layer, stage in pruner.stages.items() if layer > 0}
+            state = aligned.prefill(call.state.prefill.groups)
+        run = Run(self, aligned, state, max_new_tokens)
+        run.prefill(aligned.filled(prompt.embeds), aligned.filled(prompt.positions), stages)
+        if pruner is not None and call is not None:
+            run.write_trace(pruner, call)
+        return run
+
+    def segment(self, first: int, stop: int, hidden: torch.Tensor, room: int) -> Segment:
+        """The layers ``first`` ... ``stop - 1`` for prompts of this shape, with ``room`` for
+        decoded tokens."""
+        batch, tokens = hidden.shape[:2]
+        width = _round_up(tokens + room, CACHE_STEP)
+        key = (first, stop, batch, width)
+        cache = self._caches.get(key, lambda: SegmentCache(*key))
+        return self._segments.get(
+            (*key, tokens),
+            lambda: Segment(self.parts, self.head, cache, tokens, hidden, self.recorder),
+        )
+
+    def step(self, caches: list[SegmentCache]) -> Step:
+        """One decode step over these caches."""
+        key = tuple(id(cache) for cache in caches)
+        return self._steps.get(key, lambda: Step(self.parts, self.head, caches, self.recorder))
+
+
+class Run:
+    """One prompt, and what is decoded after it.
+
+    Attributes:
+        logits: ``(batch, vocabulary)`` of the next token; overwritten by :meth:`step`.
+    """
+
+    def __init__(
+        self, decoder: FastDecoder, aligned: _Aligned, state: Prefill, max_new_tokens: int
+    ) -> None:
+        self.decoder, self.aligned, self.state = decoder, aligned, state
+        self.room = max_new_tokens
+        self.segments: list[Segment] = []
+        self.real: list[torch.Tensor] = []
+        self.notes: list[_Note] = []
+        self.logits: torch.Tensor
+        self._step: Step | None = None
+
+    def prefill(
+        self, hidden: torch.Tensor, positions: torch.Tensor, stages: dict[int, Stage]
+    ) -> None:
+        """All segments, and the drops between them."""
+        starts = [0, *sorted(stages)]
+        stops = [*starts[1:], len(self.decoder.parts.layers)]
+        for first, stop in zip(starts, stops, strict=True):
+            if first in stages:
+                hidden, positions = self._drop(stages[first], hidden, positions)
+            segment = self.decoder.segment(first, stop, hidden, self.room)
+            real = self._real_tokens()
+            segment.hidden.copy_(hidden)
+            segment.positions.copy_(positions)
+            segment.last.copy_(real - 1)
+            self.segments.append(segment)
+            self.real.append(real)
+            hidden = segment.run()
+        self.logits = hidden
+
+    def _real_tokens(self) -> torch.Tensor:
+        """int64 ``(batch,)``: what each sample holds now, padding not counted."""
+        lost = [self.aligned.tokens - held for held in self.state.held]
+        if not any(lost):
+            return self.aligned.counts
+        return self.aligned.counts - torch.tensor(lost, device=self.aligned.counts.device)
+
+    def _drop(
+        self, stage: Stage, hidden: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Let a stage choose; what stays goes on, in order, at the left."""
+        state = self.state
+        gone = state.select(stage, self._looker(stage, hidden))
+        if gone is not None:
+            index = self._move_left(gone, stage.layer)
+            hidden, positions = take(hidden, index, -2), take(positions, index, -1)
+        self.notes.append(_Note(stage.layer, state.layout, list(state.held), state.visual_counts()))
+        return hidden, positions
+
+    def _move_left(self, gone: torch.Tensor, layer: int) -> torch.Tensor:
+        """Update the layout; returns the ``(batch, n')`` places to gather. Where samples lose
+        different numbers, dropped tokens fill the shorter ones up from behind."""
+        layout, held = self.state.layout, self.state.held
+        lost = gone if layout.valid is None else gone | ~layout.valid
+        index = lost.int().argsort(dim=1, stable=True)[:, : max(held)]
+        valid = ~lost.gather(1, index) if min(held) < max(held) else None
+        self.state.layout = Layout(layout.slots.gather(1, index), valid, layout.total)
+        self.state.segments[layer] = self.state.layout
+        return index
+
+    def _looker(self, stage: Stage, hidden: torch.Tensor) -> Looker:
+        if not any(need == "keys" or need.startswith("attention:") for need in stage.needs):
+            return Looker(None, None, hidden)
+        segment = self.segments[-1]
+        before = segment.cache.stop - 1
+        assert segment.attended is not None
+        reader = AttentionReader(
+            self.decoder.parts,
+            self.decoder.parts.layers[before].self_attn,  # type: ignore[arg-type]
+            segment.attended,
+            self.state,
+            self.state.layout,
+            keys=segment.cache.keys[before][:, :, : segment.tokens],
+            mask=None,
+            rotary=segment.rotary,
+            prompt=True,
+        )
+        needs = [need for need in stage.needs if need.startswith("attention:")]
+        attention = reader.attention(needs[0]) if needs else None
+        return Looker(attention, reader.keys, hidden)
+
+    def write_trace(self, pruner: DecoderPruner, call: Call) -> None:
+        """What was kept, as the ordinary path says it: places in the padded prompt."""
+        origin = call.state.prefill
+        for note in self.notes:
+            lost = [self.aligned.tokens - held for held in note.held]
+            held = [before - n for before, n in zip(origin.held, lost, strict=True)]
+            layout, _ = origin.layout.drop(self._still_there(note.layout), held)
+            pruner.write_trace(note.layer, call, layout, note.visual)
+
+    def _still_there(self, layout: Layout) -> torch.Tensor:
+        """Bool ``(batch, n)`` over the places of the padded prompt."""
+        order = self.aligned.order
+        batch, count = order.shape
+        there = torch.zeros(batch, layout.total, dtype=torch.int32, device=order.device)
+        ones = torch.ones_like(layout.slots) if layout.valid is None else layout.valid
+        there.scatter_add_(1, layout.slots, ones.int())
+        return torch.zeros_like(order).scatter_(1, order, there[:, :count].long()).bool()
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Decode one token further.
+
+        Args:
+            tokens: int64 ``(batch,)``, the newest.
+
+        Returns:
+            logits ``(batch, vocabulary)`` of the next; overwritten by the next call.
+        """
+        step = self._step
+        if step is None:
+            step = self._step = self.decoder.step([segment.cache for segment in self.segments])
+            first = self.segments[0]
+            position = first.positions.gather(1, first.last[:, None]) + 1
+            room = [[segment.tokens] for segment in self.segments]
+            step.start(
+                position,
+                torch.stack(self.real)[..., None],
+                torch.tensor(room, device=position.device),
+            )
+        step.token.copy_(tokens[:, None])
+        self.logits = step.run()
+        return self.logits
+
+
+def _round_up(number: int, step: int) -> int:
+    return -(-number // step) * step

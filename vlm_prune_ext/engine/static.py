@@ -1,0 +1,222 @@
+"""Prefill and decoding with fixed shapes: the layers between two drops, and one step of all.
+
+Prompts stand at the left of their buffers with room behind. Causal attention never looks behind,
+so a prefill needs no mask, whatever the lengths in a batch. Tokens that are decoded stand behind
+the room, at the same place in all samples; only there a mask says what is real. Keys carry their
+rotary position with them, so where they stand does not matter.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlm_prune_ext.engine.parts import ModelParts
+from vlm_prune_ext.engine.recorded import Recorded, Recorder
+
+Head = Any
+"""``head(hidden (batch, n, hidden)) -> logits (batch, n, vocabulary)``."""
+
+
+class SegmentCache:
+    """Keys and values of the layers ``first`` ... ``stop - 1``, which hold the same tokens.
+
+    Args:
+        first, stop: the layers.
+        batch: samples.
+        width: places, for the prompt and for what is decoded.
+    """
+
+    def __init__(self, first: int, stop: int, batch: int, width: int) -> None:
+        self.first, self.stop, self.batch, self.width = first, stop, batch, width
+        self.keys: dict[int, torch.Tensor] = {}
+        self.values: dict[int, torch.Tensor] = {}
+
+    def buffers(self, layer: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two of a layer, ``(batch, kv_heads, width, head_dim)``.
+
+        They start as zeros: a weight of zero does not undo what happens to be in new memory if
+        that is no number.
+        """
+        if layer not in self.keys:
+            shape = (self.batch, like.shape[1], self.width, like.shape[3])
+            self.keys[layer] = like.new_zeros(shape)
+            self.values[layer] = like.new_zeros(shape)
+        return self.keys[layer], self.values[layer]
+
+
+class _PromptWriter:
+    """Stands where layers expect a KV cache: keeps the prompt, attends to it alone."""
+
+    def __init__(self, cache: SegmentCache) -> None:
+        self.cache = cache
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Called by the layer's attention."""
+        count = keys.shape[2]
+        held = self.cache.buffers(layer, keys)
+        held[0][:, :, :count].copy_(keys)
+        held[1][:, :, :count].copy_(values)
+        return keys, values
+
+
+class _StepWriter:
+    """The same for one decoded token, which attends to all that is there."""
+
+    def __init__(self, cache: SegmentCache, slot: torch.Tensor) -> None:
+        self.cache, self.slot = cache, slot
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Called by the layer's attention."""
+        held = self.cache.buffers(layer, keys)
+        held[0].index_copy_(2, self.slot, keys)
+        held[1].index_copy_(2, self.slot, values)
+        return held
+
+
+class Segment:
+    """A prompt through the layers of one cache.
+
+    Args:
+        parts: where things are in the model.
+        head: see :data:`Head`.
+        cache: of these layers.
+        tokens: per sample, with room behind.
+        like: a tensor of the hidden states' dtype, device and width.
+        recorder: shared by the model's recordings.
+
+    Attributes:
+        hidden: ``(batch, tokens, hidden)``, to be filled before a run.
+        positions: int64 ``(batch, tokens)``, likewise.
+        last: int64 ``(batch,)``, each sample's last token, likewise.
+        attended: ``(batch, tokens, hidden)``, what the last layer's attention received.
+        rotary: its ``position_embeddings``.
+    """
+
+    def __init__(
+        self,
+        parts: ModelParts,
+        head: Head,
+        cache: SegmentCache,
+        tokens: int,
+        like: torch.Tensor,
+        recorder: Recorder,
+    ) -> None:
+        self.parts, self.head, self.cache, self.tokens = parts, head, cache, tokens
+        self.hidden = like.new_zeros(cache.batch, tokens, like.shape[-1])
+        self.positions = torch.zeros(cache.batch, tokens, dtype=torch.int64, device=like.device)
+        self.last = self.positions.new_zeros(cache.batch)
+        self.rows = torch.arange(cache.batch, device=like.device)
+        self.attended: torch.Tensor | None = None
+        self.rotary: Any = None
+        self.is_last = cache.stop == len(parts.layers)
+        self.run = Recorded(self._work, recorder)
+
+    def _work(self) -> torch.Tensor:
+        """Hidden states for the next segment; behind the last layer logits ``(batch, vocab)``."""
+        decoder: Any = self.parts.decoder
+        hidden = self.hidden
+        self.rotary = decoder.rotary_emb(hidden, position_ids=self.positions)
+        writer = _PromptWriter(self.cache)
+        watch = self.parts.layers[self.cache.stop - 1].self_attn.register_forward_pre_hook(  # type: ignore[union-attr,operator]
+            self._see, with_kwargs=True
+        )
+        try:
+            for layer in self.parts.layers[self.cache.first : self.cache.stop]:
+                hidden = run_layer(layer, hidden, self.rotary, None, writer)
+        finally:
+            watch.remove()
+        if not self.is_last:
+            return hidden
+        assert self.parts.final_norm is not None
+        return self.head(self.parts.final_norm(hidden[self.rows, self.last]))
+
+    def _see(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not self.is_last:
+            self.attended = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+
+
+class Step:
+    """One decoded token per sample through all layers.
+
+    Args:
+        parts: where things are in the model.
+        head: see :data:`Head`.
+        caches: one per segment, ascending.
+        recorder: shared by the model's recordings.
+
+    Attributes:
+        token: int64 ``(batch, 1)``, to be filled before each run.
+    """
+
+    def __init__(
+        self, parts: ModelParts, head: Head, caches: list[SegmentCache], recorder: Recorder
+    ) -> None:
+        self.parts, self.head, self.caches = parts, head, caches
+        batch, device = caches[0].batch, recorder.device
+        self.token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        self._position = torch.zeros_like(self.token)
+        self._real = self.token.new_zeros(len(caches), batch, 1)
+        self._room = self.token.new_zeros(len(caches), 1)
+        self._count = self.token.new_zeros(1)
+        self._places = [torch.arange(cache.width, device=device) for cache in caches]
+        self._start: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self.run = Recorded(self._work, recorder, self._reset)
+
+    def start(self, position: torch.Tensor, real: torch.Tensor, room: torch.Tensor) -> None:
+        """After a prefill.
+
+        Args:
+            position: int64 ``(batch, 1)``, rotary position of the first decoded token.
+            real: int64 ``(segments, batch, 1)``, tokens of the prompt that each segment holds.
+            room: int64 ``(segments, 1)``, where decoded tokens go from.
+        """
+        self._start = (position, real, room)
+        self._reset()
+
+    def _reset(self) -> None:
+        assert self._start is not None
+        for buffer, value in zip(
+            (self._position, self._real, self._room), self._start, strict=True
+        ):
+            buffer.copy_(value)
+        self._count.zero_()
+
+    def _work(self) -> torch.Tensor:
+        """Logits ``(batch, vocabulary)``."""
+        decoder: Any = self.parts.decoder
+        hidden = decoder.get_input_embeddings()(self.token)
+        rotary = decoder.rotary_emb(hidden, position_ids=self._position)
+        for index, cache in enumerate(self.caches):
+            places, room = self._places[index], self._room[index]
+            slot = room + self._count
+            seen = (places < self._real[index]) | ((places >= room) & (places <= slot))
+            writer = _StepWriter(cache, slot)
+            for layer in self.parts.layers[cache.first : cache.stop]:
+                hidden = run_layer(layer, hidden, rotary, seen[:, None, None], writer)
+        assert self.parts.final_norm is not None
+        logits = self.head(self.parts.final_norm(hidden[:, -1]))
+        self._position += 1
+        self._count += 1
+        return logits
+
+
+def run_layer(
+    layer: Any, hidden: torch.Tensor, rotary: Any, mask: torch.Tensor | None, writer: Any
+) -> torch.Tensor:
+    """One decoder layer, called as its model calls it."""
+    output = layer(
+        hidden,
+        attention_mask=mask,
+        position_embeddings=rotary,
+        position_ids=None,
+        past_key_values=writer,
+        use_cache=True,
+    )
+    return output[0] if isinstance(output, tuple) else output

@@ -1,0 +1,317 @@
+"""`generate` on the fast path: recorded pieces with fixed shapes instead of one layer at a time.
+
+The model's own code still makes the decoder's input (tower, projector, merging text and image
+features); from there on :mod:`vlm_prune_ext.engine.fast` takes over. Whatever it cannot do goes
+to transformers' own ``generate``, which gives the same answers.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import weakref
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlm_prune_ext.engine.decoder import Call, DecoderPruner
+from vlm_prune_ext.engine.fast import FastDecoder, Prompt, Run, why_not
+from vlm_prune_ext.engine.parts import ModelParts
+from vlm_prune_ext.engine.prune import Session, session_on
+from vlm_prune_ext.engine.recorded import Recorded, Recorder, Shelf
+from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.methods.base import Method
+
+logger = logging.getLogger("vlm_prune_ext")
+
+# Arguments of greedy decoding, and those that do not matter to it.
+_INPUTS = frozenset({"input_ids", "attention_mask", "pixel_values", "image_sizes"})
+_GREEDY: dict[str, tuple[Any, ...]] = {
+    "do_sample": (False, None),
+    "num_beams": (1, None),
+    "use_cache": (True, None),
+    "return_dict_in_generate": (False, None),
+}
+_FREE = frozenset({"temperature", "top_p", "top_k", "max_new_tokens", "pad_token_id"})
+_OWN = frozenset({"eos_token_id", "logits_processor", "stopping_criteria"})
+# Fields of a model's generation_config that greedy decoding does not read, or that are read here.
+_HARMLESS = _FREE | {
+    "do_sample",
+    "bos_token_id",
+    "eos_token_id",
+    "max_length",
+    "transformers_version",
+    "_from_model_config",
+    "use_cache",
+}
+_TOWER_SHAPES = 8
+
+
+class FastGenerate:
+    """Stands in the place of a model's ``generate``, with the same arguments and results.
+
+    Args:
+        model: a whole vision-language model.
+        parts: where its parts are.
+        capture: record CUDA graphs; without them (on a CPU) the same pieces run one by one.
+        forced: a method that has no fast path is an error instead of a line in the log.
+
+    Raises:
+        InputError: the model cannot run on fixed shapes.
+    """
+
+    def __init__(
+        self, model: Any, parts: ModelParts, *, capture: bool = True, forced: bool = False
+    ) -> None:
+        reason = why_not(parts, None)
+        if reason is not None:
+            raise InputError(f"fast=True is not possible: {reason}.")
+        assert parts.decoder is not None
+        self._model = weakref.ref(model)
+        self._decoder = weakref.ref(parts.decoder)
+        self.forced = forced
+        # The model holds this object, so nothing here may hold the model: memory would stay taken
+        # after its last user let go of it.
+        own = replace(parts, model=parts.decoder)
+        self.fast = FastDecoder(own, _Head(model), capture=capture)
+        tower = parts.vision.tower if parts.vision is not None else None
+        self._tower = _RecordedTower(tower, self.fast.recorder) if tower is not None else None
+        self._said: set[str] = set()
+
+    @property
+    def captures(self) -> int:
+        """Pieces recorded so far."""
+        return self.fast.recorder.count
+
+    def __call__(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """As ``transformers.GenerationMixin.generate``."""
+        model: Any = self._model()
+        decoder: Any = self._decoder()
+        session = session_on(decoder)
+        reason = self._why_not_this_call(model, session, inputs, kwargs)
+        if reason is not None:
+            if reason not in self._said:
+                self._said.add(reason)
+                logger.warning("The fast path is not taken: %s.", reason)
+            return type(model).generate(model, inputs, **kwargs)
+        with torch.inference_mode():
+            ids = self._generate(model, decoder, session, kwargs)
+        return ids.clone()  # an ordinary tensor again
+
+    # -- may it? ------------------------------------------------------------------------------
+    def check(self, method: Method | None) -> str | None:
+        """Why a method has no fast path on this model; ``None`` if it has.
+
+        Raises:
+            InputError: it has none, and the fast path is forced.
+        """
+        reason = why_not(self.fast.parts, method)
+        if reason is not None and self.forced:
+            raise InputError(f"fast=True is not possible: {reason}.")
+        return reason
+
+    def _why_not_this_call(
+        self, model: Any, session: Session | None, inputs: Any, kwargs: Mapping[str, Any]
+    ) -> str | None:
+        if session is not None:
+            reason = self.check(session.method)
+            if reason is not None:
+                return reason
+        if inputs is not None or kwargs.get("input_ids") is None:
+            return "generate was not given input_ids by name"
+        if kwargs.get("attention_mask") is None or kwargs["attention_mask"].dim() != 2:
+            return "generate was not given a 2-D attention_mask"
+        if model.training:
+            return "the model is in training mode"
+        return _why_not_options(model, kwargs)
+
+    # -- the work -----------------------------------------------------------------------------
+    def _generate(
+        self, model: Any, decoder: Any, session: Session | None, kwargs: Mapping[str, Any]
+    ) -> torch.Tensor:
+        limit = _limit(model, kwargs)
+        run = self._prefill(model, decoder, session, kwargs, limit)
+        processors = kwargs.get("logits_processor") or []
+        criteria = kwargs.get("stopping_criteria") or []
+        stops, pad = _special_tokens(model, kwargs, run.logits.device)
+        ids = kwargs["input_ids"]
+        done = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
+        for count in range(1, limit + 1):
+            scores: Any = run.logits.float()
+            for processor in processors:
+                scores = processor(ids, scores)
+            newest = scores.argmax(dim=-1)
+            if stops is not None and pad is not None:
+                newest = torch.where(done, pad, newest)
+                done = done | torch.isin(newest, stops)
+            ids = torch.cat([ids, newest[:, None]], dim=1)
+            for criterion in criteria:
+                done = done | criterion(ids, scores)
+            if count == limit or bool(done.all()):
+                break
+            run.step(newest)
+        return ids
+
+    def _prefill(
+        self, model: Any, decoder: Any, session: Session | None, kwargs: Any, limit: int
+    ) -> Run:
+        inputs = {name: kwargs[name] for name in _INPUTS if kwargs.get(name) is not None}
+        mask = inputs["attention_mask"]
+        positions = (mask.long().cumsum(dim=1) - 1).masked_fill(mask == 0, 0)
+        pruners = session.pruners if session is not None else []
+        pruner = next((p for p in pruners if isinstance(p, DecoderPruner)), None)
+        watch = _Watch(pruner)
+        handle = decoder.register_forward_pre_hook(watch, with_kwargs=True)
+        untouched = len(pruners) == (pruner is not None)  # nobody drops inside the tower
+        if self._tower is not None and untouched:
+            self._tower.take_over()
+        try:
+            model(**inputs, position_ids=positions, use_cache=False)
+        except _Reached:
+            pass
+        finally:
+            handle.remove()
+            if self._tower is not None:
+                self._tower.step_back()
+        assert watch.prompt is not None
+        return self.fast.start(watch.prompt, limit, pruner, watch.call)
+
+
+def turn_on_fast(model: Any, parts: ModelParts, wanted: bool | None) -> None:
+    """Give a model the fast ``generate``, or leave it as it is.
+
+    Args:
+        model: a whole model.
+        parts: where its parts are.
+        wanted: ``None``: on a GPU, where the model allows it; ``True``: or else an error;
+            ``False``: no.
+
+    Raises:
+        InputError: wanted, but not possible.
+    """
+    if wanted is False:
+        return
+    device = next(model.parameters()).device
+    reason = why_not(parts, None)
+    if device.type != "cuda":
+        reason = f"it needs a CUDA device, and the model is on {device.type!r}"
+    if reason is None:
+        model.generate = FastGenerate(model, parts, forced=wanted is True)
+    elif wanted:
+        raise InputError(f"fast=True is not possible: {reason}.")
+    elif device.type == "cuda":
+        logger.warning("The fast path is not taken: %s.", reason)
+
+
+class _Head:
+    """Logits from the last layer's normed hidden states."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = weakref.ref(model)
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``(batch, hidden)`` -> ``(batch, vocabulary)``."""
+        model: Any = self._model()
+        return model.get_output_embeddings()(hidden)
+
+
+class _Reached(Exception):
+    """The model has made the decoder's input; the rest of its forward is not wanted."""
+
+
+class _Watch:
+    """A hook behind the pruner's own on the decoder: takes its input and ends the forward."""
+
+    def __init__(self, pruner: DecoderPruner | None) -> None:
+        self.pruner = pruner
+        self.prompt: Prompt | None = None
+        self.call: Call | None = None
+
+    def __call__(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+        if embeds is None:
+            embeds = module.get_input_embeddings()(args[0] if args else kwargs["input_ids"])
+        self.call = self.pruner.call if self.pruner is not None else None
+        if self.call is not None:
+            real = self.call.state.prefill.real
+        else:
+            real = None if mask is None or bool(mask.all()) else mask.bool()
+        self.prompt = Prompt(embeds, real, kwargs["position_ids"])
+        raise _Reached
+
+
+class _RecordedTower:
+    """A vision tower whose forward is recorded, per shape of its input."""
+
+    def __init__(self, tower: nn.Module, recorder: Recorder) -> None:
+        self._tower = weakref.ref(tower)
+        self.recorder = recorder
+        self._shapes: Shelf[tuple[torch.Tensor, Recorded]] = Shelf(_TOWER_SHAPES)
+
+    def take_over(self) -> None:
+        """From now on the tower's calls come here."""
+        if self.recorder.capture:
+            self._tower().forward = self._forward  # type: ignore[union-attr,method-assign]
+
+    def step_back(self) -> None:
+        """The tower has its own forward back."""
+        vars(self._tower()).pop("forward", None)
+
+    def _forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> Any:
+        key = (tuple(pixel_values.shape), pixel_values.dtype, tuple(sorted(kwargs.items())))
+        buffer, recorded = self._shapes.get(key, lambda: self._record(pixel_values, kwargs))
+        buffer.copy_(pixel_values)
+        output = recorded()
+        return type(output)(**output)  # models write into what they get
+
+    def _record(
+        self, pixel_values: torch.Tensor, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, Recorded]:
+        tower: Any = self._tower()
+        buffer = torch.empty_like(pixel_values)
+        forward = type(tower).forward
+        return buffer, Recorded(lambda: forward(tower, buffer, **kwargs), self.recorder)
+
+
+# -- options -----------------------------------------------------------------------------------
+def _why_not_options(model: Any, kwargs: Mapping[str, Any]) -> str | None:
+    """What of the call asks for more than greedy decoding from a plain prompt."""
+    for name, value in kwargs.items():
+        if name in _GREEDY:
+            if value not in _GREEDY[name]:
+                return f"generate was asked for {name}={value!r}"
+        elif name not in _INPUTS | _FREE | _OWN and value is not None:
+            return f"generate was given {name}"
+    signature = inspect.signature(type(model).forward).parameters
+    if any(name not in signature for name in _INPUTS & set(kwargs)):
+        return "generate was given inputs that the model does not take"
+    config = model.generation_config
+    if config.do_sample and "do_sample" not in kwargs:
+        return "the model's generation_config samples"
+    odd = sorted(set(config.to_diff_dict()) - _HARMLESS)
+    if odd:
+        return f"the model's generation_config sets {odd[0]}"
+    if _limit(model, kwargs) < 1:
+        return "max_new_tokens is not stated"
+    return None
+
+
+def _limit(model: Any, kwargs: Mapping[str, Any]) -> int:
+    limit = kwargs.get("max_new_tokens")
+    return limit if limit is not None else model.generation_config.max_new_tokens or 0
+
+
+def _special_tokens(
+    model: Any, kwargs: Mapping[str, Any], device: torch.device
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Tokens that end an answer, and what follows one in a batch; ``None`` if nothing ends it."""
+    config = model.generation_config
+    stops = kwargs.get("eos_token_id", config.eos_token_id)
+    if stops is None:
+        return None, None
+    stops = torch.as_tensor(stops, device=device).flatten()
+    pad = kwargs.get("pad_token_id", config.pad_token_id)
+    return stops, stops[0] if pad is None else torch.as_tensor(pad, device=device)
