@@ -3,6 +3,7 @@ processors and tokenizers, saved into a folder as published ones are."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -420,3 +421,111 @@ KINDS = {
     "fuyu": Kind(fuyu, "FuyuForCausalLM", "FuyuProcessor", ("<image>", "")),
     "blip2_t5": Kind(blip2_t5, "Blip2ForConditionalGeneration", "Blip2Processor", ("<image>", "")),
 }
+
+
+# -------------------------------------------------------------- InternVL as it was published
+
+CHAT_SPECIALS = ("<img>", "</img>", "<IMG_CONTEXT>")
+CHAT_DECODERS = ("InternLM2ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM")
+
+
+def internvl_chat(folder: Path, decoder: str = "InternLM2ForCausalLM", **more: Any) -> Any:
+    """A checkpoint in InternVL's own format, with code of its own; returns the model.
+
+    Args:
+        folder: to write.
+        decoder: one of :data:`CHAT_DECODERS`.
+        more: fields of its ``config.json``.
+    """
+    from tests.remote_internvl import InternVLChatConfig, InternVLChatModel
+
+    folder.mkdir(parents=True, exist_ok=True)
+    internlm2 = decoder == "InternLM2ForCausalLM"
+    made = internlm2_tokenizer(folder) if internlm2 else chat_tokenizer(folder)
+    text = {
+        **_text(3, rms_norm_eps=1e-5, rope_theta=1e4, hidden_act="silu"),
+        "rope_scaling": {"type": "dynamic", "factor": 2.0},
+        "architectures": [decoder],
+        "vocab_size": max(made.values()) + 1,
+    }
+    large = {"norm_type": "rms_norm", "qk_normalization": True, "qkv_bias": False}
+    small = {"norm_type": "layer_norm", "qk_normalization": False, "qkv_bias": True}
+    vision = _vision(layer_norm_eps=1e-6, hidden_act="gelu", **(small if internlm2 else large))
+    fields = {
+        "ps_version": "v2",
+        "select_layer": -1,
+        "downsample_ratio": 0.5,
+        "force_image_size": vision["image_size"],
+        "dynamic_image_size": True,
+        "use_thumbnail": True,
+        "max_dynamic_patch": 4,
+        "template": "internlm2-chat" if internlm2 else "internvl2_5",
+        **more,
+    }
+    config = InternVLChatConfig(llm_config=text, vision_config=vision, **fields)
+    model = scatter(InternVLChatModel(config))
+    model.img_context_token_id = made["<IMG_CONTEXT>"]
+    model.save_pretrained(folder)
+    stored = json.loads((folder / "config.json").read_text())
+    stored["architectures"] = ["InternVLChatModel"]
+    stored["auto_map"] = {
+        "AutoConfig": "modeling_internvl_chat.InternVLChatConfig",
+        "AutoModel": "modeling_internvl_chat.InternVLChatModel",
+    }
+    (folder / "config.json").write_text(json.dumps(stored))
+    code = Path(__file__).with_name("remote_internvl.py").read_text(encoding="utf-8")
+    (folder / "modeling_internvl_chat.py").write_text(code, encoding="utf-8")
+    return model
+
+
+def chat_tokenizer(folder: Path) -> dict[str, int]:
+    """Byte-level BPE as Qwen2's, saved whole."""
+    names = ["<pad>", "<|im_end|>", "<|im_start|>", *CHAT_SPECIALS]
+    tokenizer = fast_tokenizer(names, eos_token="<|im_end|>", pad_token="<pad>")
+    tokenizer.save_pretrained(folder)
+    return tokenizer.get_vocab()
+
+
+def internlm2_tokenizer(folder: Path) -> dict[str, int]:
+    """`tokenizer.model` with spare pieces, and the JSON file that gives them their names."""
+    import io
+
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(list(TEXTS) * 3),
+        model_writer=model,
+        vocab_size=VOCAB,
+        model_type="bpe",
+        byte_fallback=True,
+        user_defined_symbols=[f"[UNUSED_TOKEN_{i}]" for i in range(2)],
+        pad_id=-1,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        num_threads=1,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    read = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    named = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    named["<|im_end|>"] = read.piece_to_id("[UNUSED_TOKEN_0]")
+    named["<|im_start|>"] = read.piece_to_id("[UNUSED_TOKEN_1]")
+    named |= {token: VOCAB + place for place, token in enumerate(CHAT_SPECIALS)}
+    plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    stored = {
+        "added_tokens_decoder": {
+            str(place): {"content": token, "special": True, **plain}
+            for token, place in named.items()
+        },
+        "auto_map": {"AutoTokenizer": ["tokenization_internlm2.InternLM2Tokenizer", None]},
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "</s>",
+        "unk_token": "<unk>",
+        "tokenizer_class": "InternLM2Tokenizer",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(stored))
+    return named

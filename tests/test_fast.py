@@ -108,7 +108,7 @@ def assert_same_trace(one: vp.Trace, other: vp.Trace) -> None:
     assert one.vision_kept.keys() == other.vision_kept.keys()
 
 
-# -- the same answers -------------------------------------------------------------------------------
+# -- the same answers --------------------------------------------------------------------------
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("name", METHODS)
 def test_tokens_and_trace_are_those_of_the_ordinary_path(tiny: Any, name: str, batch: str) -> None:
@@ -174,7 +174,7 @@ def test_answers_of_the_demo_model(method: Any) -> None:
     assert len({a.text for a in found}) > 1
 
 
-# -- what stays as it is ----------------------------------------------------------------------------
+# -- what stays as it is -----------------------------------------------------------------------
 def test_options_that_it_does_not_know_go_to_transformers(
     original: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -186,7 +186,7 @@ def test_options_that_it_does_not_know_go_to_transformers(
         {"do_sample": True, "top_k": 5},
         {"no_repeat_ngram_size": 2},
         {"return_dict_in_generate": True},
-        {"max_new_tokens": None, "max_length": 60},
+        {"max_new_tokens": None, "max_length": 90},
     ):
         torch.manual_seed(0)
         expected = generate(model.generate, inputs, **options)
@@ -277,7 +277,7 @@ def test_an_exception_leaves_the_model_as_it_was(original: Any) -> None:
     assert torch.equal(generate(fast, inputs), generate(model.generate, inputs))
 
 
-# -- memory -----------------------------------------------------------------------------------------
+# -- memory ------------------------------------------------------------------------------------
 def test_few_recordings_for_many_lengths(original: Any) -> None:
     model, processor = original
     fast = make_fast(model)
@@ -334,7 +334,7 @@ def test_the_model_is_let_go_of(tmp_path: Path) -> None:
         gc.enable()
 
 
-# -- switches ---------------------------------------------------------------------------------------
+# -- switches ----------------------------------------------------------------------------------
 @pytest.mark.skipif(GPU, reason="there is a GPU")
 def test_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = makers.tiny_original(tmp_path / "m")

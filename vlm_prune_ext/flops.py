@@ -19,13 +19,18 @@ from typing import Any
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.methods.base import Method, Stage, resolve_budget
 
+MLP_WIDTH = "intermediate_size"
+PLAIN = ("opt", "persimmon")
+"""Model types with an MLP of two matrices and as many key/value heads as query heads."""
+
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """Sizes of a LLaMA-type decoder (SwiGLU, grouped key/value heads).
+    """Sizes of a causal decoder (LLaMA's and its kin: SwiGLU, grouped key/value heads).
 
     Attributes:
         layers, hidden, heads, kv_heads, head_dim, intermediate, vocab: as usually named.
+        mlp_matrices: 3 with a gate (SwiGLU, GeGLU), 2 without (OPT, Persimmon).
     """
 
     layers: int
@@ -35,6 +40,7 @@ class DecoderShape:
     head_dim: int
     intermediate: int
     vocab: int
+    mlp_matrices: int = 3
 
     @staticmethod
     def from_config(config: Any) -> DecoderShape:
@@ -46,21 +52,23 @@ class DecoderShape:
         config = getattr(config, "text_config", None) or config
         heads = _size(config, "num_attention_heads")
         hidden = _size(config, "hidden_size")
+        plain = getattr(config, "model_type", "") in PLAIN
         return DecoderShape(
             layers=_size(config, "num_hidden_layers"),
             hidden=hidden,
             heads=heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            kv_heads=heads if plain else getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or hidden // heads,
-            intermediate=_size(config, "intermediate_size"),
+            intermediate=_size(config, "ffn_dim" if hasattr(config, "ffn_dim") else MLP_WIDTH),
             vocab=_size(config, "vocab_size"),
+            mlp_matrices=2 if plain else 3,
         )
 
     def layer_flops(self, length: int) -> float:
         """One decoder layer over ``length`` tokens."""
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         weights = 2 * self.hidden * queries + 2 * self.hidden * keys
-        weights += 3 * self.hidden * self.intermediate
+        weights += self.mlp_matrices * self.hidden * self.intermediate
         return 2.0 * weights * length + 4.0 * queries * length**2
 
     def head_flops(self, positions: int = 1) -> float:

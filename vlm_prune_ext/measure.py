@@ -12,9 +12,10 @@ import resource
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -94,12 +95,16 @@ class TokenClock(LogitsProcessor):
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean, median, 90th percentile and number of some measurements."""
+    """Mean, median, 90th and 10th percentile and number of some measurements.
+
+    ``p10`` is ``None`` in records that were written before it was kept.
+    """
 
     mean: float
     median: float
     p90: float
     count: int
+    p10: float | None = field(default=None, compare=False)
 
     @staticmethod
     def of(values: Iterable[float]) -> Spread | None:
@@ -107,26 +112,51 @@ class Spread:
         ordered = sorted(values)
         if not ordered:
             return None
-        rank = max(0, -(-9 * len(ordered) // 10) - 1)  # nearest rank: a value that occurred
+        # Nearest rank: values that occurred.
+        high, low = (max(0, -(-tenths * len(ordered) // 10) - 1) for tenths in (9, 1))
         return Spread(
-            statistics.fmean(ordered), statistics.median(ordered), ordered[rank], len(ordered)
+            mean=statistics.fmean(ordered),
+            median=statistics.median(ordered),
+            p90=ordered[high],
+            count=len(ordered),
+            p10=ordered[low],
         )
 
 
 # -- memory ------------------------------------------------------------------------------------
-def reset_peak(device: torch.device | str) -> None:
-    """Start a new peak on a GPU. The peak of a process on a CPU cannot be reset."""
+def reset_peak(device: torch.device | str) -> bool:
+    """Start a new peak. Returns whether that was possible: always on a GPU, on a CPU where Linux
+    lets a process reset its own peak of resident memory."""
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+        return True
+    before = _resident_peak()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    after = _resident_peak()
+    return before is not None and after is not None and after <= before
 
 
 def peak_memory(device: torch.device | str) -> int:
     """Peak bytes: allocated by tensors on a GPU since :func:`reset_peak`; on a CPU the resident
-    memory of the process since it started."""
+    memory of the process, since :func:`reset_peak` where that works, else since it started."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    peak = _resident_peak()
+    if peak is not None:
+        return peak
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _resident_peak() -> int | None:
+    """Peak resident bytes as Linux counts them; ``None`` elsewhere."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    found = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
+    return int(found[0]) * 1024 if found else None
 
 
 # -- energy ------------------------------------------------------------------------------------
@@ -180,6 +210,154 @@ def _counter(device: torch.device) -> tuple[Any, Any]:
         return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
     except (pynvml.NVMLError, AttributeError):
         return None, None
+
+
+POWERCAP = Path("/sys/class/powercap")
+"""Where Linux keeps the energy counters of processors (RAPL)."""
+
+
+class CpuEnergyMeter:
+    """Joules all processor packages have used, from RAPL's counters.
+
+    They count what everything on the machine uses, not this process alone. Reading them needs
+    rights that are often root's only; without any there is no figure.
+
+    Args:
+        folder: where the counters are.
+    """
+
+    def __init__(self, folder: Path = POWERCAP) -> None:
+        self._counters = _rapl_packages(folder)
+        self._start = self._read()
+
+    @property
+    def available(self) -> bool:
+        """Whether there are counters that can be read."""
+        return self._start is not None
+
+    def joules(self) -> float | None:
+        """Since construction; ``None`` where nothing counts. A counter that has started anew from
+        zero in between (once; each holds minutes to hours) is allowed for."""
+        end = self._read()
+        if end is None or self._start is None:
+            return None
+        used = 0
+        for (_, span), first, last in zip(self._counters, self._start, end, strict=True):
+            used += last - first if last >= first else last - first + span
+        return used / 1e6
+
+    def _read(self) -> list[int] | None:
+        try:
+            found = [int((path / "energy_uj").read_text()) for path, _ in self._counters]
+        except (OSError, ValueError):
+            return None
+        return found or None
+
+
+def _rapl_packages(folder: Path) -> list[tuple[Path, int]]:
+    """Top-level RAPL zones (one a package) with the micro-joules after which each starts anew."""
+    found = []
+    for zone in sorted(folder.glob("intel-rapl:*")):
+        if zone.name.count(":") != 1:  # parts of a package are in its figure already
+            continue
+        try:
+            found.append((zone, int((zone / "max_energy_range_uj").read_text())))
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def energy_meter(device: torch.device | str) -> EnergyMeter | CpuEnergyMeter:
+    """The counter that fits a device; it may turn out not to be ``available``."""
+    if torch.device(device).type == "cuda":
+        return EnergyMeter(device)
+    return CpuEnergyMeter()
+
+
+class PowerSampler:
+    """Energy of a GPU by sampling its power, to check the counter against.
+
+    A thread reads NVML's power while the ``with`` block runs; the area under the samples
+    (trapezoids) is the energy.
+
+    Args:
+        device: the GPU; anything else gives no samples.
+        period: seconds between samples.
+
+    Attributes:
+        samples: ``(seconds, watts)``.
+    """
+
+    def __init__(self, device: torch.device | str, period: float = 0.02) -> None:
+        self._nvml, self._handle = _counter(torch.device(device))
+        self._period = period
+        self._device = device
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.samples: list[tuple[float, float]] = []
+
+    def __enter__(self) -> PowerSampler:
+        if self._handle is not None:
+            now(self._device)
+            self._thread = threading.Thread(target=self._run, daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._thread is not None:
+            now(self._device)
+            self._done.set()
+            self._thread.join()
+
+    def _run(self) -> None:
+        last = False
+        while True:
+            try:
+                watts = self._nvml.nvmlDeviceGetPowerUsage(self._handle) / 1000.0
+            except self._nvml.NVMLError:
+                return
+            self.samples.append((time.perf_counter(), watts))
+            if last:
+                return
+            last = self._done.wait(self._period)  # then one more sample, at the very end
+
+    @property
+    def joules(self) -> float | None:
+        """Energy over the block; ``None`` without at least two samples."""
+        return area(self.samples)
+
+    @property
+    def watts(self) -> float | None:
+        """Mean power over the block."""
+        joules = self.joules
+        return joules / (self.samples[-1][0] - self.samples[0][0]) if joules is not None else None
+
+
+def area(samples: Sequence[tuple[float, float]]) -> float | None:
+    """Area under ``(seconds, watts)`` by trapezoids, in joules; ``None`` of fewer than two."""
+    if len(samples) < 2:
+        return None
+    steps = zip(samples, samples[1:], strict=False)
+    return sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in steps)
+
+
+def idle_power(device: torch.device | str, seconds: float = 1.0) -> float | None:
+    """Watts drawn while nothing is done, over ``seconds``; ``None`` where nothing counts.
+
+    A GPU's power is sampled (its counter moves in steps too coarse for a short look), a
+    processor's comes from its counter.
+    """
+    if torch.device(device).type == "cuda":
+        with PowerSampler(device) as sampler:
+            time.sleep(seconds)
+        return sampler.watts
+    meter = CpuEnergyMeter()
+    if not meter.available:
+        return None
+    start = time.perf_counter()
+    time.sleep(seconds)
+    joules = meter.joules()
+    return joules / (time.perf_counter() - start) if joules is not None else None
 
 
 # -- what it was measured with -------------------------------------------------------------------

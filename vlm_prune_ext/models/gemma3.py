@@ -14,18 +14,10 @@ from typing import Any
 from PIL.Image import Image
 from transformers import Gemma3ForConditionalGeneration
 
-from vlm_prune_ext.engine.parts import ModelParts
-from vlm_prune_ext.models.base import Family, LoadOptions, PromptProcessor
-from vlm_prune_ext.models.causal_lm import decoder_parts
-from vlm_prune_ext.models.checkpoint import Checkpoint
-from vlm_prune_ext.models.hub_processor import HubProcessor, read_pictures
-from vlm_prune_ext.models.huggingface import load_model
-from vlm_prune_ext.models.original import load_tokenizer
-from vlm_prune_ext.models.placeholders import watch_placeholders
+from vlm_prune_ext.models.hub_processor import HubProcessor, hub_family
 from vlm_prune_ext.models.prompts import IMAGE, STYLES, Style, Turn
 
 NAME = "gemma3"
-ARCHITECTURE = "Gemma3ForConditionalGeneration"
 
 
 @dataclass(frozen=True)
@@ -72,46 +64,21 @@ class GemmaProcessor(HubProcessor):
         return [self._live_model().config.mm_tokens_per_image] * len(images)
 
 
-def _recognises(config: Mapping[str, Any]) -> bool:
-    return ARCHITECTURE in (config.get("architectures") or [])
-
-
-def _load(source: Checkpoint, options: LoadOptions) -> tuple[Any, PromptProcessor]:
-    tokenizer, pictures = load_tokenizer(source), read_pictures(source)
-    model = load_model(Gemma3ForConditionalGeneration, source, options)
+def _processor(model: Any, tokenizer: Any, pictures: Any) -> GemmaProcessor:
     token = model.config.image_token_id
-    return model, GemmaProcessor(model, tokenizer, pictures, token, NAME, "gemma", GEMMA_STYLES)
+    return GemmaProcessor(model, tokenizer, pictures, token, NAME, "gemma", GEMMA_STYLES)
 
 
-def _owns(model: Any) -> bool:
-    return isinstance(model, Gemma3ForConditionalGeneration)
-
-
-def _parts(model: Any) -> ModelParts:
-    inner, config = model.model, model.config
-    length = config.mm_tokens_per_image
-
-    def lengths(mask: Any, given: dict[str, Any]) -> list[list[int]]:
-        return [[length] * (count // length) for count in mask.sum(dim=1).tolist()]
-
-    return decoder_parts(
-        model,
-        inner.language_model,
-        plain_rotary=False,
-        why_no_vision=(
-            "Gemma 3's tower is SigLIP, whose patches are pooled into tokens and which has no "
-            "class token, so it is not CLIP-like; methods that work in the language model apply"
-        ),
-        watch_spans=watch_placeholders(inner, config.image_token_id, lengths),
-    )
-
-
-FAMILY = Family(
-    name=NAME,
-    title="Gemma 3",
-    owns=_owns,
-    parts=_parts,
-    architectures=(ARCHITECTURE,),
-    recognises=_recognises,
-    load=_load,
+FAMILY = hub_family(
+    NAME,
+    "Gemma 3",
+    Gemma3ForConditionalGeneration,
+    _processor,
+    decoder=lambda model: model.model.language_model,
+    plain_rotary=False,
+    image_length=lambda config: config.mm_tokens_per_image,
+    why_no_vision=(
+        "Gemma 3's tower is SigLIP, whose patches are pooled into tokens and which has no "
+        "class token, so it is not CLIP-like; methods that work in the language model apply"
+    ),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +10,14 @@ from PIL.Image import Image
 from torch import nn
 from transformers import AutoImageProcessor
 
+from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.errors import InputError
-from vlm_prune_ext.models.base import PromptProcessor
+from vlm_prune_ext.models.base import Family, LoadOptions, PromptProcessor, is_named
+from vlm_prune_ext.models.causal_lm import decoder_parts
 from vlm_prune_ext.models.checkpoint import Checkpoint
+from vlm_prune_ext.models.huggingface import load_model
+from vlm_prune_ext.models.original import load_tokenizer
+from vlm_prune_ext.models.placeholders import Lengths, watch_placeholders
 from vlm_prune_ext.models.prompts import IMAGE, Style
 
 _FILES = ("preprocessor_config.json", "processor_config.json")
@@ -104,7 +109,7 @@ def read_pictures(source: Checkpoint) -> Any:
             "is needed beside config.json."
         )
     try:
-        return AutoImageProcessor.from_pretrained(str(source.folder))
+        return AutoImageProcessor.from_pretrained(str(source.folder), trust_remote_code=False)
     except Exception as error:  # many kinds, by what is wrong in the file
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"The image processor of {what} cannot be made: {first}") from error
@@ -120,3 +125,69 @@ def token_id(tokenizer: Any, token: str, what: str) -> int:
     if found is None:
         raise InputError(f"The tokenizer of {what} has no token {token!r}, which its prompts need.")
     return int(found)
+
+
+def hub_family(
+    name: str,
+    title: str,
+    kind: Any,
+    processor: Callable[[Any, Any, Any], PromptProcessor],
+    *,
+    decoder: Callable[[Any], Any],
+    why_no_vision: str,
+    image_length: Callable[[Any], int] | None = None,
+    **more: Any,
+) -> Family:
+    """A family that is one class of transformers: ``model.model`` embeds the prompt, with a
+    placeholder per visual token, and runs a LLaMA-like decoder.
+
+    Args:
+        name, title: as in :class:`Family`.
+        kind: the class.
+        processor: ``(model, tokenizer, image processor)`` -> its prompts.
+        decoder: where the module with the decoder layers is; ``None`` from it: not this family's.
+        why_no_vision: why tower methods do not apply.
+        image_length: visual tokens of every image by the model's configuration, where images may
+            stand side by side; ``None`` where other tokens stand between them.
+        more: further fields of :class:`ModelParts`.
+    """
+
+    def load(source: Checkpoint, options: LoadOptions) -> tuple[Any, PromptProcessor]:
+        tokenizer, pictures = load_tokenizer(source), read_pictures(source)
+        model = load_model(kind, source, options)
+        return model, processor(model, tokenizer, pictures)
+
+    def owns(model: Any) -> bool:
+        return isinstance(model, kind) and decoder(model) is not None
+
+    def parts(model: Any) -> ModelParts:
+        token = model.config.image_token_id
+        length = None if image_length is None else image_length(model.config)
+        return decoder_parts(
+            model,
+            decoder(model),
+            why_no_vision=why_no_vision,
+            watch_spans=watch_placeholders(model.model, token, equal_lengths(length)),
+            **more,
+        )
+
+    return Family(
+        name=name,
+        title=title,
+        owns=owns,
+        parts=parts,
+        architectures=(kind.__name__,),
+        recognises=is_named(kind.__name__),
+        load=load,
+    )
+
+
+def equal_lengths(length: int | None) -> Lengths:
+    """Where every image has ``length`` visual tokens; ``None``: every unbroken run is one image."""
+
+    def lengths(mask: torch.Tensor, given: dict[str, Any]) -> list[list[int]] | None:
+        if length is None:
+            return None
+        return [[length] * (count // length) for count in mask.sum(dim=1).tolist()]
+
+    return lengths

@@ -41,7 +41,7 @@ _PROJECTOR = {"0": "linear_1", "2": "linear_2"}
 _TOWER = "model.vision_tower.vision_tower."
 # Buffers that old versions of transformers saved with the weights.
 _BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids")
-_TEXT_FIELDS = (
+TEXT_FIELDS = (
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
@@ -62,6 +62,8 @@ _TEXT_FIELDS = (
     "eos_token_id",
     "pad_token_id",
 )
+"""What of a published configuration tells how LLaMA-like language models are built."""
+
 _MISTRAL_FIELDS = ("sliding_window",)
 
 # Towers that published checkpoints name. Their sizes are stated here so that a checkpoint with the
@@ -143,7 +145,7 @@ class OriginalCheckpoint:
     def text_config(self) -> LlamaConfig | MistralConfig:
         """Configuration of the language model."""
         kind = ARCHITECTURES[self.source.architecture]
-        names = _TEXT_FIELDS + (_MISTRAL_FIELDS if kind is MistralConfig else ())
+        names = TEXT_FIELDS + (_MISTRAL_FIELDS if kind is MistralConfig else ())
         fields = {name: self.config[name] for name in names if name in self.config}
         pad = fields.get("pad_token_id")
         if pad is None or not 0 <= pad < self.config["vocab_size"]:
@@ -338,8 +340,9 @@ def load_tokenizer(source: Checkpoint) -> Any:
     stated = read_json(path, what).get("tokenizer_class") if path.is_file() else None
     llama = stated in ("LlamaTokenizer", "LlamaTokenizerFast", None)
     kind: Any = LlamaTokenizer if llama else AutoTokenizer
+    more = {} if llama else {"trust_remote_code": False}  # it would ask on the terminal
     try:
-        return kind.from_pretrained(str(folder))
+        return kind.from_pretrained(str(folder), **more)
     except Exception as error:  # many kinds, by format and version
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"The tokenizer of {what} cannot be read: {first}") from error
