@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -161,23 +161,36 @@ class FastGenerate:
         inputs = {name: kwargs[name] for name in _INPUTS if kwargs.get(name) is not None}
         mask = inputs["attention_mask"]
         positions = (mask.long().cumsum(dim=1) - 1).masked_fill(mask == 0, 0)
-        pruners = session.pruners if session is not None else []
-        pruner = next((p for p in pruners if isinstance(p, DecoderPruner)), None)
-        watch = _Watch(pruner)
-        handle = decoder.register_forward_pre_hook(watch, with_kwargs=True)
-        untouched = len(pruners) == (pruner is not None)  # nobody drops inside the tower
-        if self._tower is not None and untouched:
+        in_tower = session is not None and any(
+            not isinstance(pruner, DecoderPruner) for pruner in session.pruners
+        )
+        if self._tower is not None and not in_tower:
             self._tower.take_over()
         try:
-            model(**inputs, position_ids=positions, use_cache=False)
-        except _Reached:
-            pass
+            return self.prefill(
+                lambda: model(**inputs, position_ids=positions, use_cache=False), limit
+            )
         finally:
-            handle.remove()
             if self._tower is not None:
                 self._tower.step_back()
-        assert watch.prompt is not None
-        return self.fast.start(watch.prompt, limit, pruner, watch.call)
+
+    def prefill(self, forward: Callable[[], Any], max_new_tokens: int) -> Run:
+        """Prefill alone.
+
+        Args:
+            forward: calls the model or its decoder as for a prefill, ``position_ids`` included; it
+                is left when the decoder is reached.
+            max_new_tokens: see :meth:`FastDecoder.start`.
+
+        Returns:
+            the first token's logits, and what decodes on.
+        """
+        decoder: Any = self._decoder()
+        session = session_on(decoder)
+        pruners = session.pruners if session is not None else []
+        pruner = next((p for p in pruners if isinstance(p, DecoderPruner)), None)
+        prompt, call = reach(decoder, forward, pruner)
+        return self.fast.start(prompt, max_new_tokens, pruner, call)
 
 
 def turn_on_fast(model: Any, parts: ModelParts, wanted: bool | None) -> None:
@@ -220,6 +233,31 @@ class _Head:
 
 class _Reached(Exception):
     """The model has made the decoder's input; the rest of its forward is not wanted."""
+
+
+def reach(
+    decoder: nn.Module, forward: Callable[[], Any], pruner: DecoderPruner | None = None
+) -> tuple[Prompt, Call | None]:
+    """Run a model up to its decoder.
+
+    Args:
+        decoder: where to stop.
+        forward: calls the model, ``position_ids`` included.
+        pruner: the attached method, which has its say on the prompt first.
+
+    Returns:
+        the decoder's input, and what the method made of it (``None``: no visual tokens).
+    """
+    watch = _Watch(pruner)
+    handle = decoder.register_forward_pre_hook(watch, with_kwargs=True)
+    try:
+        forward()
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    assert watch.prompt is not None
+    return watch.prompt, watch.call
 
 
 class _Watch:
