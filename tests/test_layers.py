@@ -20,6 +20,7 @@ LAYERS = [
     {"models"},
     {"pruning", "resets", "measure", "settings", "demo"},
     {"evals"},
+    {"bench", "profiling"},
     {"commands"},
     {"cli"},
 ]

@@ -24,6 +24,9 @@ COMMANDS = {
     "models": "models with a short name, and what each supports",
     "inspect": "draw which patches of a picture a method drops, layer by layer",
     "scienceqa": "accuracy and seconds per example on ScienceQA as LLaVA lays it out",
+    "bench": "how fast pruning is, beside transformers and the floor of the device",
+    "profile": "latency, energy, FLOPs, memory and answers of a grid of settings",
+    "profile-data": "make the folder of examples that profile measures on",
     "demo-data": "write fresh demo pictures with questions as benchmark files",
     "convert": "turn an original-format LLaVA checkpoint into a Hugging Face folder",
 }

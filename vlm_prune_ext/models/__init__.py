@@ -25,6 +25,8 @@ __all__ = [
     "LoadOptions",
     "PromptProcessor",
     "convert_to_hf",
+    "device_of",
+    "dtype_of",
     "families",
     "load",
     "parts_of",
@@ -112,9 +114,9 @@ def load(
             missing or do not fit, a library that is too old, or an argument that is not accepted.
     """
     check_keywords(kw)
-    where = _device(device)
+    where = device_of(device)
     _check_attention(attn_implementation)
-    stated = _dtype(dtype) if dtype not in (None, "auto") else None
+    stated = dtype_of(dtype) if dtype not in (None, "auto") else None
     check_versions()
     source = Checkpoint(name_or_path, revision=kw.get("revision"))
     family = _family_of(source)
@@ -149,7 +151,12 @@ def _family_of(source: Checkpoint) -> Family:
     )
 
 
-def _device(device: torch.device | str | None) -> torch.device:
+def device_of(device: torch.device | str | None) -> torch.device:
+    """The device that is meant; ``None``: the first GPU if there is one, else the CPU.
+
+    Raises:
+        InputError: none of that name, or not there.
+    """
     if device is None:
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     try:
@@ -166,7 +173,12 @@ def _device(device: torch.device | str | None) -> torch.device:
     return found
 
 
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+def dtype_of(dtype: torch.dtype | str | None) -> torch.dtype:
+    """The floating-point type that is meant: float32, float16 or bfloat16.
+
+    Raises:
+        InputError: another.
+    """
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if found not in (torch.float32, torch.float16, torch.bfloat16):
         raise InputError(
@@ -181,7 +193,7 @@ def _stored_dtype(source: Checkpoint) -> torch.dtype:
     for config in (source.config, text):
         name = config.get("dtype") or config.get("torch_dtype")
         if name in ("float32", "float16", "bfloat16"):
-            return _dtype(name)
+            return dtype_of(name)
     return torch.float32
 
 

@@ -1,0 +1,185 @@
+"""`vlm-prune bench`: what it measures is what it says, and bad input ends in one sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import vlm_prune_ext as vp
+from tests import makers
+from vlm_prune_ext.bench import cases, report, shapes, subject
+from vlm_prune_ext.bench.floors import Ceilings
+from vlm_prune_ext.bench.timing import seconds_of
+from vlm_prune_ext.cli import main
+from vlm_prune_ext.flops import DecoderShape, decoder_flops
+
+FASTV = "fastv:5,agg_layer=2"
+CEILINGS = Ceilings(flops=2e9, bytes=1e9, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return makers.tiny_original(tmp_path_factory.mktemp("bench") / "model")
+
+
+@pytest.fixture(scope="module")
+def tiny(folder: Path) -> subject.Subject:
+    model, processor = vp.load(folder, device="cpu", fast=False)
+    return subject.of_checkpoint("tiny", model, processor, "Red?", makers.photo())
+
+
+def run(folder: Path, out: Path, *more: str) -> int:
+    argv = ["bench", "--model-path", str(folder), "--device", "cpu", "--out", str(out)]
+    return main([*argv, "--repeat", "2", "--new-tokens", "3", *more])
+
+
+def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    methods = ["--methods", "none", FASTV, "--batch-sizes", "1", "2"]
+    assert run(folder, out, *methods) == 0
+    said = capsys.readouterr()
+    assert "fastv_rank5_k2" in said.out
+    assert "Left out: fast (CUDA graphs need a GPU): fastv_rank5_k2, none" in said.err
+    data = json.loads((out / "bench.json").read_text())
+    found = {(c["batch"], c["way"], c["method"]) for c in data["cells"]}
+    rows = [("hf", "none"), ("hf-attentions", "none"), ("ordinary", "fastv_rank5_k2")]
+    assert found == {(batch, *row) for batch in (1, 2) for row in rows}
+    for cell in data["cells"]:
+        assert cell["prefill"]["median"] > 0 and cell["prefill"]["count"] == 2
+        assert cell["joules"] is None and cell["peak_bytes"] is None  # not 0
+        assert cell["samples_per_second"] == cell["batch"] / cell["first_token"]["median"]
+    shape = DecoderShape.from_config(vp.load(folder, device="cpu")[0].config)
+    whole = data["prompt"]["text"] + data["prompt"]["visual"]
+    pruned = next(c for c in data["cells"] if c["method"] != "none")
+    lengths = [whole] * 2 + [data["prompt"]["text"] + 5] * (shape.layers - 2)
+    assert pruned["lengths"] == lengths
+    ratio = decoder_flops(shape, lengths) / decoder_flops(shape, [whole] * shape.layers)
+    assert pruned["flops_ratio"] == pytest.approx(ratio)
+    assert (out / "bench.md").read_text().count("\n") == 2 + len(data["cells"])
+    with Image.open(out / "bench.png") as picture:
+        assert picture.size[0] > 300
+
+
+@pytest.mark.parametrize("name", [None, vp.FastV(agg_layer=2, attention_rank=5)])
+def test_a_fast_case(tiny: subject.Subject, name: Any) -> None:
+    """Here its pieces are not recorded; what is timed is the same."""
+    case = cases.Case("fast", name, 2)
+    cell = cases.measure_case(tiny, case, CEILINGS, new_tokens=3, repeat=2)
+    whole = tiny.tokens
+    assert cell.lengths == [whole] * 6 if name is None else [whole] * 2 + [tiny.text + 5] * 4
+    assert cell.same_kept == (None if name is None else 1.0)
+    assert cell.captures == (2 if name is None else 3)
+    assert cell.prefill_floor == pytest.approx(cell.flops / 2e9)
+    assert cell.decode_floor == pytest.approx(tiny.weight_bytes / 1e9)
+
+
+def test_everything_is_put_back(tiny: subject.Subject) -> None:
+    config = tiny.model.generation_config
+    stop = config.eos_token_id
+    assert stop is not None
+    for way in ("hf", "hf-attentions"):
+        cases.measure_case(tiny, cases.Case(way, None, 1), CEILINGS, new_tokens=2, repeat=1)
+    assert tiny.model.config._attn_implementation == "sdpa"
+    assert config.eos_token_id == stop
+
+
+def test_weights_that_a_token_reads(tiny: subject.Subject) -> None:
+    model = tiny.model
+    layers = sum(p.numel() for p in model.model.language_model.layers.parameters())
+    assert tiny.weight_bytes == 4 * (layers + model.lm_head.weight.numel())
+
+
+def test_ratios_are_taken_within_one_way(tiny: subject.Subject) -> None:
+    made = [
+        cases.measure_case(tiny, cases.Case(way, method, 1), CEILINGS, new_tokens=2, repeat=1)
+        for way, method in (("hf", None), ("ordinary", vp.RandomDrop(keep=5)), ("fast", None))
+    ]
+    assert report.unpruned(made, made[1]) is made[0]
+    assert report.unpruned(made, made[2]) is made[2]
+    assert report.unpruned(made[1:], made[1]) is None
+
+
+def test_warm_up_is_not_timed() -> None:
+    calls: list[int] = []
+    spread = seconds_of(lambda: calls.append(1), torch.device("cpu"), repeat=3, warm_up=4)
+    assert len(calls) == 7 and spread.count == 3
+
+
+@pytest.mark.parametrize("name", shapes.SHAPES)
+def test_named_shapes(name: str) -> None:
+    """Of the published sizes, made without memory: the parameter counts are the known ones."""
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(shapes.SHAPES[name]())
+    billions = sum(p.numel() for p in model.parameters()) / 1e9
+    known = {
+        "llava-1.5-7b": 7.06,
+        "llava-1.5-13b": 13.35,
+        "llava-next-7b": 7.06,
+        "qwen2.5-vl-3b": 3.75,
+        "gemma-3-4b": 4.30,
+    }
+    assert billions == pytest.approx(known[name], rel=0.01)
+
+
+def test_inputs_of_named_shapes(tmp_path: Path) -> None:
+    for form in ("llava", "llava_next"):
+        config = shapes.SHAPES["llava-1.5-7b" if form == "llava" else "llava-next-7b"]()
+        for part, sizes in (("text_config", "hidden_size"), ("vision_config", "hidden_size")):
+            setattr(getattr(config, part), sizes, 32)
+            getattr(config, part).intermediate_size = 32
+            getattr(config, part).num_hidden_layers = 3
+            getattr(config, part).num_attention_heads = 2
+        config.text_config.num_key_value_heads = 2
+        config.text_config.head_dim = 16
+        from transformers import AutoModelForImageTextToText
+
+        model = AutoModelForImageTextToText.from_config(config).eval()
+        made = subject.of_shape("shape", model)
+        output = model.generate(**made.batch(2), max_new_tokens=2, do_sample=False)
+        assert output.shape[0] == 2
+        assert made.tokens == 67 + {"llava": 576, "llava_next": 2928}[form]
+
+
+# -- bad input -------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--batch-sizes", "0"], "--batch-sizes 0 is not valid"),
+        (["--repeat", "0"], "--repeat 0 is not valid"),
+        (["--new-tokens", "1"], "--new-tokens 1 is not valid"),
+        (["--ways", "fats"], "fast"),
+        (["--methods", "fastw:3"], "fastv"),
+        (["--methods", "fastv:5,agg_layer=77"], "agg_layer=77"),
+        (["--fast"], "CUDA graphs need a GPU"),
+        (["--ways", "fast", "--methods", "none"], "leaves nothing to measure"),
+        (["--dtype", "float8"], "float8"),
+    ],
+)
+def test_bad_input(
+    folder: Path,
+    tmp_path: Path,
+    more: list[str],
+    expected: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(folder, tmp_path / "out", *more) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert expected in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_shape(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--shape", "llava-1.5-8b"]) == 2
+    assert "llava-1.5-7b" in capsys.readouterr().err
+
+
+def test_no_such_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--device", "cuda:99"]) == 2
+    assert "cuda:99" in capsys.readouterr().err

@@ -1,0 +1,262 @@
+"""One way of running a model, with one method, at one batch size: what it takes.
+
+Ways: ``hf`` is transformers as it comes; ``hf-attentions`` is eager attention that returns its
+maps, which published pruning codes need; ``ordinary`` is this package's hooks; ``fast`` its
+recorded pieces with fixed shapes.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vlm_prune_ext import measure
+from vlm_prune_ext.bench.floors import Ceilings
+from vlm_prune_ext.bench.subject import Subject
+from vlm_prune_ext.bench.timing import seconds_of
+from vlm_prune_ext.engine.fast import why_not
+from vlm_prune_ext.engine.prune import run as prune_parts
+from vlm_prune_ext.engine.trace import Trace
+from vlm_prune_ext.flops import decoder_flops
+from vlm_prune_ext.measure import Spread
+from vlm_prune_ext.methods.base import Method
+from vlm_prune_ext.models.fast import FastGenerate
+from vlm_prune_ext.pruning import prune
+
+WAYS = ("hf", "hf-attentions", "ordinary", "fast")
+ENERGY_SECONDS = 2.0  # the counter moves every 20 ms or so
+
+
+@dataclass(frozen=True)
+class Case:
+    """``way``: of :data:`WAYS`; ``method``: ``None`` is the baseline; ``batch``: samples."""
+
+    way: str
+    method: Method | None
+    batch: int
+
+    @property
+    def label(self) -> str:
+        """The method's name in tables."""
+        return "none" if self.method is None else self.method.label()
+
+
+@dataclass
+class Cell:
+    """What was measured; ``None`` where it could not be (never 0).
+
+    Attributes:
+        way, method, batch: of the case.
+        lengths: tokens that enter each layer.
+        prefill: seconds of the language model's prefill, output head included.
+        first_token: seconds of ``generate`` for one token: tower, prefill, everything around.
+        decode: seconds per further token, for the whole batch.
+        samples_per_second: of answers of one token; ``long_samples_per_second``: of ``new_tokens``.
+        new_tokens: of the long answers.
+        flops: of the prefill of the batch; flops_ratio: over the unpruned one.
+        prefill_floor: seconds, arithmetic; decode_floor: seconds, reading weights.
+        peak_bytes: most memory taken while answering, weights included (GPU only).
+        joules: per answer of one token.
+        same_kept: share of kept positions that the ordinary path keeps too (fast only).
+        captures: pieces recorded (fast only).
+    """
+
+    way: str
+    method: str
+    batch: int
+    lengths: list[int]
+    prefill: Spread
+    flops: float
+    flops_ratio: float
+    prefill_floor: float
+    decode_floor: float
+    new_tokens: int = 0
+    first_token: Spread | None = None
+    decode: float | None = None
+    samples_per_second: float | None = None
+    long_samples_per_second: float | None = None
+    peak_bytes: int | None = None
+    joules: float | None = None
+    same_kept: float | None = None
+    captures: int | None = None
+
+
+def possible(subject: Subject, case: Case) -> str | None:
+    """Why a case cannot be; ``None`` if it can."""
+    if case.way in ("hf", "hf-attentions") and case.method is not None:
+        return "transformers does not prune"
+    if case.way == "ordinary" and case.method is None and subject.device.type != "cuda":
+        return "the baseline attaches nothing: it is the row above"
+    if case.way != "fast":
+        return None
+    if subject.device.type != "cuda":
+        return "CUDA graphs need a GPU"
+    return why_not(subject.parts, case.method)
+
+
+@torch.inference_mode()
+def measure_case(
+    subject: Subject, case: Case, ceilings: Ceilings, *, new_tokens: int, repeat: int
+) -> Cell:
+    """Measure one case.
+
+    Args:
+        subject: model and prompts.
+        case: what to measure.
+        ceilings: of the device.
+        new_tokens: of the long answers, at least 2.
+        repeat: timed runs of a prefill; whole answers are run a third as often.
+    """
+    gc.collect()
+    if subject.device.type == "cuda":
+        torch.cuda.empty_cache()
+    with _as_way(subject, case.way) as fast, _no_end_token(subject.model):
+        cell = _prefill_cell(subject, case, ceilings, fast, repeat)
+        if subject.single is not None:
+            _answers(subject, case, cell, fast, new_tokens, max(3, repeat // 3))
+    return cell
+
+
+@contextmanager
+def _as_way(subject: Subject, way: str) -> Iterator[FastGenerate | None]:
+    """The model as a way wants it, and as it was afterwards."""
+    before = subject.model.config._attn_implementation
+    if way == "hf-attentions":
+        subject.model.set_attn_implementation("eager")
+    try:
+        yield _fast(subject) if way == "fast" else None
+    finally:
+        if way == "hf-attentions":
+            subject.model.set_attn_implementation(before)
+
+
+def _fast(subject: Subject) -> FastGenerate:
+    """Fresh, so that what one case recorded does not count as the memory of another."""
+    capture = subject.device.type == "cuda"
+    return FastGenerate(subject.model, subject.parts, capture=capture, forced=True)
+
+
+@contextmanager
+def _no_end_token(model: Any) -> Iterator[None]:
+    """Random weights, or a model that says little, would end answers early."""
+    config = model.generation_config
+    before, config.eos_token_id = config.eos_token_id, None
+    try:
+        yield
+    finally:
+        config.eos_token_id = before
+
+
+def _as_case(case: Case, pruned: Callable[[], Any]) -> Any:
+    """What is around a measurement: for transformers itself nothing, so that it keeps its own
+    choice of attention kernels."""
+    return nullcontext(Trace()) if case.way in ("hf", "hf-attentions") else pruned()
+
+
+# -- prefill -----------------------------------------------------------------------------------
+def _prefill_cell(
+    subject: Subject, case: Case, ceilings: Ceilings, fast: FastGenerate | None, repeat: int
+) -> Cell:
+    given = subject.decoder_inputs(case.batch)
+    forward = _forward(subject, case, given)
+    with _as_case(case, lambda: prune_parts(subject.parts, case.method, subject.span)) as trace:
+        call = forward if fast is None else lambda: fast.prefill(forward, 1)
+        spread = seconds_of(call, subject.device, repeat=repeat)
+        lengths = list(trace.lengths) or [subject.tokens] * subject.shape.layers
+        kept = dict(trace.kept)
+    shape, whole = subject.shape, [subject.tokens] * subject.shape.layers
+    flops = decoder_flops(shape, lengths)
+    return Cell(
+        way=case.way,
+        method=case.label,
+        batch=case.batch,
+        lengths=lengths,
+        prefill=spread,
+        flops=flops * case.batch,
+        flops_ratio=flops / decoder_flops(shape, whole),
+        prefill_floor=ceilings.prefill_seconds(flops * case.batch),
+        decode_floor=ceilings.token_seconds(subject.weight_bytes),
+        same_kept=_agreement(subject, case, forward, kept) if fast is not None else None,
+    )
+
+
+def _forward(subject: Subject, case: Case, given: dict[str, Any]) -> Callable[[], Any]:
+    head = subject.model.get_output_embeddings()
+    more = {"output_attentions": True} if case.way == "hf-attentions" else {}
+
+    def forward() -> torch.Tensor:
+        output = subject.decoder(**given, use_cache=True, **more)
+        return head(output.last_hidden_state[:, -1:])
+
+    return forward
+
+
+def _agreement(
+    subject: Subject, case: Case, forward: Callable[[], Any], kept: dict[int, torch.Tensor]
+) -> float | None:
+    """Share of the positions a method keeps on the fast path that it also keeps on the other."""
+    if not kept:
+        return None
+    with prune_parts(subject.parts, case.method, subject.span) as trace:
+        forward()
+    same = total = 0
+    for layer, places in kept.items():
+        other = trace.kept[layer]
+        for row in range(places.shape[0]):
+            same += int(torch.isin(places[row], other[row]).sum())
+            total += places.shape[1]
+    return same / total
+
+
+# -- whole answers -------------------------------------------------------------------------------
+def _answers(
+    subject: Subject,
+    case: Case,
+    cell: Cell,
+    fast: FastGenerate | None,
+    new_tokens: int,
+    repeat: int,
+) -> None:
+    """Fill in what needs ``generate``."""
+    inputs, device = subject.batch(case.batch), subject.device
+    more: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
+    if case.way == "hf-attentions":
+        more |= {"output_attentions": True, "return_dict_in_generate": True}
+    function = subject.model.generate if fast is None else fast
+
+    def answer(count: int) -> Any:
+        return function(**inputs, max_new_tokens=count, **more)
+
+    with _as_case(case, lambda: prune(subject.model, case.method)):
+        for count in (1, new_tokens):  # everything is allocated and recorded
+            answer(count)
+        if measure.reset_peak(device) and device.type == "cuda":
+            answer(new_tokens)
+            cell.peak_bytes = measure.peak_memory(device)
+        cell.first_token = seconds_of(lambda: answer(1), device, repeat=repeat, warm_up=0)
+        long = seconds_of(lambda: answer(new_tokens), device, repeat=repeat, warm_up=0)
+        cell.joules = _joules(lambda: answer(1), device, case.batch)
+    cell.new_tokens = new_tokens
+    seconds = (long.median - cell.first_token.median) / (new_tokens - 1)
+    cell.decode = seconds if seconds > 0 else None  # lost in the noise of a busy machine
+    cell.samples_per_second = case.batch / cell.first_token.median
+    cell.long_samples_per_second = case.batch / long.median
+    cell.captures = fast.captures if fast is not None else None
+
+
+def _joules(answer: Callable[[], Any], device: torch.device, batch: int) -> float | None:
+    """Per sample, from the counter, over a few seconds of answers."""
+    meter = measure.EnergyMeter(device)
+    if not meter.available:
+        return None
+    count, start = 0, measure.now(device)
+    while measure.now(device) - start < ENERGY_SECONDS:
+        answer()
+        count += batch
+    used = meter.joules()
+    return None if used is None else used / count

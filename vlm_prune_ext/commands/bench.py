@@ -1,0 +1,204 @@
+"""Time pruned and unpruned prefill, decoding and whole answers, side by side in one process: as
+transformers does it, with the eager attention maps that published pruning codes need, with this
+package's hooks, and on its fast path. Beside each figure stands the floor that the device sets.
+
+Of a named shape (random weights), of a checkpoint, or of the demo model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm_prune_ext.commands.common import quiet_transformers
+from vlm_prune_ext.errors import InputError, unknown_name
+
+if TYPE_CHECKING:
+    from vlm_prune_ext.bench.cases import Case
+    from vlm_prune_ext.bench.subject import Subject
+    from vlm_prune_ext.methods.base import Method
+
+METHODS = ("none", "fastv:100", "fastv:288,agg_layer=2", "himap")
+QUESTION = "Describe this picture."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--shape", metavar="NAME", help="llava-1.5-7b, ..., with random weights")
+    what.add_argument("--model-path", metavar="NAME_OR_PATH", help="default: demo model")
+    add = parser.add_argument
+    add("--batch-sizes", nargs="+", type=int, default=[1, 8], metavar="N", help="default: 1 8")
+    add(
+        "--methods",
+        nargs="+",
+        default=list(METHODS),
+        metavar="NAME:BUDGET",
+        help=f"short forms, none is the baseline; default: {' '.join(METHODS)}",
+    )
+    add("--ways", nargs="+", metavar="WAY", help="hf, hf-attentions, ordinary, fast")
+    add("--fast", action="store_true", help="the fast path only, and an error where it is not")
+    add("--new-tokens", type=int, default=32, metavar="N", help="of long answers; default: 32")
+    add("--repeat", type=int, default=15, metavar="N", help="timed prefills; default: 15")
+    add("--visual", type=int, metavar="N", help="visual tokens, for shapes that are free")
+    add("--dtype", default=None, help="default: bfloat16 on a GPU, float32 on a CPU")
+    add("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 (default: as found)")
+    add("--out", default="bench", metavar="DIR", help="default: bench")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and report."""
+    from vlm_prune_ext.bench import cases, report
+    from vlm_prune_ext.bench.floors import measure_ceilings
+
+    for name, values in (("--batch-sizes", args.batch_sizes), ("--repeat", [args.repeat])):
+        for value in values:
+            if value < 1:
+                raise InputError(f"{name} {value} is not valid: an integer of at least 1.")
+    if args.new_tokens < 2:
+        raise InputError(f"--new-tokens {args.new_tokens} is not valid: at least 2.")
+    ways = _ways(args)
+    methods = [_method(text) for text in args.methods]
+    _check_shape(args)
+    quiet_transformers()
+    subject = _subject(args)
+    wanted = _cases(subject, ways, methods, args)
+    ceilings = measure_ceilings(subject.device, subject.dtype)
+    cells, header = [], _header(subject, ceilings, args)
+    for number, case in enumerate(wanted, 1):
+        text = f"[{number}/{len(wanted)}] batch {case.batch}, {case.way}, {case.label}"
+        print(text, file=sys.stderr, flush=True)
+        cells.append(
+            cases.measure_case(
+                subject, case, ceilings, new_tokens=args.new_tokens, repeat=args.repeat
+            )
+        )
+        report.write(cells, header, Path(args.out))  # nothing measured is lost
+    _print(cells, header, args)
+    return 0
+
+
+def _ways(args: argparse.Namespace) -> list[str]:
+    from vlm_prune_ext.bench.cases import WAYS
+
+    if args.fast:
+        return ["fast"]
+    for way in args.ways or ():
+        if way not in WAYS:
+            raise unknown_name("--ways", way, WAYS)
+    return list(args.ways or WAYS)
+
+
+def _method(text: str) -> Method | None:
+    from vlm_prune_ext.methods.registry import parse_method
+
+    return parse_method(text)
+
+
+def _check_shape(args: argparse.Namespace) -> None:
+    if args.shape is None:
+        return
+    from vlm_prune_ext.bench.shapes import SHAPES
+
+    if args.shape not in SHAPES:
+        raise unknown_name("--shape", args.shape, SHAPES)
+
+
+def _subject(args: argparse.Namespace) -> Subject:
+    import torch
+
+    from vlm_prune_ext.bench.subject import of_checkpoint, of_shape
+    from vlm_prune_ext.demo import CHECKPOINT
+    from vlm_prune_ext.models import device_of, dtype_of, load
+
+    device = device_of(args.device)
+    if args.fast and device.type != "cuda":
+        raise InputError("--fast is not possible: CUDA graphs need a GPU.")
+    stated = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    dtype: torch.dtype = dtype_of(stated)
+    if args.shape is not None:
+        from vlm_prune_ext.bench.shapes import random_model
+
+        model = random_model(args.shape, dtype=dtype, device=device)
+        return of_shape(args.shape, model, args.visual)
+    path = args.model_path or str(CHECKPOINT)
+    model, processor = load(
+        path, dtype=dtype, device=device, attn_implementation="sdpa", fast=False
+    )
+    return of_checkpoint(args.model_path or "demo model", model, processor, QUESTION, _picture())
+
+
+def _picture() -> Any:
+    from vlm_prune_ext.demo.drawing import make_scene, render
+
+    return render(make_scene(0))
+
+
+def _cases(
+    subject: Subject, ways: list[str], methods: list[Method | None], args: argparse.Namespace
+) -> list[Case]:
+    """All that can be; of the others one line each says why not."""
+    from vlm_prune_ext.bench.cases import Case, possible
+    from vlm_prune_ext.pruning import prune
+
+    for method in methods:  # a method that does not fit the model costs nothing
+        with prune(subject.model, method):
+            pass
+    found: list[Case] = []
+    left_out: dict[str, set[str]] = {}
+    for batch in args.batch_sizes:
+        for way in ways:
+            for method in methods:
+                case = Case(way, method, batch)
+                reason = possible(subject, case)
+                if reason is None:
+                    found.append(case)
+                elif args.fast:
+                    raise InputError(f"--fast is not possible: {reason}.")
+                elif way in ("fast", "ordinary"):
+                    left_out.setdefault(f"{way} ({reason})", set()).add(case.label)
+    for what, labels in left_out.items():
+        print(f"Left out: {what}: {', '.join(sorted(labels))}", file=sys.stderr)
+    if not found:
+        raise InputError(f"--ways {' '.join(ways)} leaves nothing to measure.")
+    return found
+
+
+def _header(subject: Subject, ceilings: Any, args: argparse.Namespace) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from vlm_prune_ext import measure
+
+    hardware = measure.hardware(subject.device)
+    where = hardware.get("gpu") or hardware["cpu"]
+    dtype = str(subject.dtype).removeprefix("torch.")
+    prompt = f"{subject.span[0]} + {subject.span[1]} + {subject.text - subject.span[0]} tokens"
+    return {
+        "title": f"{subject.name}, {prompt}, {dtype}, {where}, {date.today().isoformat()}",
+        "command": "vlm-prune bench " + " ".join(sys.argv[2:]),
+        "prompt": {"text": subject.text, "visual": subject.span[1], "start": subject.span[0]},
+        "new_tokens": args.new_tokens,
+        "ceilings": asdict(ceilings),
+        "hardware": hardware,
+        "versions": measure.versions(),
+        "commit": measure.commit(),
+    }
+
+
+def _print(cells: list[Any], header: dict[str, Any], args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from vlm_prune_ext.bench import report
+
+    Console(width=None if sys.stdout.isatty() else 190).print(report.table(cells, header["title"]))
+    ceilings = header["ceilings"]
+    print(
+        f"Ceilings: {ceilings['flops'] / 1e12:.3g} TFLOP/s ({ceilings['dtype']}), "
+        f"{ceilings['bytes'] / 1e12:.3g} TB/s. FLOPs: of the prefill, over the unpruned one. "
+        f"samples/s: answers of one token; long/s: of {args.new_tokens}. decode: per token and "
+        "batch. Medians."
+    )
+    print(f"Written to {args.out}: bench.json, bench.md, bench.png")
