@@ -334,6 +334,19 @@ def test_the_model_is_let_go_of(tmp_path: Path) -> None:
         gc.enable()
 
 
+def test_a_copy_of_the_model_is_its_own(original: Any) -> None:
+    model, processor = original
+    inputs = processor.prompt("Red?", makers.photo())
+    expected = generate(model.generate, inputs)
+    model.generate = make_fast(model)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+    assert torch.equal(generate(copied.generate, inputs), expected)
+    assert not torch.equal(generate(model.generate, inputs), expected)
+
+
 # -- switches ----------------------------------------------------------------------------------
 @pytest.mark.skipif(GPU, reason="there is a GPU")
 def test_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -233,10 +233,10 @@ def _answers(
         return function(**inputs, max_new_tokens=count, **more)
 
     with _as_case(case, lambda: prune(subject.model, case.method)):
-        for count in (1, new_tokens):  # everything is allocated and recorded
+        measure.reset_peak(device)
+        for count in (1, new_tokens):  # everything is allocated and recorded, and counts
             answer(count)
-        if measure.reset_peak(device) and device.type == "cuda":
-            answer(new_tokens)
+        if device.type == "cuda":
             cell.peak_bytes = measure.peak_memory(device)
         cell.first_token = seconds_of(lambda: answer(1), device, repeat=repeat, warm_up=0)
         long = seconds_of(lambda: answer(new_tokens), device, repeat=repeat, warm_up=0)

@@ -85,7 +85,8 @@ class Recorded:
                     self.reset()
         torch.cuda.current_stream(device).wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.recorder.pool):
+        # Other threads (of a data loader, say) may use the device meanwhile.
+        with torch.cuda.graph(graph, pool=self.recorder.pool, capture_error_mode="thread_local"):
             self.output = self._run()
         self.graph = graph
         self.recorder.count += 1

@@ -12,6 +12,7 @@ import logging
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import MethodType
 from typing import Any
 
 import torch
@@ -100,6 +101,12 @@ class FastGenerate:
         with torch.inference_mode():
             ids = self._generate(model, decoder, session, kwargs)
         return ids.clone()  # an ordinary tensor again
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of the model gets transformers' own ``generate``: what is recorded here works on
+        the memory of this model."""
+        copied = memo[id(self._model())]
+        return MethodType(type(copied).generate, copied)
 
     # -- may it? ------------------------------------------------------------------------------
     def check(self, method: Method | None) -> str | None:
