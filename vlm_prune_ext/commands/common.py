@@ -16,6 +16,11 @@ METHOD_HELP = (
 )
 
 
+TRUST_HELP = (
+    "load formats that come with code of their own, e.g. OpenGVLab/InternVL2-2B (default: refuse)"
+)
+
+
 def add_method_arguments(
     parser: argparse.ArgumentParser, group: Any = None, *, required: bool = False
 ) -> None:
@@ -77,10 +82,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--attn-implementation", metavar="NAME", help="eager, sdpa or flash_attention_2"
     )
+    parser.add_argument("--trust-remote-code", action="store_true", help=TRUST_HELP)
     parser.add_argument(
         "--fast",
         action=argparse.BooleanOptionalAction,
-        help="CUDA graphs with fixed shapes (default: on a GPU, where model and method allow it)",
+        help="CUDA graphs with fixed shapes, or an error where that is not possible",
     )
 
 
@@ -101,6 +107,7 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
         device=args.device,
         attn_implementation=args.attn_implementation,
         fast=args.fast,
+        trust_remote_code=args.trust_remote_code,
     )
     return model.eval(), processor
 

@@ -19,6 +19,10 @@ WARM_UPS = 2  # libraries allocate and choose kernels in the first runs
 Value = TypeVar("Value")
 
 
+class RecordingError(RuntimeError):
+    """CUDA could not record a piece of work."""
+
+
 class Recorder:
     """What all recordings of a model share.
 
@@ -61,7 +65,13 @@ class Recorded:
             self._count()
             return self._run()
         if self.graph is None:
-            self._record()
+            try:
+                self._record()
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                said = str(error).strip().split("\n")[0]
+                raise RecordingError(f"CUDA could not record it ({said})") from error
         self.graph.replay()
         return self.output
 

@@ -30,6 +30,7 @@ from vlm_prune_ext.settings import (
 if TYPE_CHECKING:
     from vlm_prune_ext.evals.record import Record
 
+TRUST_HELP = "load formats that come with code of their own, e.g. OpenGVLab/InternVL2-2B"
 SHAPES = ("Shapes_MCQ", "Shapes_YN", "Shapes_VQA", "Shapes_Caption")
 
 
@@ -80,8 +81,9 @@ def make_parser() -> Parser:
     add(
         "--fast",
         action=argparse.BooleanOptionalAction,
-        help="CUDA graphs with fixed shapes (default: on a GPU, where model and method allow it)",
+        help="CUDA graphs with fixed shapes, or an error where that is not possible",
     )
+    add("--trust-remote-code", action="store_true", help=TRUST_HELP)
     add("--max-new-tokens", type=int, metavar="N", help="default: VLMEvalKit's for LLaVA, 2048")
     group = parser.add_argument_group("what prunes")
     group.add_argument("--baseline", action="store_true", help="nothing")

@@ -19,6 +19,7 @@ from vlm_prune_ext.models.base import Family, LoadOptions, PromptProcessor, chec
 from vlm_prune_ext.models.catalogue import check_versions
 from vlm_prune_ext.models.checkpoint import Checkpoint
 from vlm_prune_ext.models.convert import convert_to_hf
+from vlm_prune_ext.models.fields import check_fields, check_flash_attention
 
 __all__ = [
     "Family",
@@ -102,8 +103,9 @@ def load(
         attn_implementation: ``"sdpa"``, ``"eager"``, ``"flash_attention_2"``; ``None`` leaves it
             to transformers.
         fast: let ``model.generate`` run greedy decoding, pruned or not, as CUDA graphs with fixed
-            shapes; the arguments and the answers stay the same. ``None``: on a GPU, where the
-            model allows it (a line in the log says why not); ``True``: or else an error.
+            shapes; the arguments and the answers stay the same. ``True`` is an error where that is
+            not possible (no GPU, another family, a method whose counts depend on the picture).
+            ``None``: no.
         **kw: further arguments of transformers' ``from_pretrained``, e.g. ``device_map="auto"``.
 
     Returns:
@@ -119,6 +121,7 @@ def load(
     stated = dtype_of(dtype) if dtype not in (None, "auto") else None
     check_versions()
     source = Checkpoint(name_or_path, revision=kw.get("revision"))
+    check_fields(source)
     family = _family_of(source)
     if stated is None:
         on_cpu = where.type == "cpu" and "device_map" not in kw
@@ -206,3 +209,4 @@ def _check_attention(name: str | None) -> None:
             f"attn_implementation={name!r} is not valid: accepted are "
             f"{', '.join(sorted(n for n in known if '|' not in n))}."
         )
+    check_flash_attention(name)

@@ -22,7 +22,7 @@ from vlm_prune_ext.engine.decoder import Call, DecoderPruner
 from vlm_prune_ext.engine.fast import FastDecoder, Prompt, Run, why_not
 from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.engine.prune import Session, session_on
-from vlm_prune_ext.engine.recorded import Recorded, Recorder, Shelf
+from vlm_prune_ext.engine.recorded import Recorded, Recorder, RecordingError, Shelf
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.methods.base import Method
 
@@ -62,6 +62,8 @@ class FastGenerate:
 
     Raises:
         InputError: the model cannot run on fixed shapes.
+        RecordingError: CUDA could not record a piece, and ``forced`` (else it is logged, and
+            transformers takes over for good).
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class FastGenerate:
         tower = parts.vision.tower if parts.vision is not None else None
         self._tower = _RecordedTower(tower, self.fast.recorder) if tower is not None else None
         self._said: set[str] = set()
+        self._broken: str | None = None
 
     @property
     def captures(self) -> int:
@@ -98,8 +101,14 @@ class FastGenerate:
                 self._said.add(reason)
                 logger.warning("The fast path is not taken: %s.", reason)
             return type(model).generate(model, inputs, **kwargs)
-        with torch.inference_mode():
-            ids = self._generate(model, decoder, session, kwargs)
+        try:
+            with torch.inference_mode():
+                ids = self._generate(model, decoder, session, kwargs)
+        except RecordingError as error:
+            if self.forced:
+                raise
+            self._broken = str(error)
+            return self(inputs, **kwargs)
         return ids.clone()  # an ordinary tensor again
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -123,6 +132,8 @@ class FastGenerate:
     def _why_not_this_call(
         self, model: Any, session: Session | None, inputs: Any, kwargs: Mapping[str, Any]
     ) -> str | None:
+        if self._broken is not None:
+            return self._broken
         if session is not None:
             reason = self.check(session.method)
             if reason is not None:
@@ -206,24 +217,19 @@ def turn_on_fast(model: Any, parts: ModelParts, wanted: bool | None) -> None:
     Args:
         model: a whole model.
         parts: where its parts are.
-        wanted: ``None``: on a GPU, where the model allows it; ``True``: or else an error;
-            ``False``: no.
+        wanted: ``True``, or else it stays as it is.
 
     Raises:
         InputError: wanted, but not possible.
     """
-    if wanted is False:
+    if not wanted:
         return
-    device = next(model.parameters()).device
-    reason = why_not(parts, None)
+    device, reason = next(model.parameters()).device, why_not(parts, None)
     if device.type != "cuda":
         reason = f"it needs a CUDA device, and the model is on {device.type!r}"
-    if reason is None:
-        model.generate = FastGenerate(model, parts, forced=wanted is True)
-    elif wanted:
+    if reason is not None:
         raise InputError(f"fast=True is not possible: {reason}.")
-    elif device.type == "cuda":
-        logger.warning("The fast path is not taken: %s.", reason)
+    model.generate = FastGenerate(model, parts, forced=True)
 
 
 class _Head:
