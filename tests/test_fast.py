@@ -182,6 +182,40 @@ def test_answers_of_the_demo_model(method: Any) -> None:
     assert len({a.text for a in found}) > 1
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_nothing_reads_what_a_later_piece_may_overwrite(
+    original: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recorded pieces share memory: the output of one is gone when the next one runs."""
+    model, processor = original
+    inputs = processor.batch(*BATCHES["uneven"](makers.photos(3)))
+    earlier: list[torch.Tensor] = []
+    kept: list[torch.Tensor] = []
+    plain = Recorded._run
+
+    def run(self: Recorded) -> Any:
+        for tensor in earlier:
+            tensor.fill_(float("nan"))
+        output = plain(self)
+        segment = getattr(self.work, "__self__", None)
+        attended = getattr(segment, "attended", None)
+        earlier[:] = [t for t in (output, attended) if isinstance(t, torch.Tensor)]
+        return output
+
+    class Keep(LogitsProcessor):
+        def __call__(self, input_ids: Any, scores: Any) -> Any:
+            kept.append(scores)
+            return scores
+
+    with vp.prune(model, METHODS[name]):
+        expected = generate(model.generate, inputs)
+        monkeypatch.setattr(Recorded, "_run", run)
+        monkeypatch.setattr(Recorded, "_record", None)  # not while recording on a GPU
+        fast = make_fast(model, capture=False)
+        assert torch.equal(generate(fast, inputs, logits_processor=[Keep()]), expected)
+    assert all(bool(scores.isfinite().all()) for scores in kept)
+
+
 # -- what stays as it is -----------------------------------------------------------------------
 def test_options_that_it_does_not_know_go_to_transformers(
     original: Any, caplog: pytest.LogCaptureFixture

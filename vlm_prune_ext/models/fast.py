@@ -158,7 +158,7 @@ class FastGenerate:
         ids = kwargs["input_ids"]
         done = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
         for count in range(1, limit + 1):
-            scores: Any = run.logits.float()
+            scores: Any = run.logits.to(torch.float32, copy=True)  # the next step overwrites them
             for processor in processors:
                 scores = processor(ids, scores)
             newest = scores.argmax(dim=-1)
