@@ -49,7 +49,9 @@ class DecoderShape:
         Raises:
             InputError: a size is missing.
         """
-        config = getattr(config, "text_config", None) or config
+        config = (
+            getattr(config, "text_config", None) or getattr(config, "llm_config", None) or config
+        )
         heads = _size(config, "num_attention_heads")
         hidden = _size(config, "hidden_size")
         plain = getattr(config, "model_type", "") in PLAIN

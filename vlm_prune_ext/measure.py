@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -337,8 +338,7 @@ def area(samples: Sequence[tuple[float, float]]) -> float | None:
     """Area under ``(seconds, watts)`` by trapezoids, in joules; ``None`` of fewer than two."""
     if len(samples) < 2:
         return None
-    steps = zip(samples, samples[1:], strict=False)
-    return sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in steps)
+    return sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in pairwise(samples))
 
 
 def idle_power(device: torch.device | str, seconds: float = 1.0) -> float | None:

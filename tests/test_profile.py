@@ -1,0 +1,535 @@
+"""`vlm-prune profile`: axes, data, figures, resuming, reports, bad input."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import vlm_prune_ext as vp
+from tests.family_makers import KINDS, internvl_chat
+from tests.makers import photo, tiny_hf_llava, tiny_next
+from vlm_prune_ext.cli import main
+from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.profiling.data import CSV, Entry, read_answers, read_folder, write_folder
+from vlm_prune_ext.profiling.grid import AXES, Cell, Optimization, plan
+from vlm_prune_ext.profiling.loading import check_optimization, language_layers, load_for, quantize
+from vlm_prune_ext.profiling.log import Log
+from vlm_prune_ext.profiling.prompts import Prompter
+from vlm_prune_ext.profiling.report import write_reports
+from vlm_prune_ext.profiling.runner import LOG, cells_of, resolved, run_cells
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("profile_*.yaml"))
+
+
+def png(seed: int = 0, width: int = 80, height: int = 60) -> bytes:
+    file = io.BytesIO()
+    photo(width, height, seed=seed).save(file, format="PNG")
+    return file.getvalue()
+
+
+def make_folder(path: Path, count: int = 3) -> Path:
+    questions = ("What colour is the cat?", "Is there a dog in the image?", "How many circles?")
+    write_folder(path, [Entry(png(i), questions[i % 3], (f"answer {i}",)) for i in range(count)])
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("data") / "examples")
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_hf_llava(tmp_path_factory.mktemp("models") / "llava", layers=4)
+
+
+def measure(
+    folder: Path, out: Path, stop_after: int | None = None, trust: bool = False, **settings: Any
+) -> Any:
+    """Run a grid; with `stop_after`, Ctrl-C comes after so many cells."""
+    chosen = resolved(plan({"repeat": 1, "max_new_tokens": 3, "warmup": 0, **settings}))
+    examples = read_folder(folder)
+
+    def track(cells: Sequence[Cell], done: int) -> Iterator[Cell]:
+        for number, cell in enumerate(cells):
+            if number == stop_after:
+                raise KeyboardInterrupt
+            yield cell
+
+    cells = cells_of(chosen, examples)
+    return run_cells(cells, examples, out, track, lambda line: None, trust_remote_code=trust)
+
+
+def lines_of(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / LOG).read_text().splitlines()]
+
+
+# ---------------------------------------------------------------------------------- the grid
+
+
+def test_axes_multiply_and_keys_tell_cells_apart(folder: Path) -> None:
+    settings = {
+        "img_size": [32, "none"],
+        "batch_size": [1, 2],
+        "cached": [True, False],
+        "method": ["none", "fastv:100", {"name": "fastv", "attention_rank": 100}],
+        "optimization": ["fp32", "bf16+eager"],
+        "device": "cpu",
+    }
+    cells = cells_of(resolved(plan(settings)), read_folder(folder))
+    assert len(cells) == 2 * 2 * 2 * 2 * 2  # the same method twice is one
+    assert len({cell.key for cell in cells}) == len(cells)
+    again = cells_of(resolved(plan(settings)), read_folder(folder))
+    assert [cell.key for cell in again] == [cell.key for cell in cells]
+    other = cells_of(resolved(plan({**settings, "repeat": 4})), read_folder(folder))
+    assert not {cell.key for cell in other} & {cell.key for cell in cells}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
+def test_shipped_configs(path: Path) -> None:
+    settings = yaml.safe_load(path.read_text())
+    made = plan(settings)
+    assert set(made.axes) == set(AXES)
+    if path.stem == "profile_study":
+        names = " ".join(made.axes["model_name"]).lower()
+        for model in ("blip2-flan-t5-xl", "blip2-opt-2.7b", "fuyu-8b", "llava-1.5-7b-hf"):
+            assert model in names
+        assert "qwen2.5-vl-3b-instruct" in names
+
+
+def test_optimizations_are_read() -> None:
+    assert Optimization.parse("int4") == Optimization("int4")
+    assert str(Optimization.parse("eager+bf16")) == "bf16+eager"
+    with pytest.raises(InputError, match=r"fp16 and bf16 exclude"):
+        Optimization.parse("fp16+bf16")
+    with pytest.raises(InputError, match=r"'int5'.*Did you mean 'int"):
+        Optimization.parse("int5")
+
+
+# ----------------------------------------------------------------------------------- a cell
+
+
+def test_figures_of_a_cell(folder: Path, llava: Path, tmp_path: Path) -> None:
+    grid = {"batch_size": [1, 2], "cached": [True, False], "method": ["none", "fastv:5"]}
+    outcome = measure(folder, tmp_path, model_name=str(llava), device="cpu", repeat=2, **grid)
+    assert (outcome.done, outcome.before, outcome.failed) == (8, 0, [])
+    for line in lines_of(tmp_path):
+        result, cell = line["result"], line["cell"]
+        latency, flops, tokens = result["latency"], result["flops"], result["tokens"]
+        batches = -(-3 // cell["batch_size"])
+        assert latency["total"]["count"] == 2 * batches
+        assert latency["total"]["p10"] <= latency["total"]["median"] <= latency["total"]["p90"]
+        assert latency["vision"] > 0 and latency["prefill"] >= 0
+        assert 0 < latency["first_token"]["median"] < latency["total"]["median"]
+        # Without a cache the scores' keys are computed anew, which no formula of ours counts.
+        near = 0.02 if cell["cached"] else 0.03
+        assert flops["ratio"] == pytest.approx(1, rel=near)
+        assert flops["vision"] == flops["analytic_vision"]
+        assert tokens["visual"] == 16 and tokens["pixels"][1:] == [3, 56, 56]
+        assert tokens["visual_last"] == (5 if line["label"] != "none" else 16)
+        assert len(result["answers"]) == 3 and result["row_numbers"] == [1, 2, 3]
+        assert result["peak_memory"] > 1 << 20 and result["quality"]["samples"] == 3
+    by_cell = {
+        (r["cell"]["batch_size"], r["cell"]["cached"], r["label"]): r["result"]
+        for r in lines_of(tmp_path)
+    }
+    for batch in (1, 2):
+        for label in {key[2] for key in by_cell}:
+            cached, plain = by_cell[batch, True, label], by_cell[batch, False, label]
+            if label == "none":  # pruned, each step without a cache selects anew
+                assert cached["answers"] == plain["answers"]
+                assert plain["flops"]["prefill"] == cached["flops"]["prefill"]
+            assert plain["flops"]["decode"] > 3 * cached["flops"]["decode"]
+    assert by_cell[1, True, "none"]["answers"] == by_cell[2, True, "none"]["answers"]
+
+
+def test_energy_is_empty_or_positive(folder: Path, llava: Path, tmp_path: Path) -> None:
+    from vlm_prune_ext.measure import CpuEnergyMeter
+
+    measure(folder, tmp_path, model_name=str(llava), device="cpu", energy_seconds=0.1)
+    energy = lines_of(tmp_path)[0]["result"]["energy"]
+    if CpuEnergyMeter().available:
+        assert energy["counted"] > 0
+    else:
+        assert set(energy.values()) == {None}
+
+
+@pytest.mark.parametrize("kind", ["llava_next", "internvl_chat", *KINDS])
+def test_every_family_gives_a_full_row(kind: str, folder: Path, tmp_path: Path) -> None:
+    model = tmp_path / kind
+    if kind == "llava_next":
+        tiny_next(model, layers=3)
+    elif kind == "internvl_chat":
+        internvl_chat(model)
+    else:
+        model.mkdir()
+        KINDS[kind].make(model)
+    methods = ["none"] if kind == "blip2_t5" else ["none", "fastv:3,agg_layer=1"]
+    out = tmp_path / "out"
+    settings = {"model_name": str(model), "device": "cpu", "batch_size": 2, "method": methods}
+    measure(folder, out, trust=kind == "internvl_chat", **settings)
+    lines = lines_of(out)
+    assert [line["why"] for line in lines] == [None] * len(methods)
+    for line in lines:
+        result = line["result"]
+        assert result["flops"]["ratio"] == pytest.approx(1, rel=0.02), kind
+        assert result["latency"]["vision"] > 0
+        assert result["tokens"]["visual"] > 3 and result["tokens"]["text"] > 0
+        if line["label"] != "none":
+            assert result["tokens"]["visual_last"] == 3
+            assert result["flops"]["prefill"] < lines[0]["result"]["flops"]["prefill"]
+
+
+def test_precisions_on_a_cpu(folder: Path, llava: Path, tmp_path: Path) -> None:
+    names = ["fp32", "fp16", "bf16", "int8", "int4", "eager", "sdpa"]
+    outcome = measure(
+        folder, tmp_path, model_name=str(llava), device="cpu", optimization=names, samples=1
+    )
+    assert not outcome.failed and outcome.done == len(names)
+    found = {line["cell"]["optimization"]: line["result"] for line in lines_of(tmp_path)}
+    assert [found[name]["precision"] for name in names[:5]] == names[:5]
+    assert found["eager"]["precision"] == "fp32"
+    for result in found.values():  # kernels that torch's counter does not know are counted too
+        assert result["flops"]["ratio"] == pytest.approx(1, rel=0.02)
+
+
+@pytest.mark.parametrize(("precision", "worst"), [("int8", 0.05), ("int4", 0.3)])
+def test_quantised_layers_stay_near(precision: str, worst: float, llava: Path) -> None:
+    model, _ = vp.load(str(llava), device="cpu")
+    layers = language_layers(model)
+    hidden = torch.randn(1, 7, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = layers[0].mlp(hidden)  # type: ignore[operator]
+    assert quantize(model, precision) == 7 * len(layers)
+    with torch.no_grad():
+        after = layers[0].mlp(hidden)  # type: ignore[operator]
+    error = float((after - before).norm() / before.norm())
+    assert 0 < error < worst
+    assert all(type(m) is not torch.nn.Linear for m in layers[0].modules())
+    assert type(model.lm_head) is torch.nn.Linear
+
+
+@pytest.mark.slow
+def test_compiled_is_the_same_model(folder: Path, llava: Path, tmp_path: Path) -> None:
+    try:
+        check_optimization(Optimization(form="compile"), "cpu")
+    except InputError as error:
+        pytest.skip(str(error))
+    measure(
+        folder,
+        tmp_path,
+        model_name=str(llava),
+        device="cpu",
+        optimization=["fp32", "fp32+compile"],
+        method=["none", "fastv:5"],
+    )
+    by_form: dict[str, list[Any]] = {}
+    for line in lines_of(tmp_path):
+        assert line["why"] is None
+        by_form.setdefault(line["cell"]["optimization"], []).append(line["result"]["answers"])
+    assert by_form["fp32"] == by_form["fp32+compile"]
+
+
+# -------------------------------------------------------------------------------- prompt length
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_5_vl", "gemma3", "blip2_opt", "fuyu"])
+def test_prompt_length(kind: str, folder: Path, llava: Path, tmp_path: Path) -> None:
+    """Padded prompts give the same answers; cut ones have no more text than asked for."""
+    model_path = llava
+    if kind != "llava":
+        model_path = tmp_path / kind
+        model_path.mkdir()
+        KINDS[kind].make(model_path)
+    model, processor = vp.load(str(model_path), device="cpu")
+    examples = list(read_folder(folder).examples)
+    plain = Prompter(processor, None, None).batch(examples)
+    longest = max(plain.text)
+    padded = Prompter(processor, None, longest + 9).batch(examples)
+    assert padded.text == plain.text and padded.visual == plain.visual
+    assert padded.width == max(plain.visual) + longest + 9
+    for name, value in padded.inputs.items():
+        if name in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"):
+            assert value.shape == (3, padded.width), name
+    said = []
+    for inputs in (plain.inputs, padded.inputs):
+        output = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        said.append(processor.decode(output, inputs))
+    assert said[0] == said[1]
+    cut = Prompter(processor, None, longest - 1).batch(examples)
+    assert max(cut.text) <= longest - 1
+    with pytest.raises(InputError, match="max_input_len=1 is not valid"):
+        Prompter(processor, None, 1).batch(examples)
+
+
+def test_image_size_reaches_the_processor(folder: Path, tmp_path: Path) -> None:
+    """Qwen2.5-VL takes pictures as they come: a larger one is more visual tokens."""
+    model_path = tmp_path / "qwen"
+    model_path.mkdir()
+    KINDS["qwen2_5_vl"].make(model_path)
+    _, processor = vp.load(str(model_path), device="cpu")
+    examples = list(read_folder(folder).examples)[:1]
+    counts = [Prompter(processor, side, None).batch(examples).visual[0] for side in (56, 112)]
+    assert counts == [4, 16]
+
+
+# ------------------------------------------------------------------------------------ resuming
+
+
+def test_interrupted_and_resumed(folder: Path, llava: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "model_name": str(llava),
+        "device": "cpu",
+        "img_size": [28, 56],
+        "method": ["none", "fastv:5"],
+        "samples": 2,
+    }
+    with pytest.raises(KeyboardInterrupt):
+        measure(folder, tmp_path, stop_after=2, **settings)
+    first = (tmp_path / LOG).read_text()
+    assert len(first.splitlines()) == 2
+    # A process that is killed while it writes leaves half a line.
+    with (tmp_path / LOG).open("a") as file:
+        file.write('{"key": "half')
+    outcome = measure(folder, tmp_path, **settings)
+    assert (outcome.done, outcome.before) == (2, 2)
+    assert (tmp_path / LOG).read_text().startswith(first)
+    assert len(Log(tmp_path / LOG).read()) == 4
+    outcome = measure(folder, tmp_path, **settings)
+    assert (outcome.done, outcome.before) == (0, 4)
+    # Other examples make other cells.
+    other = make_folder(tmp_path / "other", 2)
+    assert measure(other, tmp_path, **settings).done == 4
+
+
+def test_failed_cells_are_kept_and_tried_again(folder: Path, llava: Path, tmp_path: Path) -> None:
+    methods = ["none", "fastv:5,agg_layer=99"]
+    outcome = measure(folder, tmp_path, model_name=str(llava), device="cpu", method=methods)
+    assert outcome.done == 1 and len(outcome.failed) == 1
+    assert "agg_layer=99" in outcome.failed[0].why
+    again = measure(folder, tmp_path, model_name=str(llava), device="cpu", method=methods)
+    assert (again.done, again.before, len(again.failed)) == (0, 1, 1)
+    assert len(Log(tmp_path / LOG).read()) == 2
+    write_reports(tmp_path)
+    page = (tmp_path / "pretty_results" / "llava.md").read_text()
+    assert "## Failed" in page and "agg_layer=99" in page
+
+
+# ------------------------------------------------------------------------------------- reports
+
+
+class Page(HTMLParser):
+    """What a page refers to, and its tables as lists of sort values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sources: list[str] = []
+        self.tables: list[list[list[str]]] = []
+        self.heads: list[int] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.sources += [value for key in ("src", "href") if (value := given.get(key))]
+        if tag == "table":
+            self.tables.append([])
+            self.heads.append(0)
+        elif tag == "th":
+            self.heads[-1] += 1
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag == "td":
+            self.tables[-1][-1].append(given["data-value"] or "")
+
+
+def test_reports(folder: Path, llava: Path, tmp_path: Path) -> None:
+    grid: dict[str, Any] = {
+        "img_size": [28, 56],
+        "max_input_len": [64, 80],
+        "cached": [True, False],
+        "method": ["none", "fastv:3"],
+        "samples": 1,
+        "max_new_tokens": 2,
+    }
+    names = {"model_name": str(llava), "device": "cpu"}
+    assert measure(folder, tmp_path, **names, **grid).done == 16
+    # Two more batch sizes in two settings: a question is answered from where it has most values.
+    more = {**grid, "img_size": 28, "max_input_len": 64, "cached": True, "batch_size": [2, 3]}
+    assert measure(folder, tmp_path, **names, **more).done == 4
+    assert main(["profile", "--report-only", "--out", str(tmp_path)]) == 0
+    results = tmp_path / "pretty_results"
+    text = (results / "llava.md").read_text()
+    titles = re.findall(r"^## (.*)$", text, re.M)
+    assert titles == [
+        "Image size",
+        "Batch size",
+        "Prompt length",
+        "KV cache",
+        "Pruning budget",
+        "All cells",
+    ]
+    assert "resizes every picture to 56 x 56" in text
+    assert "Everything else: image 28, text limit 64, KV cache yes." in text
+    assert "torch " in text and "cores" in text
+    for plot in re.findall(r"!\[.*\]\((.*)\)", text):
+        with Image.open(results / plot) as picture:
+            assert picture.width > 500
+    assert "[" + str(llava) + "](llava.md)" in (results / "index.md").read_text()
+    page = Page()
+    page.feed((results / "index.html").read_text())
+    assert page.sources and all(source.startswith("data:image/png;") for source in page.sources)
+    assert [len(table) - 1 for table in page.tables] == [4, 6, 4, 4, 2, 20]
+    for table, heads in zip(page.tables, page.heads, strict=True):
+        assert {len(row) for row in table[1:]} == {heads}
+
+
+def test_reports_of_several_models(folder: Path, llava: Path, tmp_path: Path) -> None:
+    second = tiny_hf_llava(tmp_path / "other" / "llava", layers=3)
+    names = [str(llava), str(second)]
+    measure(folder, tmp_path, model_name=names, device="cpu", samples=1)
+    pages = write_reports(tmp_path)
+    stems = [page.stem for page in pages[2:]]
+    assert len(set(stems)) == 2 and all(stem.startswith("llava-") for stem in stems)
+
+
+# ----------------------------------------------------------------------------------- bad input
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(list(arguments)) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1
+    return said.err
+
+
+def test_bad_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "has no data.csv" in refused(capsys, "profile", "--src-folder", str(empty))
+    assert "does not exist" in refused(capsys, "profile", "--src-folder", str(tmp_path / "x"))
+    (empty / CSV).write_text("image,prompt\na.png,b\n")
+    said = refused(capsys, "profile", "--src-folder", str(empty))
+    assert "no column question, answer" in said
+    (empty / CSV).write_text("image,question,answer\na.png,b,c\n")
+    assert "no row that can be used" in refused(capsys, "profile", "--src-folder", str(empty))
+    (empty / CSV).write_text("image,question,answer\n")
+    assert "has no rows" in refused(capsys, "profile", "--src-folder", str(empty))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_device_that_is_not_there(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, "profile", "--src-folder", str(folder), "--device", "cuda")
+    assert "--device cuda is not there" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--optimization", "flash"], "FlashAttention-2 needs a GPU"),
+        (["--optimization", "fast"], "--optimization fast cannot be done"),
+        (["--optimization", "fp8"], "Unknown --optimization 'fp8'"),
+        (["--batch-size", "0"], "batch_size='0' is not valid"),
+        (["--img-size", "big"], "img_size='big' is not valid"),
+        (["--method", "fastw:100"], "Did you mean 'fastv'"),
+        (["--batchsize", "2"], "--batch-size"),
+        (["--repeat", "0"], "repeat='0' is not valid"),
+    ],
+)
+def test_bad_settings(
+    arguments: list[str], said: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["profile", "--src-folder", str(folder), "--device", "cpu", *arguments]
+    assert said in refused(capsys, *given)
+
+
+def test_bad_config_and_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--src-folder is needed" in refused(capsys, "profile")
+    config = tmp_path / "grid.yaml"
+    config.write_text("src_folder: x\nbatch_sizes: [1]\n")
+    said = refused(capsys, "profile", "--config", str(config))
+    assert "'batch_sizes'" in said and "'batch_size'" in said
+
+
+def test_broken_pictures_are_named_and_the_rest_is_measured(
+    llava: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = make_folder(tmp_path / "data", 3)
+    rows = list(csv.reader((source / CSV).open()))
+    (source / "images" / rows[2][0]).write_bytes(png()[:200])
+    with (source / CSV).open("a") as file:
+        file.write("nothing.png,What?,this\n")
+    out = tmp_path / "out"
+    arguments = ["profile", "--src-folder", str(source), "--model-name", str(llava)]
+    arguments += ["--device", "cpu", "--out", str(out), "--repeat", "1", "--max-new-tokens", "2"]
+    assert main(arguments) == 1
+    said = capsys.readouterr().err
+    assert "Left out: row 2" in said and "does not decode" in said
+    assert "Left out: row 4 (nothing.png)" in said
+    assert lines_of(out)[0]["result"]["row_numbers"] == [1, 3]
+    # Wrong input later on leaves what is there alone.
+    before = (out / LOG).read_text()
+    assert main([*arguments, "--optimization", "flash"]) == 2
+    assert (out / LOG).read_text() == before
+
+
+def test_a_model_that_is_not_there(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    arguments = ["profile", "--src-folder", str(folder), "--device", "cpu"]
+    arguments += ["--model-name", str(tmp_path / "nothing"), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    assert "No cell could be measured" in capsys.readouterr().err
+
+
+def test_help_is_light() -> None:
+    code = (
+        "import sys; from vlm_prune_ext.cli import main;"
+        "main(['profile', '--help']); main(['profile-data', '--help']);"
+        "assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=300)
+
+
+# ----------------------------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+def test_a_gpu_cell(folder: Path, llava: Path, tmp_path: Path) -> None:
+    names = ["fp16", "bf16", "int8", "int4"]
+    outcome = measure(
+        folder,
+        tmp_path,
+        model_name=str(llava),
+        device="cuda",
+        optimization=names,
+        method=["none", "fastv:5"],
+        energy_seconds=1.0,
+    )
+    assert not outcome.failed
+    for line in lines_of(tmp_path):
+        assert line["result"]["flops"]["ratio"] == pytest.approx(1, rel=0.02)
+        energy = line["result"]["energy"]
+        if energy["counted"] is not None:
+            assert energy["counted"] > 0
+
+
+def test_answers_are_read() -> None:
+    assert read_answers('["a", " b ", ""]') == ("a", "b")
+    assert read_answers("[not json") == ("[not json",)
+    assert read_answers(" ") == ()
+
+
+def test_load_for_names_what_it_is(llava: Path) -> None:
+    loaded = load_for(str(llava), "cpu", Optimization("bf16", "eager"))
+    assert loaded.model.dtype is torch.bfloat16
+    assert str(loaded.optimization) == "bf16+eager"

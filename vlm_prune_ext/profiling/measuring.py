@@ -1,0 +1,442 @@
+"""One cell, measured.
+
+What each figure is and how it is taken:
+
+- *Latency* is that of a whole ``generate`` call on a batch whose inputs are ready on the device,
+  waited for at its end. No hook of ours is on the model (but those of the method). Every batch
+  runs once untimed (which gives its answers) and then ``repeat`` times.
+- *Prefill* and *decode* come from the same calls: the time to the scores of the first new token,
+  and the rest. *Vision* is measured in runs of its own, of one token each, in which hooks wait for
+  the device in front of the vision modules and behind them; the language model's prefill is the
+  time to first token less that.
+- *FLOPs* are counted in a run of its own over the first batch.
+- *Energy* is measured in runs of its own over the first batch, long enough for the counter to move,
+  with the power sampled beside it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from vlm_prune_ext.engine.trace import Trace
+from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.evals.answer import GREEDY
+from vlm_prune_ext.measure import (
+    PowerSampler,
+    Spread,
+    TokenClock,
+    energy_meter,
+    now,
+    peak_memory,
+    reset_peak,
+)
+from vlm_prune_ext.methods.base import Method
+from vlm_prune_ext.models.base import starts_with
+from vlm_prune_ext.profiling.analytic import prefill_flops
+from vlm_prune_ext.profiling.counting import FlopCount, count_flops, vision_modules
+from vlm_prune_ext.profiling.data import Example
+from vlm_prune_ext.profiling.grid import Cell
+from vlm_prune_ext.profiling.loading import Loaded
+from vlm_prune_ext.profiling.prompts import Batch, Prompter
+from vlm_prune_ext.profiling.scores import Quality, score
+from vlm_prune_ext.pruning import prune
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds for a batch.
+
+    Attributes:
+        total: of a whole call.
+        first_token: until the first new token.
+        vision: of these, the vision modules' (median).
+        prefill: of these, the rest (median).
+        decode: behind the first new token.
+        per_token: of decoding, for each further step (median); ``None`` where there was none.
+        preparing: pictures and text to inputs, on the host (median; not part of ``total``).
+    """
+
+    total: Spread
+    first_token: Spread
+    vision: float
+    prefill: float
+    decode: Spread
+    per_token: float | None
+    preparing: float
+
+
+@dataclass(frozen=True)
+class Energy:
+    """Joules per example; all ``None`` where nothing counts.
+
+    Attributes:
+        counted: by the hardware's counter.
+        sampled: the area under sampled power in the same runs (GPUs only).
+        above_idle: counted, less what idling would have used in that time.
+        seconds: how long was measured.
+        examples: in that time.
+    """
+
+    counted: float | None = None
+    sampled: float | None = None
+    above_idle: float | None = None
+    seconds: float | None = None
+    examples: int | None = None
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs per example (2 per multiply-add), of the first batch.
+
+    Attributes:
+        vision: counted, of tower and projector.
+        prefill: counted, of the language model until the first new token.
+        decode: counted, of all further tokens (without a cache these run the prompt again).
+        analytic_vision, analytic_prefill: the same by formula; ``None`` where none is known.
+        ratio: counted over analytic, of vision and prefill together.
+    """
+
+    vision: float | None
+    prefill: float | None
+    decode: float | None
+    analytic_vision: float | None
+    analytic_prefill: float | None
+    ratio: float | None
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Means per example.
+
+    Attributes:
+        visual: visual tokens of the prompt.
+        visual_kept: of these, how many a decoder layer holds, mean over layers.
+        visual_last: of these, how many the last layer holds.
+        text: text tokens, template included, padding not.
+        width: positions of the prompt that are computed, padding included.
+        new: generated.
+        pixels: shape of the first batch's input to the vision tower.
+    """
+
+    visual: float
+    visual_kept: float
+    visual_last: float
+    text: float
+    width: float
+    new: float
+    pixels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Result:
+    """All figures of one cell.
+
+    Attributes:
+        precision: of the weights, as it was.
+        latency, energy, flops, tokens, quality: see there.
+        examples_per_second: by the median latency.
+        peak_memory: bytes; on a GPU allocated by tensors while this cell was measured, on a CPU
+            resident memory of the process.
+        seconds: the whole cell took.
+        answers: of the examples, in order.
+        row_numbers: of the examples, in the table.
+    """
+
+    precision: str
+    latency: Latency
+    energy: Energy
+    flops: Flops
+    tokens: Tokens
+    quality: Quality
+    examples_per_second: float
+    peak_memory: int
+    seconds: float
+    answers: list[str] = field(default_factory=list)
+    row_numbers: list[int] = field(default_factory=list)
+
+
+@dataclass
+class _Run:
+    """One ``generate`` call: new ids, its clock and what was kept."""
+
+    ids: torch.Tensor
+    clock: TokenClock
+    trace: Trace
+    total: float
+
+    @property
+    def steps(self) -> int:
+        return self.clock.steps - 1
+
+
+class CellMeasurer:
+    """Measures one cell.
+
+    Args:
+        loaded: the model in the cell's precision.
+        cell: what to measure.
+        examples: the first ``cell.samples`` of these are used.
+        idle: watts at idle, if known.
+    """
+
+    def __init__(
+        self, loaded: Loaded, cell: Cell, examples: Sequence[Example], idle: float | None = None
+    ) -> None:
+        self.loaded, self.cell, self.idle = loaded, cell, idle
+        self.model, self.processor = loaded.model, loaded.processor
+        self.device = self.processor.device
+        self.examples = list(examples)[: cell.samples]
+        self.prompter = Prompter(self.processor, cell.img_size, cell.max_input_len)
+
+    def measure(self) -> Result:
+        """Take all figures.
+
+        Raises:
+            InputError: a prompt or method that is not accepted.
+            torch.OutOfMemoryError: a batch does not fit.
+        """
+        start = time.perf_counter()
+        fast = self.loaded.optimization.form == "fast"
+        if fast and not self.cell.cached:
+            raise InputError("--optimization fast cannot be done without a KV cache.")
+        torch.manual_seed(self.cell.seed)
+        chunks = self._chunks()
+        first = self.prompter.batch(chunks[0])
+        for _ in range(self.cell.warmup):
+            self._generate(first)
+        reset_peak(self.device)
+        runs: list[_Run] = []
+        batches: list[tuple[Batch, _Run, float]] = []
+        for chunk in chunks:
+            began = time.perf_counter()
+            batch = self.prompter.batch(chunk)
+            prepared = time.perf_counter() - began
+            batches.append((self._light(batch), self._generate(batch), prepared))
+            runs += [self._generate(batch) for _ in range(self.cell.repeat)]
+        peak = peak_memory(self.device)
+        if fast and not getattr(self.model.generate, "captures", 0):
+            raise InputError("--optimization fast is not taken by this model and these settings.")
+        latency = self._latency(runs, first, [prepared for *_, prepared in batches])
+        answers = [text for _, run, _ in batches for text in self._texts(run)]
+        quality = score(answers[: len(self.examples)], [e.answers for e in self.examples])
+        return Result(
+            precision=str(self.loaded.optimization.precision),
+            latency=latency,
+            energy=self._energy(first),
+            flops=self._flops(first),
+            tokens=self._tokens([(batch, run) for batch, run, _ in batches]),
+            quality=quality,
+            examples_per_second=self.cell.batch_size / latency.total.median,
+            peak_memory=peak,
+            seconds=time.perf_counter() - start,
+            answers=answers[: len(self.examples)],
+            row_numbers=[example.row for example in self.examples],
+        )
+
+    def _chunks(self) -> list[list[Example]]:
+        """Batches, all full: the last one is filled up with examples from the start."""
+        size = self.cell.batch_size
+        count = -(-len(self.examples) // size)
+        cycle = [self.examples[i % len(self.examples)] for i in range(count * size)]
+        return [cycle[i : i + size] for i in range(0, len(cycle), size)]
+
+    @staticmethod
+    def _light(batch: Batch) -> Batch:
+        """A batch without its pictures, for the book-keeping behind the measurement."""
+        ids = {"input_ids": batch.inputs["input_ids"]}
+        return Batch(ids, batch.visual, batch.text, batch.pixels)
+
+    # -- running -----------------------------------------------------------------------------
+    @torch.inference_mode()
+    def _generate(
+        self, batch: Batch, limit: int | None = None, watch: LogitsProcessor | None = None
+    ) -> _Run:
+        with prune(self.model, self.cell.method) as trace:
+            clock = TokenClock(self.device)  # hooks are on: a caller puts them on once
+            output = self.model.generate(
+                **batch.inputs,
+                **GREEDY,
+                use_cache=self.cell.cached,
+                max_new_tokens=limit or self.cell.max_new_tokens,
+                pad_token_id=self.processor.pad_token_id,
+                logits_processor=LogitsProcessorList([clock, *([watch] if watch else [])]),
+            )
+            clock.stop()
+        prompt = batch.inputs["input_ids"]
+        ids = output[:, prompt.shape[1] :] if starts_with(output, prompt) else output
+        return _Run(ids, clock, trace, clock.prefill_seconds + clock.decode_seconds)
+
+    def _texts(self, run: _Run) -> list[str]:
+        return self.processor.decode(run.ids, {})
+
+    # -- figures -----------------------------------------------------------------------------
+    def _latency(self, runs: list[_Run], first: Batch, prepared: list[float]) -> Latency:
+        firsts = [run.clock.prefill_seconds for run in runs]
+        vision = self._vision_seconds(first)
+        steps = [run.clock.decode_seconds / run.steps for run in runs if run.steps > 0]
+        return Latency(
+            total=_spread([run.total for run in runs]),
+            first_token=_spread(firsts),
+            vision=vision,
+            prefill=max(statistics.median(firsts) - vision, 0.0),
+            decode=_spread([run.clock.decode_seconds for run in runs]),
+            per_token=statistics.median(steps) if steps else None,
+            preparing=statistics.median(prepared),
+        )
+
+    def _vision_seconds(self, batch: Batch) -> float:
+        """Median over runs in which the vision modules are timed."""
+        found = []
+        self._generate(batch, limit=1)  # another limit may be another shape to compile or record
+        for _ in range(max(self.cell.repeat, 1)):
+            with _stopwatch(vision_modules(self.model), self.device) as spent:
+                self._generate(batch, limit=1)
+            found.append(spent())
+        return statistics.median(found)
+
+    def _flops(self, batch: Batch) -> Flops:
+        seen: list[int] = []
+        with count_flops(vision_modules(self.model)) as count:
+            mark = _FirstToken(lambda: seen.extend((count.total, count.vision)))
+            run = self._generate(batch, watch=mark)
+        return self._flops_of(batch, run, count, seen)
+
+    def _flops_of(self, batch: Batch, run: _Run, count: FlopCount, seen: list[int]) -> Flops:
+        size = self.cell.batch_size
+        lengths, kept = list(run.trace.lengths), run.trace.vision_kept
+        if self.cell.method is not None and not self.cell.cached:
+            # Without a cache the trace is that of the last step, not of the prompt.
+            one = self._generate(batch, limit=1)
+            lengths, kept = list(one.trace.lengths), one.trace.vision_kept
+        patches = {layer: places.shape[1] for layer, places in kept.items()}
+        analytic = prefill_flops(self.model.config, batch.inputs, lengths, patches)
+        # A replayed CUDA graph shows the counter nothing.
+        counted = count.total > 0 and self.loaded.optimization.form != "fast"
+        total, vision = seen if seen else (0, 0)
+        return Flops(
+            vision=vision / size if counted else None,
+            prefill=(total - vision) / size if counted else None,
+            decode=(count.total - total) / size if counted else None,
+            analytic_vision=analytic.vision / size if analytic else None,
+            analytic_prefill=analytic.language / size if analytic else None,
+            ratio=total / analytic.total if analytic and counted else None,
+        )
+
+    def _tokens(self, batches: list[tuple[Batch, _Run]]) -> Tokens:
+        visual = [count for batch, _ in batches for count in batch.visual]
+        means, lasts = zip(*(self._kept(batch, run) for batch, run in batches), strict=True)
+        new = [self._new(run) for _, run in batches]
+        return Tokens(
+            visual=statistics.fmean(visual),
+            visual_kept=statistics.fmean(means),
+            visual_last=statistics.fmean(lasts),
+            text=statistics.fmean(count for batch, _ in batches for count in batch.text),
+            width=statistics.fmean(batch.width for batch, _ in batches),
+            new=statistics.fmean(new),
+            pixels=batches[0][0].pixels,
+        )
+
+    def _kept(self, batch: Batch, run: _Run) -> tuple[float, float]:
+        """Visual tokens a layer holds, mean over layers and in the last one."""
+        before = statistics.fmean(batch.visual)
+        found = {layer: statistics.fmean(n) for layer, n in run.trace.visual_tokens.items()}
+        layers = len(run.trace.lengths)
+        if not found or not layers:
+            return before, before
+        held, per_layer = before, []
+        for layer in range(layers):
+            held = found.get(layer, held)
+            per_layer.append(held)
+        return statistics.fmean(per_layer), per_layer[-1]
+
+    def _new(self, run: _Run) -> float:
+        """New tokens of each example, its end token included."""
+        stop = self.model.generation_config.eos_token_id
+        stop = self.processor.tokenizer.eos_token_id if stop is None else stop
+        stops = set(stop if isinstance(stop, list) else [stop])
+        counts = []
+        for row in run.ids.tolist():
+            ends = [place for place, token in enumerate(row) if token in stops]
+            counts.append(ends[0] + 1 if ends else len(row))
+        return statistics.fmean(counts)
+
+    def _energy(self, batch: Batch) -> Energy:
+        """Runs for at least ``energy_seconds``, where something counts."""
+        meter = energy_meter(self.device)
+        if not meter.available or self.cell.energy_seconds == 0:
+            return Energy()
+        with PowerSampler(self.device) as sampler:
+            start, meter, runs = now(self.device), energy_meter(self.device), 0
+            while not runs or time.perf_counter() - start < self.cell.energy_seconds:
+                self._generate(batch)
+                runs += 1
+            joules = meter.joules()
+            seconds = now(self.device) - start
+        if joules is None:
+            return Energy()
+        examples = runs * self.cell.batch_size
+        sampled = sampler.joules
+        above = joules - self.idle * seconds if self.idle is not None else None
+        return Energy(
+            counted=joules / examples,
+            sampled=sampled / examples if sampled is not None else None,
+            above_idle=above / examples if above is not None else None,
+            seconds=seconds,
+            examples=examples,
+        )
+
+
+class _FirstToken(LogitsProcessor):
+    """Calls something when the scores of the first new token are there."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call: Callable[[], None] | None = call
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """``scores`` ``(batch, vocabulary)``, as they came."""
+        if self._call is not None:
+            self._call()
+            self._call = None
+        return scores
+
+
+@contextmanager
+def _stopwatch(modules: Sequence[torch.nn.Module], device: Any) -> Iterator[Callable[[], float]]:
+    """Time spent in some modules, the device waited for in front of each and behind it."""
+    spent: list[float] = []
+    entered: list[float] = []
+    handles = []
+    for module in modules:
+        handles.append(module.register_forward_pre_hook(lambda *_: entered.append(now(device))))
+        handles.append(
+            module.register_forward_hook(lambda *_: spent.append(now(device) - entered.pop()))
+        )
+    try:
+        yield lambda: sum(spent)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _spread(values: list[float]) -> Spread:
+    found = Spread.of(values)
+    assert found is not None
+    return found
+
+
+def method_fits(model: Any, method: Method | None) -> None:
+    """Attach a method and take it off again.
+
+    Raises:
+        InputError: it does not fit the model.
+    """
+    with prune(model, method):
+        pass
