@@ -1,0 +1,273 @@
+"""Reading the CSV of a captioning data set."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import hashlib
+import io
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlparse
+
+from vlm_prune_ext.ablation.clean import one_line
+from vlm_prune_ext.errors import InputError, unknown_name
+
+DEFAULT_PROMPT = "Provide a one-sentence caption for the provided image."
+"""Asked where neither the CSV nor ``--prompt`` says what to ask."""
+
+IMAGE_NAMES = ("image", "image_path", "img", "path", "file_name", "filename", "file", "url")
+PROMPT_NAMES = ("prompt", "query", "question", "instruction")
+REFERENCE_NAMES = ("annotation", "answer", "caption", "reference", "ground_truth")
+_PATTERNS = [re.compile(rf"{name}s?[ _-]?\d*", re.IGNORECASE) for name in REFERENCE_NAMES]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture to describe.
+
+    Attributes:
+        index: of the row in the file, from 0.
+        image: as the file has it.
+        path: where the picture is.
+        prompt: what is asked.
+        references: right captions, at least one, each on one line.
+    """
+
+    index: int
+    image: str
+    path: str
+    prompt: str
+    references: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A row that cannot be used, and why."""
+
+    index: int
+    image: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns in use; no prompt column is fine."""
+
+    image: str
+    prompt: str | None
+    references: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set.
+
+    Attributes:
+        path: the CSV.
+        columns: in use.
+        rows: that can be used.
+        skipped: the others.
+    """
+
+    path: Path
+    columns: Columns
+    rows: list[Row]
+    skipped: list[Skipped] = field(default_factory=list)
+
+    def digests(self) -> dict[str, str]:
+        """Short texts that change with the pictures, the prompts and the references."""
+        pictures, prompts, references = (hashlib.sha256() for _ in range(3))
+        for row in self.rows:
+            with Path(row.path).open("rb") as file:
+                while chunk := file.read(1 << 20):
+                    pictures.update(chunk)
+            pictures.update(f"|{row.index}\n".encode())
+            prompts.update(f"{row.index}:{json.dumps(row.prompt)}\n".encode())
+            references.update(f"{row.index}:{json.dumps(row.references)}\n".encode())
+        found = {"pictures": pictures, "prompts": prompts, "references": references}
+        return {name: digest.hexdigest()[:16] for name, digest in found.items()}
+
+
+def read_data(
+    path: Path,
+    *,
+    image_column: str | None = None,
+    prompt_column: str | None = None,
+    reference_columns: Sequence[str] = (),
+    image_folder: Path | None = None,
+    prompt: str | None = None,
+    limit: int | None = None,
+) -> Data:
+    """Read a captioning CSV (tab-separated where its name ends in ``.tsv``).
+
+    A cell of references may hold a list, ``["one", "two"]``. Relative pictures are looked for
+    beside the CSV, or in ``image_folder``; of an address on the web the last part of its path is
+    looked for there: nothing is fetched.
+
+    Args:
+        path: the file.
+        image_column, prompt_column, reference_columns: where the names do not speak for
+            themselves.
+        image_folder: where relative pictures are.
+        prompt: asked of every picture; ``{prompt}`` in it stands for the row's own.
+        limit: only the first so many rows.
+
+    Raises:
+        InputError: no such file, nothing in it, no usable column, or no row that can be used.
+    """
+    header, table = _read_table(path)
+    columns = _columns(path, header, image_column, prompt_column, tuple(reference_columns))
+    folder = image_folder if image_folder is not None else path.parent
+    if not folder.is_dir():
+        raise InputError(f"--image-folder {str(folder)!r} is not a folder.")
+    rows: list[Row] = []
+    skipped: list[Skipped] = []
+    for index, cells in enumerate(table[:limit]):
+        found = _row(index, cells, columns, folder, prompt)
+        (rows if isinstance(found, Row) else skipped).append(found)  # type: ignore[arg-type]
+    if not rows:
+        first = f", e.g. row {skipped[0].index}: {skipped[0].reason}" if skipped else ""
+        raise InputError(f"--data {str(path)!r} has no row that can be used{first}.")
+    return Data(path, columns, rows, skipped)
+
+
+def _read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"--data {str(path)!r} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"--data {str(path)!r} is not UTF-8 text: a CSV is accepted.") from error
+    tabs = path.suffix.lower() == ".tsv"
+    lines = io.StringIO(text, newline="")
+    reader = csv.DictReader(lines, delimiter="\t" if tabs else ",", restval="")
+    try:
+        header = [name.strip() for name in reader.fieldnames or ()]
+        reader.fieldnames = header
+        table = list(reader)
+    except csv.Error as error:
+        raise InputError(f"--data {str(path)!r} is not a CSV: {error}.") from error
+    if not header or not table:
+        raise InputError(
+            f"--data {str(path)!r} is empty: a header and at least one row are needed."
+        )
+    return header, table
+
+
+def _columns(
+    path: Path,
+    header: list[str],
+    image: str | None,
+    prompt: str | None,
+    references: tuple[str, ...],
+) -> Columns:
+    for option, named in (
+        ("--image-column", [image]),
+        ("--prompt-column", [prompt]),
+        ("--reference-columns", references),
+    ):
+        for name in named:
+            if name is not None and name not in header:
+                raise unknown_name(f"{option} of {str(path)!r}", name, header)
+    image = image or _first_of(header, IMAGE_NAMES)
+    prompt = prompt or _first_of(header, PROMPT_NAMES)
+    references = references or _references(header)
+    missing = [
+        (what, names)
+        for what, names, found in (
+            ("image", IMAGE_NAMES, image),
+            ("references", REFERENCE_NAMES, references),
+        )
+        if not found
+    ]
+    if missing:
+        what, names = missing[0]
+        option = "--image-column" if what == "image" else "--reference-columns"
+        raise InputError(
+            f"--data {str(path)!r} has no column for {what} among {', '.join(header)}: "
+            f"{', '.join(names)} are known, {option} names another."
+        )
+    assert image is not None
+    return Columns(image, prompt, references)
+
+
+def _first_of(header: list[str], names: Sequence[str]) -> str | None:
+    by_lower = {name.lower(): name for name in reversed(header)}
+    return next((by_lower[name] for name in names if name in by_lower), None)
+
+
+def _references(header: list[str]) -> tuple[str, ...]:
+    """All columns of the first kind that is there: caption, caption_2, captions, ..."""
+    for pattern in _PATTERNS:
+        found = tuple(name for name in header if pattern.fullmatch(name))
+        if found:
+            return found
+    return ()
+
+
+def _row(
+    index: int, cells: dict[str, Any], columns: Columns, folder: Path, prompt: str | None
+) -> Row | Skipped:
+    image = str(cells[columns.image] or "").strip()
+    if not image:
+        return Skipped(index, image, "no image is named")
+    path = _find(image, folder)
+    if path is None:
+        web = urlparse(image).scheme in ("http", "https")
+        reason = (
+            "an address on the web, and no file of its name is there" if web else "no such file"
+        )
+        return Skipped(index, image, reason)
+    broken = _unreadable(path)
+    if broken:
+        return Skipped(index, image, broken)
+    references = [text for name in columns.references for text in _texts(cells[name])]
+    if not references:
+        return Skipped(index, image, "no reference")
+    own = str(cells[columns.prompt] or "").strip() if columns.prompt else ""
+    own = own or DEFAULT_PROMPT
+    asked = prompt.replace("{prompt}", own) if prompt else own
+    return Row(index, image, str(path), asked, tuple(references))
+
+
+def _find(image: str, folder: Path) -> Path | None:
+    address = urlparse(image)
+    if address.scheme in ("http", "https"):
+        image = unquote(address.path).rpartition("/")[2]
+        if not image:
+            return None
+    path = folder / Path(image).expanduser()
+    try:
+        return path.resolve() if path.is_file() else None
+    except (OSError, ValueError):  # a name that no file system takes
+        return None
+
+
+def _unreadable(path: Path) -> str | None:
+    """Why the head of a picture's file cannot be read; the whole is read when it is its turn."""
+    from PIL import Image
+
+    try:
+        with Image.open(path):
+            return None
+    except Exception as error:  # decoders raise whatever they like on damaged files
+        return f"not a picture ({type(error).__name__})"
+
+
+def _texts(cell: Any) -> list[str]:
+    """References in a cell: a text, or a list of texts as JSON or Python writes it."""
+    text = str(cell or "").strip()
+    if text.startswith("[") and text.endswith("]"):
+        for read in (json.loads, ast.literal_eval):
+            try:
+                value = read(text)
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                continue
+            if isinstance(value, list):
+                return [line for line in map(one_line, map(str, value)) if line]
+    return [one_line(text)] if one_line(text) else []

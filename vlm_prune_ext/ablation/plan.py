@@ -1,0 +1,183 @@
+"""What an ablation runs: models, methods, and what each pair is called."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlm_prune_ext.demo import CHECKPOINT
+from vlm_prune_ext.errors import InputError, unknown_name
+from vlm_prune_ext.methods.base import Method, label_text
+from vlm_prune_ext.methods.registry import get_method, parse_method
+from vlm_prune_ext.models.catalogue import CATALOGUE
+from vlm_prune_ext.models.checkpoint import read_json
+
+DEFAULT_MODELS = (
+    "blip2-opt-2.7b",
+    "internvl2-2b",
+    "blip2-flan-t5-xl",
+    "qwen2.5-vl-3b",
+    "gemma-3-4b",
+    "llava-1.5-7b",
+    "llava-1.6-mistral-7b",
+    "instructblip-vicuna-7b",
+)
+"""The models of the study, in its order."""
+
+PRESETS = {
+    "all": DEFAULT_MODELS,
+    "quick": ("internvl2-2b", "blip2-opt-2.7b", "qwen2.5-vl-3b"),
+    "latest": ("qwen2.5-vl-3b", "gemma-3-4b", "internvl3-2b"),
+}
+"""``all``: the study's eight; ``quick``: the three smallest of them; ``latest``: the newest of the
+catalogue (all of 2025)."""
+
+DEMO = "demo"
+_HUB = re.compile(r"\w[\w.-]*/[\w.-]+")
+_NAME = re.compile(r"\w[\w.+-]*")
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model.
+
+    Attributes:
+        name: what its files are called after.
+        source: what :func:`vlm_prune_ext.load` takes.
+        model_id: what it is known by: its name on the hub, or its folder.
+        fingerprint: tells versions of a local checkpoint apart; ``None`` for others.
+    """
+
+    name: str
+    source: str
+    model_id: str
+    fingerprint: str | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model with one method.
+
+    Attributes:
+        name: the model's, with ``-<method><budget>`` behind it for a pruned run.
+        model: which.
+        method: short form as the user wrote it; ``none`` is the baseline.
+        label: what tells the method's settings apart; ``baseline`` for none.
+    """
+
+    name: str
+    model: Model
+    method: str
+    label: str
+
+
+def plan(models: Sequence[str], methods: Sequence[str]) -> list[Run]:
+    """All runs: each model with each method, models in order.
+
+    Args:
+        models: names of the catalogue, ``demo``, folders, ``name=folder``, or ``owner/name`` on
+            the Hugging Face hub.
+        methods: short forms, e.g. ``none``, ``fastv:100``.
+
+    Raises:
+        InputError: an unknown name (with the near one), a folder without a checkpoint, or two
+            runs of one name.
+    """
+    parsed = [(text, parse_method(text)) for text in methods]
+    runs = []
+    for model in map(find_model, models):
+        for text, method in parsed:
+            label = "baseline" if method is None else method.label()
+            runs.append(Run(model.name + suffix(method), model, text, label))
+    seen: dict[str, Run] = {}
+    for run in runs:
+        if run.name.lower() in seen:
+            raise InputError(
+                f"{run.name!r} would be run twice ({seen[run.name.lower()].model.source} and "
+                f"{run.model.source}): each model and method once; name=folder gives a folder "
+                "another name."
+            )
+        seen[run.name.lower()] = run
+    return runs
+
+
+def find_model(text: str) -> Model:
+    """The model that a user's word means.
+
+    Raises:
+        InputError: none does.
+    """
+    if text == DEMO:
+        return Model(DEMO, str(CHECKPOINT), "vlm_prune_ext/demo", fingerprint(CHECKPOINT))
+    if text.lower() in CATALOGUE and not Path(text).is_dir():
+        entry = CATALOGUE[text.lower()]
+        return Model(entry.name, entry.name, entry.model_id)
+    name, equals, folder = text.partition("=")
+    if equals and not Path(text).is_dir():
+        if not _NAME.fullmatch(name):
+            raise InputError(f"model {text!r} is not valid: name=folder with a plain name.")
+        return _local(name, Path(folder).expanduser(), text)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return _local(label_text(path.resolve().name), path, text)
+    if path.exists() or text.startswith((".", "/", "~")):
+        raise InputError(f"model {text!r} is not a folder: one with a config.json is accepted.")
+    if _HUB.fullmatch(text):
+        return Model(label_text(text.partition("/")[2]), text, text)
+    raise unknown_name("model", text, [*CATALOGUE, DEMO])
+
+
+def _local(name: str, path: Path, text: str) -> Model:
+    if not path.is_dir():
+        raise InputError(f"model {text!r}: {str(path)!r} is not a folder with a checkpoint.")
+    read_json(path / "config.json", f"model {text!r}")
+    return Model(name, str(path.resolve()), path.resolve().name, fingerprint(path))
+
+
+def fingerprint(folder: Path) -> str:
+    """A short text that changes with a checkpoint's configuration, or where a file of its
+    weights has another size or age."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".safetensors", ".bin", ".model"):
+            facts = path.stat()
+            digest.update(
+                f"{path.relative_to(folder)}:{facts.st_size}:{facts.st_mtime_ns}".encode()
+            )
+    return digest.hexdigest()[:16]
+
+
+def suffix(method: Method | None) -> str:
+    """What a method adds to a model's name: ``-fastv100``, with other settings that are not the
+    defaults behind it (``-fastv100_k2``); ``-<label>`` where its label is of another form."""
+    if method is None:
+        return ""
+    label = method.label()
+    budget = getattr(method, method.BUDGET, None) if method.BUDGET else None
+    if budget is None:
+        return f"-{label}"
+    plain = get_method(method.name, **{method.BUDGET: budget})
+    usual = plain.label().split("_") if plain is not None else []
+    parts = label.split("_")
+    if parts[: len(usual)] != usual:
+        return f"-{label}"
+    return "_".join([f"-{method.name}{label_text(budget)}", *parts[len(usual) :]])
+
+
+def to_redo(names: Iterable[str], runs: Sequence[Run]) -> set[str]:
+    """Names of the runs that ``--rerun`` means: a run's own name, or a model's for all of its.
+
+    Raises:
+        InputError: a name that is none of this study's.
+    """
+    found: set[str] = set()
+    for name in names:
+        mine = {run.name for run in runs if name in (run.name, run.model.name)}
+        if not mine:
+            known = {run.name for run in runs} | {run.model.name for run in runs}
+            raise unknown_name("--rerun", name, known)
+        found |= mine
+    return found
