@@ -443,7 +443,7 @@ def internvl_chat(folder: Path, decoder: str = "InternLM2ForCausalLM", **more: A
     internlm2 = decoder == "InternLM2ForCausalLM"
     made = internlm2_tokenizer(folder) if internlm2 else chat_tokenizer(folder)
     text = {
-        **_text(3, rms_norm_eps=1e-5, rope_theta=1e4, hidden_act="silu"),
+        **_text(4, rms_norm_eps=1e-5, rope_theta=1e4, hidden_act="silu"),
         "rope_scaling": {"type": "dynamic", "factor": 2.0},
         "architectures": [decoder],
         "vocab_size": max(made.values()) + 1,

@@ -479,8 +479,10 @@ def test_unknown_family_and_remote_code(folders: dict[str, Path], tmp_path: Path
     with pytest.raises(vp.InputError, match=r"'MolmoForCausalLM', which is not known.*Qwen2_5_VL"):
         vp.load(other)
     remote = edit_config(folder, tmp_path / "b", architectures=["InternVLChatModel"])
-    with pytest.raises(vp.InputError, match=r"code from the checkpoint.*-hf"):
+    with pytest.raises(vp.InputError, match=r"code from the checkpoint.*trust_remote_code.*-hf"):
         vp.load(remote)
+    with pytest.raises(vp.InputError, match=r"has no llm_config"):
+        vp.load(remote, trust_remote_code=True)
 
 
 # --------------------------------------------------------------------------------- helpers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,75 @@ def test_vlmeval(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
     assert model.last.visual_tokens > 3 and 1 <= model.last.new_tokens <= 4
     if pruned:
         assert model.last.visual_kept[2] == 3
+
+
+CHATS = {
+    "qwen2_5_vl": (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nWhich is "
+        "red? <|vision_start|><image><|vision_end|> or <|vision_start|><image><|vision_end|>"
+        "<|im_end|>\n<|im_start|>assistant\n"
+    ),
+    "gemma3": (
+        "<bos><start_of_turn>user\nWhich is red? \n\n<start_of_image><image><end_of_image>\n\n or "
+        "\n\n<start_of_image><image><end_of_image>\n\n<end_of_turn>\n<start_of_turn>model\n"
+    ),
+    "internvl": (
+        "<|im_start|>user\nWhich is red? <img><image></img>\n or <img><image></img>\n<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    ),
+    "blip2_opt": "<image><image></s>Question: Which is red?  or  Answer:",
+    "instructblip": "<image><image><s>Which is red?  or ",
+}
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_vlmeval_asks_in_the_family_s_own_chat(
+    name: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Placeholders stand where the message has its images, in the family's frame."""
+    pytest.importorskip("vlmeval")
+    from vlm_prune_ext.evals.vlmeval import LLaVABaseline
+
+    message = []
+    for place, text in enumerate(("Which is red? ", " or ")):
+        makers.photo(seed=place).save(tmp_path / f"{place}.png")
+        message.append({"type": "text", "value": text})
+        message.append({"type": "image", "value": str(tmp_path / f"{place}.png")})
+    model: Any = LLaVABaseline(str(folders[name]), device="cpu")
+    query = model.query(message)
+    inputs = model.processor.batch([query.text], [query.images], style=query.style)
+    ids, token = inputs["input_ids"][0].tolist(), model.processor.image_token_id
+    lengths = model.processor.visual_lengths(list(query.images))
+    # As text, each unbroken stretch of placeholders cut into its images.
+    tokenizer, said, place = model.processor.tokenizer, "", 0
+    while place < len(ids):
+        if ids[place] == token:
+            said, place = said + "<image>", place + lengths.pop(0)
+        else:
+            end = next((i for i in range(place, len(ids)) if ids[i] == token), len(ids))
+            said, place = said + tokenizer.decode(ids[place:end]), end
+    assert said == CHATS[name] and not lengths
+
+
+@pytest.mark.parametrize("name", family_makers.KINDS)
+def test_vlmeval_command(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """All the way to the record, whatever the family's tower and decoder are built like."""
+    pytest.importorskip("vlmeval")
+    from vlm_prune_ext.evals import vlmeval_cli
+
+    words = ["--model-path", str(folders[name]), "--data", "Shapes_YN", "--limit", "2"]
+    words += ["--work-dir", str(tmp_path), "--device", "cpu", "--max-new-tokens", "4"]
+    if name != "blip2_t5":
+        words += ["--method", "fastv:3", "--set", "agg_layer=2"]
+    assert vlmeval_cli.main(words) == 0
+    (path,) = tmp_path.rglob("*_results.json")
+    record = json.loads(path.read_text())
+    assert record["samples"] == 2 and record["failed"] == []
+    if name == "blip2_t5":
+        assert record["flops"] is None
+        return
+    assert 0 < record["flops"]["ratio"] < 1 and record["flops"]["vision"] is None
+    assert record["visual_tokens"][-1]["after"] == 3
 
 
 @pytest.mark.parametrize("name", family_makers.KINDS)

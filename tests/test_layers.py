@@ -20,7 +20,7 @@ LAYERS = [
     {"models"},
     {"pruning", "resets", "measure", "settings", "demo"},
     {"evals"},
-    {"bench", "profiling"},
+    {"bench", "profiling", "ablation"},
     {"commands"},
     {"cli"},
 ]

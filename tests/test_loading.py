@@ -274,6 +274,13 @@ def test_three_formats_agree(original: Loaded, folders: dict[str, Path], convert
             assert other_processor.decode(generate(other, same), same) == answers
 
 
+def test_text_that_spells_a_placeholder(folders: dict[str, Path]) -> None:
+    _, processor = load(folders["hf"], device="cpu")
+    processor.image_token_id = processor.tokenizer.convert_tokens_to_ids("</s>")
+    with pytest.raises(InputError, match=r"The text contains '</s>', which stands for a part of"):
+        processor.prompt("What </s> is this?", makers.photo())
+
+
 def test_published_form_of_tokenizer_json_gives_the_same_ids(
     original: Loaded, folders: dict[str, Path], tmp_path: Path
 ) -> None:

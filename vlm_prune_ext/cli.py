@@ -27,6 +27,7 @@ COMMANDS = {
     "bench": "how fast pruning is, beside transformers and the floor of the device",
     "profile": "latency, energy, FLOPs, memory and answers of a grid of settings",
     "profile-data": "make the folder of examples that profile measures on",
+    "ablate": "caption one data set with many models and compare them",
     "demo-data": "write fresh demo pictures with questions as benchmark files",
     "convert": "turn an original-format LLaVA checkpoint into a Hugging Face folder",
 }

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from vlm_prune_ext.errors import InputError, unknown_name
-from vlm_prune_ext.methods.base import Method
+from vlm_prune_ext.methods.base import Method, require_seed
 from vlm_prune_ext.methods.registry import METHODS, get_method, method_class, parse_method
 
 MODES = ("all", "infer", "eval")
@@ -39,7 +39,7 @@ class Settings:
         seed: of torch's generators, and of methods that draw lots.
         dtype, device, attn_implementation: see :func:`vlm_prune_ext.load`.
         max_new_tokens: limit of an answer; ``None``: VLMEvalKit's for LLaVA.
-        fast: see :func:`vlm_prune_ext.load`.
+        fast, trust_remote_code: see :func:`vlm_prune_ext.load`.
     """
 
     model_path: str | None = None
@@ -56,6 +56,7 @@ class Settings:
     attn_implementation: str | None = None
     max_new_tokens: int | None = None
     fast: bool | None = None
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         for name in ("model_path", "device", "attn_implementation"):
@@ -66,8 +67,8 @@ class Settings:
         _require("dtype", self.dtype, _one_of(DTYPES), DTYPES.__contains__, none=True)
         for name in ("limit", "max_new_tokens"):
             _require(name, getattr(self, name), "an integer of at least 1", _at_least(1), none=True)
-        _require("seed", self.seed, "an integer of at least 0", _at_least(0))
-        for name in ("reuse", "verbose"):
+        require_seed("seed", self.seed)
+        for name in ("reuse", "verbose", "trust_remote_code"):
             _require(name, getattr(self, name), "true or false", _is_bool)
         _require("fast", self.fast, "true or false", _is_bool, none=True)
 

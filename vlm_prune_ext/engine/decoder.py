@@ -19,6 +19,7 @@ from vlm_prune_ext.engine.evidence import AttentionReader, Looker
 from vlm_prune_ext.engine.layout import Layout, take
 from vlm_prune_ext.engine.parts import ModelParts, Undo
 from vlm_prune_ext.engine.prefill import Prefill
+from vlm_prune_ext.engine.seal import seal
 from vlm_prune_ext.engine.shorten import (
     DecoderInput,
     Shortened,
@@ -98,9 +99,16 @@ class DecoderPruner:
             assert self.parts.final_norm is not None
             handles.append(self.parts.final_norm.register_forward_pre_hook(self._after_last))
         undos: list[Undo] = [handle.remove for handle in handles]
+        undos.append(self._seal_caches)
         if self.parts.watch_spans is not None and self.visual_span is None:
             undos += self.parts.watch_spans(self._see_spans)
         return undos
+
+    def _seal_caches(self) -> None:
+        """Nobody can decode on from caches that miss tokens once the hooks are gone."""
+        for cache, state in list(self.states.items()):
+            if state.misses_tokens:
+                seal(cache)
 
     def _touched_layers(self) -> range:
         """Layers whose input may differ from what the decoder hands out."""
@@ -489,6 +497,12 @@ class State:
 
     def __init__(self, prefill: Prefill, short: Shortened | None) -> None:
         self.prefill, self.short = prefill, short
+
+    @property
+    def misses_tokens(self) -> bool:
+        """Whether any layer's cache holds less than the prompt."""
+        cut = any(layout.count < layout.total for layout in self.prefill.segments.values())
+        return cut or (self.short is not None and not self.short.whole)
 
 
 class Call:

@@ -97,6 +97,7 @@ class PruneModel(lmms):
             elsewhere what the checkpoint states.
         attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``.
         fast: CUDA graphs with fixed shapes, see :func:`vlm_prune_ext.load`.
+        trust_remote_code: ``true`` for formats that come with code of their own.
         conv_template: conversation template (``vicuna_v1``, ``vlmeval``, ...); missing: the
             family's own.
         device_map: ``auto`` spreads one model over all GPUs of a single process.
@@ -123,6 +124,7 @@ class PruneModel(lmms):
         device_map: str | None = None,
         revision: str | None = None,
         fast: bool | None = None,
+        trust_remote_code: bool | None = None,
         **given: Any,
     ) -> None:
         super().__init__()
@@ -139,7 +141,8 @@ class PruneModel(lmms):
             dtype=value_of(dtype),
             device=_device(device, self.accelerator),
             attn_implementation=value_of(attn_implementation),
-            fast=_fast(fast),
+            fast=_flag("fast", fast),
+            trust_remote_code=bool(_flag("trust_remote_code", trust_remote_code)),
             **self._extra(device_map, revision),
         )
         self._device = processor.device
@@ -483,10 +486,10 @@ def _batch_size(given: int | str, most: int | None) -> int:
     return size
 
 
-def _fast(given: Any) -> bool | None:
+def _flag(name: str, given: Any) -> bool | None:
     value = value_of(given)
     if value is not None and not isinstance(value, bool):
-        raise InputError(f"fast={given!r} is not valid: true or false.")
+        raise InputError(f"{name}={given!r} is not valid: true or false.")
     return value
 
 

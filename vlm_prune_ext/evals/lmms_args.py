@@ -25,6 +25,7 @@ MODEL_KEYS = (
     "device_map",
     "revision",
     "fast",
+    "trust_remote_code",
 )
 """Arguments that say which model and how it is loaded and prompted."""
 

@@ -45,7 +45,8 @@ def _config(source: Checkpoint) -> Any:
 
     if is_original(source.config):
         return LlavaConfig(**OriginalCheckpoint(source).multimodal_config())
-    return AutoConfig.from_pretrained(str(source.folder))
+    # Without False it would ask on the terminal whether to run the checkpoint's code.
+    return AutoConfig.from_pretrained(str(source.folder), trust_remote_code=False)
 
 
 def _feature_layer(config: Any, vision: Any) -> int | None:

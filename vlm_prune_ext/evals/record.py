@@ -50,24 +50,29 @@ class Sample:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes that FLOPs follow from."""
+    """Sizes that FLOPs follow from; ``None`` for parts of another build, whose FLOPs are not
+    stated."""
 
-    decoder: DecoderShape
+    decoder: DecoderShape | None
     vision: VisionShape | None
 
     @staticmethod
     def of(config: Any) -> Sizes:
         """Read off a model's config."""
-        vision = VisionShape.from_config(config) if hasattr(config, "vision_config") else None
-        return Sizes(DecoderShape.from_config(config), vision)
+        tower = getattr(getattr(config, "vision_config", None), "model_type", None)
+        vision = VisionShape.from_config(config) if tower == "clip_vision_model" else None
+        try:
+            return Sizes(DecoderShape.from_config(config), vision)
+        except InputError:  # an encoder-decoder model, or code of a checkpoint's own
+            return Sizes(None, vision)
 
     def sample(self, index: int | str, answer: Answer, *, warm_up: bool) -> Sample:
         """An answer as a line of the log."""
-        whole = [answer.prompt_tokens] * self.decoder.layers
-        costs: dict[str, Any] = {
-            "flops": decoder_flops(self.decoder, answer.lengths),
-            "flops_baseline": decoder_flops(self.decoder, whole),
-        }
+        costs: dict[str, Any] = {}
+        if self.decoder is not None:
+            whole = [answer.prompt_tokens] * self.decoder.layers
+            costs["flops"] = decoder_flops(self.decoder, answer.lengths)
+            costs["flops_baseline"] = decoder_flops(self.decoder, whole)
         if self.vision is not None:
             one = vision_flops(self.vision, answer.patches_kept)
             costs["vision_flops"] = one * answer.tower_images
@@ -200,16 +205,17 @@ class Flops:
     Attributes:
         prefill, prefill_baseline: of the language model with this method and without.
         ratio: one over the other.
-        vision, vision_baseline: of the vision tower and the projector.
-        ratio_with_vision: of both together.
+        vision, vision_baseline: of the vision tower and the projector; ``None`` where the tower is
+            not CLIP's.
+        ratio_with_vision: of both together; the same.
     """
 
     prefill: float
     prefill_baseline: float
     ratio: float
-    vision: float
-    vision_baseline: float
-    ratio_with_vision: float
+    vision: float | None
+    vision_baseline: float | None
+    ratio_with_vision: float | None
 
 
 @dataclass(frozen=True)
@@ -347,14 +353,17 @@ def mean_flops(samples: Sequence[Sample]) -> Flops | None:
         return sum(getattr(sample, name) for sample in samples) / len(samples)
 
     own, whole = mean("flops"), mean("flops_baseline")
+    if not whole:
+        return None
     vision, vision_whole = mean("vision_flops"), mean("vision_flops_baseline")
+    known = vision_whole > 0
     return Flops(
         prefill=own,
         prefill_baseline=whole,
         ratio=own / whole,
-        vision=vision,
-        vision_baseline=vision_whole,
-        ratio_with_vision=(own + vision) / (whole + vision_whole),
+        vision=vision if known else None,
+        vision_baseline=vision_whole if known else None,
+        ratio_with_vision=(own + vision) / (whole + vision_whole) if known else None,
     )
 
 

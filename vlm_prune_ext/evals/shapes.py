@@ -13,69 +13,20 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, ClassVar
 
 import vlmeval.dataset
 from vlmeval.dataset import ImageCaptionDataset, ImageMCQDataset, ImageVQADataset, ImageYORNDataset
 from vlmeval.smp import load
 
-from vlm_prune_ext import demo
 from vlm_prune_ext.errors import InputError
-from vlm_prune_ext.evals.cache import cache_folder
+from vlm_prune_ext.evals.cache import VARIABLE, cache_folder, demo_data
 
-SEED = 0
-SAMPLES = 100
-VARIABLE = "VLM_PRUNE_DEMO_DATA"
 LMUDATA = "LMUData"
 
 # Answers in these sets are short; VLMEvalKit's limit for LLaVA (2048) would only let a model that
 # does not stop by itself babble.
 MAX_NEW_TOKENS = {"Shapes_MCQ": 16, "Shapes_YN": 16, "Shapes_VQA": 16, "Shapes_Caption": 64}
-
-
-def data_folder() -> Path:
-    """Where the TSV files are; generated first where nobody named a folder.
-
-    Raises:
-        InputError: the cache folder cannot be written.
-    """
-    named = os.environ.get(VARIABLE)
-    if named:
-        return Path(named).expanduser()
-    folder = cache_folder() / f"shapes_tsv_seed{SEED}_samples{SAMPLES}_{_recipe()}"
-    if not folder.is_dir():
-        _generate(folder)
-    return folder
-
-
-def _recipe() -> str:
-    """Changes when the code that draws pictures and asks questions does."""
-    digest = hashlib.sha1(usedforsecurity=False)
-    for path in sorted(Path(demo.__file__).parent.glob("*.py")):
-        if path.stem in ("drawing", "questions", "scenes", "writers"):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:8]
-
-
-def _generate(folder: Path) -> None:
-    """Write the fixed set beside its place and move it there, so that it is whole or absent."""
-    from vlm_prune_ext.demo.writers import write_vlmeval_tsv
-
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".shapes_") as part:
-            write_vlmeval_tsv(Path(part) / "data", SEED, SAMPLES)
-            try:
-                (Path(part) / "data").rename(folder)
-            except OSError:  # another process was faster
-                if not folder.is_dir():
-                    raise
-    except OSError as error:
-        raise InputError(
-            f"Demo data cannot be written to {str(folder)!r} ({error.strerror}): set "
-            f"XDG_CACHE_HOME to a folder that can, or {VARIABLE} to one that has Shapes_*.tsv."
-        ) from error
 
 
 class _Shapes:
@@ -88,7 +39,7 @@ class _Shapes:
     def prepare_tsv(self, url: str, file_md5: str | None = None) -> Any:
         """The table, from our folder instead of a download."""
         name = self.dataset_name  # type: ignore[attr-defined]
-        path = data_folder() / f"{name}.tsv"
+        path = demo_data("tsv") / f"{name}.tsv"
         if not path.is_file():
             raise InputError(
                 f"{str(path)!r} is missing: {VARIABLE} must name a folder made by "

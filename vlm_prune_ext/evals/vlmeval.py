@@ -5,7 +5,7 @@
 >>> model.generate(["apple.jpg", "What is in this image?"])                  # doctest: +SKIP
 
 For LLaVA-1.5, prompts are those of VLMEvalKit's own ``LLaVA`` class, made by its own code; other
-families get their own conversation template. Answers are greedy.
+families get a message as one user turn of their own chat template. Answers are greedy.
 
 VLMEvalKit has no plug-in hook, so its launcher has to be started with our entries in its table::
 
@@ -51,7 +51,7 @@ class PrunedVLM(BaseModel):
     Args:
         model_path: folder or hub name of a checkpoint.
         method: a ready-made method in place of the class's own and of ``parameters``.
-        dtype, device, attn_implementation, fast: see :func:`vlm_prune_ext.load`.
+        dtype, device, attn_implementation, fast, trust_remote_code: see :func:`vlm_prune_ext.load`.
         max_new_tokens: limit of an answer; ``None``: 2048, as VLMEvalKit's ``LLaVA`` has it (the
             demo's data sets have shorter ones).
         loaded: ``(model, processor)`` in place of ``model_path``.
@@ -77,6 +77,7 @@ class PrunedVLM(BaseModel):
         device: str | None = None,
         attn_implementation: str | None = None,
         fast: bool | None = None,
+        trust_remote_code: bool = False,
         max_new_tokens: int | None = None,
         loaded: tuple[Any, Any] | None = None,
         **parameters: Any,
@@ -93,6 +94,7 @@ class PrunedVLM(BaseModel):
                 device=device,
                 attn_implementation=attn_implementation,
                 fast=fast,
+                trust_remote_code=trust_remote_code,
             )
         self.model: Any
         self.processor: Any
@@ -127,8 +129,16 @@ class PrunedVLM(BaseModel):
         if self.processor.family == "llava":
             text, _ = LLaVA.concat_tilist(self, clean)
             return Query(text, images, style="vlmeval", max_new_tokens=limit)
-        parts = [f"{IMAGE}\n" if item["type"] == "image" else item["value"] for item in clean]
-        return Query("".join(parts), images, max_new_tokens=limit)
+        if self.processor.family == "llava_next":
+            parts = [f"{IMAGE}\n" if item["type"] == "image" else item["value"] for item in clean]
+            return Query("".join(parts), images, max_new_tokens=limit)
+        pictures = iter(images)  # opened already
+        content = [
+            {"type": "image", "image": next(pictures)} if item["type"] == "image" else item
+            for item in clean
+        ]
+        text, images = self.processor.messages([{"role": "user", "content": content}])
+        return Query(text, images, style="plain", max_new_tokens=limit)
 
     # -- answers -------------------------------------------------------------------------------
     def answer(self, query: Query) -> Answer:

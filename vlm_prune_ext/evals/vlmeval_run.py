@@ -117,6 +117,7 @@ class Models:
             device=Ranks.here().device(given.device),
             attn_implementation=given.attn_implementation,
             fast=given.fast,
+            trust_remote_code=given.trust_remote_code,
         )
 
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from inspect import cleandoc
+from numbers import Integral, Real
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -95,6 +96,34 @@ def require(ok: bool, name: str, value: object, accepted: str) -> None:
     """Raise :class:`InputError` naming the field, the value and what is accepted, unless ``ok``."""
     if not ok:
         raise InputError(f"{name}={value!r} is not valid: {accepted}.")
+
+
+def plain_numbers(method: object) -> None:
+    """Turn a dataclass's numbers of other libraries (``numpy.int64``, ``numpy.float32``, also in
+    tuples and lists) into Python's own, so that checks, labels and records see one kind."""
+    for field in fields(method):  # type: ignore[arg-type]
+        value = getattr(method, field.name)
+        object.__setattr__(method, field.name, _plain(value))
+
+
+def _plain(value: Any) -> Any:
+    if type(value) in (tuple, list):
+        return type(value)(map(_plain, value))
+    if type(value) in (bool, int, float):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
+
+
+MAX_SEED = 2**63 - 1
+
+
+def require_seed(name: str, value: object) -> None:
+    """Check a seed: what torch's generators take, from 0."""
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    ok = is_int and 0 <= value <= MAX_SEED  # type: ignore[operator]
+    require(ok, name, value, f"an integer from 0 to {MAX_SEED} (2**63 - 1)")
 
 
 def require_int(name: str, value: object, low: int, *, none: bool = False) -> None:

@@ -23,11 +23,13 @@ from vlm_prune_ext.methods.base import (
     Need,
     Stage,
     label_text,
+    plain_numbers,
     require,
     require_budget,
     require_int,
     require_layer,
     require_number,
+    require_seed,
     require_span,
     resolve_budget,
 )
@@ -81,7 +83,7 @@ class CustomSelection(Method):
         agg_layer: 0-based layer in front of which tokens go, at least 1 where attention or keys
             are needed (they are those of the layer before), else at least 0.
         temperature: of sampling, at least 1e-6; high is close to random, low is close to attention.
-        seed: of sampling and random, at least 0; the same draw noise for every image.
+        seed: of sampling and random, from 0 to 2**63 - 1; the same draw noise for every image.
         sys_length: tokens in front of the image; None is detected, a wrong one is an error.
         image_token_length: visual tokens of the prompt; None is detected, a wrong one is an error.
 
@@ -113,6 +115,7 @@ class CustomSelection(Method):
     LABEL_ALWAYS: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         function = self._function()
         require_budget("kept_tokens", self.kept_tokens)
         require_int("agg_layer", self.agg_layer, 0)
@@ -120,7 +123,7 @@ class CustomSelection(Method):
             "temperature", self.temperature, 1e-6, 1e30, "a finite number of at least 1e-6"
         )
         object.__setattr__(self, "temperature", temperature)
-        require_int("seed", self.seed, 0)
+        require_seed("seed", self.seed)
         require_span(self.sys_length, "image_token_length", self.image_token_length)
         if function is not None:
             _check_signature(function, self.method)

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 
-from vlm_prune_ext.methods.base import Budget, Method, require_budget, resolve_budget
+from vlm_prune_ext.methods.base import Budget, Method, plain_numbers, require_budget, resolve_budget
 from vlm_prune_ext.select import shrink_grid
 
 
@@ -40,6 +40,7 @@ class Downsample(Method):
     LABEL: ClassVar[Mapping[str, str]] = {"keep": "keep"}
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         require_budget("keep", self.keep)
 
     def resize(self, grid: torch.Tensor) -> torch.Tensor | None:

@@ -17,6 +17,7 @@ from vlm_prune_ext.methods.base import (
     Evidence,
     Method,
     Stage,
+    plain_numbers,
     require,
     require_budget,
     require_int,
@@ -74,6 +75,7 @@ class FastV(Method):
     LABEL: ClassVar[Mapping[str, str]] = {"attention_rank": "rank", "agg_layer": "k", "mode": ""}
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         require_int("agg_layer", self.agg_layer, 1)
         require_budget("attention_rank", self.attention_rank)
         require_span(self.sys_length, "image_token_length", self.image_token_length)

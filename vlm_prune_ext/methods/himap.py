@@ -18,6 +18,7 @@ from vlm_prune_ext.methods.base import (
     Evidence,
     Method,
     Stage,
+    plain_numbers,
     require,
     require_budget,
     require_int,
@@ -89,6 +90,7 @@ class HiMAP(Method):
     LABEL_ALWAYS: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         require_int("attn_txt_layer", self.attn_txt_layer, 1)
         require_budget("attn_txt_rank", self.attn_txt_rank)
         require_span(self.sys_length, "img_length", self.img_length)

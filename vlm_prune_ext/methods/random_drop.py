@@ -16,9 +16,11 @@ from vlm_prune_ext.methods.base import (
     Evidence,
     Method,
     Stage,
+    plain_numbers,
     require_budget,
     require_int,
     require_layer,
+    require_seed,
     resolve_budget,
 )
 from vlm_prune_ext.select import random_places
@@ -35,7 +37,7 @@ class RandomDrop(Method):
     Attributes:
         keep: visual tokens kept per image (int), or ratio (float in (0, 1]).
         layer: 0-based layer in front of which tokens go; 0: before the language model.
-        seed: of the draw, at least 0.
+        seed: of the draw, from 0 to 2**63 - 1.
 
     Raises:
         InputError: for a value outside these ranges.
@@ -51,9 +53,10 @@ class RandomDrop(Method):
     LABEL: ClassVar[Mapping[str, str]] = {"keep": "keep", "layer": "k", "seed": "seed"}
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         require_budget("keep", self.keep)
         require_int("layer", self.layer, 0)
-        require_int("seed", self.seed, 0)
+        require_seed("seed", self.seed)
 
     def stages(self, num_layers: int) -> tuple[Stage, ...]:
         """One stage, in front of ``layer``, that needs to see nothing."""

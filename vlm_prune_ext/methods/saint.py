@@ -21,6 +21,7 @@ from vlm_prune_ext.methods.base import (
     Method,
     Stage,
     VisionStage,
+    plain_numbers,
     require,
     require_int,
     require_layer,
@@ -57,6 +58,7 @@ class SAINTViT:
     r: int | tuple[int, ...] = 16
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         for field in ("layers", "keep_num", "r"):  # lists, as files have them, become tuples
             value = getattr(self, field)
             if isinstance(value, list):
@@ -195,6 +197,7 @@ class SAINT(Method):
     BUDGET: ClassVar[str] = "threshold"
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if isinstance(self.vit, Mapping):
             object.__setattr__(self, "vit", _vit_from_mapping(self.vit))
         is_vit = self.vit is None or isinstance(self.vit, SAINTViT)

@@ -323,10 +323,25 @@ class PromptProcessor:
                 f"The prompt has {len(pieces) - 1} {IMAGE} marker(s) and {len(lengths)} image(s): "
                 "give one marker per image, or none to have the images put in front."
             )
-        ids = list(self.tokenizer(pieces[0]).input_ids)
+        ids = self.text_ids(pieces[0])
         for piece, length in zip(pieces[1:], lengths, strict=True):
             ids += [self.image_token_id] * length
-            ids += self._without_start(self.tokenizer(piece).input_ids)
+            ids += self._without_start(self.text_ids(piece))
+        return ids
+
+    def text_ids(self, text: str, **options: Any) -> list[int]:
+        """Token ids of text without images, as the tokenizer gives them.
+
+        Raises:
+            InputError: the text spells the placeholder's own name.
+        """
+        ids = list(self.tokenizer(text, **options).input_ids)
+        if self.image_token_id in ids:
+            name = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+            raise InputError(
+                f"The text contains {name!r}, which stands for a part of an image: leave it out, "
+                f"or write {IMAGE} where an image goes."
+            )
         return ids
 
     def _without_start(self, ids: list[int]) -> list[int]:

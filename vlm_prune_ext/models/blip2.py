@@ -56,8 +56,8 @@ class QFormerProcessor(HubProcessor):
                 f"The prompt has {markers} {IMAGE} marker(s) and {len(lengths)} image(s): give one "
                 "marker per image, or none to have the images put in front."
             )
-        said = self.tokenizer(without_markers(text)).input_ids
-        return [self.image_token_id] * sum(lengths) + list(said)
+        said = self.text_ids(without_markers(text))
+        return [self.image_token_id] * sum(lengths) + said
 
     def _encode(self, prompts: list[str], pictures: list[list[Image]]) -> Any:
         data = super()._encode(prompts, pictures)

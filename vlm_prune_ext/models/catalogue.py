@@ -47,7 +47,7 @@ class Entry:
 
 
 _T5 = "encoder-decoder: its decoder does not take visual tokens as positions"
-_REMOTE = "not in Hugging Face format (code from the checkpoint is not run): take internvl3-2b"
+_REMOTE = "published format: only with --trust-remote-code (read natively, its code is not run)"
 
 CATALOGUE: Mapping[str, Entry] = {
     entry.name: entry
@@ -85,12 +85,9 @@ CATALOGUE: Mapping[str, Entry] = {
         Entry(
             "internvl2-2b",
             "OpenGVLab/InternVL2-2B",
-            "internvl",
+            "internvl_chat",
             2.2,
             "InternVL",
-            evaluate=False,
-            batch=False,
-            llm_side=False,
             note=_REMOTE,
         ),
         Entry("blip2-opt-2.7b", "Salesforce/blip2-opt-2.7b", "blip2", 3.7, "BLIP-2 (OPT)"),

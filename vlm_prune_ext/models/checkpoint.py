@@ -166,12 +166,12 @@ def _read_file(path: Path, what: str) -> Mapping[str, torch.Tensor]:
             return found
         raise ValueError(f"a {type(found).__name__}, not tensors by name")
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise InputError(f"{str(path)!r} of {what} cannot be read: {_first_line(error)}") from error
+        raise InputError(f"{str(path)!r} of {what} cannot be read: {first_line(error)}") from error
     except Exception as error:  # pickle's own errors have no common base
         if type(error).__name__ != "UnpicklingError":
             raise
         raise InputError(
-            f"{str(path)!r} of {what} cannot be read as plain tensors: {_first_line(error)}"
+            f"{str(path)!r} of {what} cannot be read as plain tensors: {first_line(error)}"
         ) from error
 
 
@@ -183,5 +183,10 @@ def _read_pickle(path: Path) -> Mapping[str, torch.Tensor]:
     return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line: the first, and what follows it after a colon."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    taken = lines[:1]
+    while taken[-1].rstrip().endswith(":") and len(taken) < len(lines):
+        taken.append(lines[len(taken)].strip())
+    return " ".join(taken)

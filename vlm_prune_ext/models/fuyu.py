@@ -19,6 +19,7 @@ from vlm_prune_ext.engine.parts import ModelParts, SpanSink, Undo
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.models.base import Family, LoadOptions, PromptProcessor
 from vlm_prune_ext.models.checkpoint import Checkpoint
+from vlm_prune_ext.models.fields import explained
 from vlm_prune_ext.models.hub_processor import (
     HubProcessor,
     read_pictures,
@@ -67,12 +68,12 @@ class FuyuPrompts(HubProcessor):
                 )
             text = without_markers(text)
             if not own:
-                rows.append(list(self.tokenizer(text).input_ids))
+                rows.append(self.text_ids(text))
                 continue
             cut, columns = self.patches(own[0])
             row = [self.image_token_id] * columns + [self.newline]
-            said = self.tokenizer(text + ANSWER, add_special_tokens=False).input_ids
-            rows.append(row * (len(cut) // columns) + [self.start] + list(said))
+            said = self.text_ids(text + ANSWER, add_special_tokens=False)
+            rows.append(row * (len(cut) // columns) + [self.start] + said)
             patches.append(cut)
         data = self._pad(rows)
         if patches:
@@ -116,7 +117,8 @@ def _load(source: Checkpoint, options: LoadOptions) -> tuple[Any, PromptProcesso
     if not (source.folder / "tokenizer.json").is_file():
         raise InputError(f"{what} has no tokenizer: tokenizer.json is needed.")
     pictures = read_pictures(source)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(source.folder))
+    with explained(f"The tokenizer of {what}"):
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(source.folder))
     newline, start = (token_id(tokenizer, token, what) for token in (NEWLINE, START))
     model = load_model(FuyuForCausalLM, source, options)
     return model, FuyuPrompts(model, tokenizer, pictures, newline, start)

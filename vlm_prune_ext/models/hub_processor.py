@@ -14,7 +14,7 @@ from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.models.base import Family, LoadOptions, PromptProcessor, is_named
 from vlm_prune_ext.models.causal_lm import decoder_parts
-from vlm_prune_ext.models.checkpoint import Checkpoint
+from vlm_prune_ext.models.checkpoint import Checkpoint, first_line
 from vlm_prune_ext.models.huggingface import load_model
 from vlm_prune_ext.models.original import load_tokenizer
 from vlm_prune_ext.models.placeholders import Lengths, watch_placeholders
@@ -76,7 +76,7 @@ class HubProcessor(PromptProcessor):
             sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
             raise InputError(
                 f"{type(self.image_processor).__name__} does not take images of {sizes} pixels: "
-                f"{str(error).splitlines()[0]}"
+                f"{first_line(error)}"
             ) from error
 
     def token_ids(self, text: str, lengths: Sequence[int]) -> list[int]:
@@ -111,8 +111,8 @@ def read_pictures(source: Checkpoint) -> Any:
     try:
         return AutoImageProcessor.from_pretrained(str(source.folder), trust_remote_code=False)
     except Exception as error:  # many kinds, by what is wrong in the file
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"The image processor of {what} cannot be made: {first}") from error
+        said = first_line(error)
+        raise InputError(f"The image processor of {what} cannot be made: {said}") from error
 
 
 def token_id(tokenizer: Any, token: str, what: str) -> int:

@@ -10,6 +10,7 @@ from transformers import CLIPImageProcessor
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.models.base import LoadOptions
 from vlm_prune_ext.models.checkpoint import WEIGHT_FILES, Checkpoint, read_json
+from vlm_prune_ext.models.fields import explained
 
 
 def load_model(kind: Any, source: Checkpoint, options: LoadOptions) -> Any:
@@ -27,16 +28,25 @@ def load_model(kind: Any, source: Checkpoint, options: LoadOptions) -> Any:
     arguments = options.from_pretrained_arguments()
     arguments.pop("revision", None)  # the folder is that revision
     try:
-        model, report = kind.from_pretrained(
-            str(source.folder), output_loading_info=True, **arguments
+        with explained(what):
+            model, report = kind.from_pretrained(
+                str(source.folder),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told apart below
+                **arguments,
+            )
+    except InputError as error:
+        if not isinstance(error.__cause__, SafetensorError):
+            raise
+        raise InputError(f"Weights of {what} cannot be read: {error.__cause__}.") from error
+    names = sorted(report["missing_keys"])
+    if names:
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        raise InputError(f"{what} lacks {len(names)} weight(s): {shown}.")
+    for name, stored, made in report["mismatched_keys"]:
+        raise InputError(
+            f"{what}: {name} has shape {tuple(stored)}, but its config.json makes it {tuple(made)}."
         )
-    except SafetensorError as error:
-        raise InputError(f"Weights of {what} cannot be read: {error}.") from error
-    for said, key in (("lacks", "missing_keys"), ("has mismatched", "mismatched_keys")):
-        names = sorted(str(name) for name in report[key])
-        if names:
-            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            raise InputError(f"{what} {said} {len(names)} weight(s): {shown}.")
     return model.eval()
 
 

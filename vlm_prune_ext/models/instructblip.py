@@ -24,7 +24,7 @@ from vlm_prune_ext.models.blip2 import (
     watch_embedded,
 )
 from vlm_prune_ext.models.causal_lm import decoder_parts, find_decoder
-from vlm_prune_ext.models.checkpoint import Checkpoint
+from vlm_prune_ext.models.checkpoint import Checkpoint, first_line
 from vlm_prune_ext.models.hub_processor import read_pictures, without_markers
 from vlm_prune_ext.models.huggingface import load_model
 from vlm_prune_ext.models.original import load_tokenizer
@@ -97,9 +97,8 @@ def _qformer_tokenizer(folder: Path, name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(folder))
     except Exception as error:  # many kinds, by format and version
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"{str(folder)!r} of checkpoint {name!r} cannot be read: {first}"
+            f"{str(folder)!r} of checkpoint {name!r} cannot be read: {first_line(error)}"
         ) from error
 
 

@@ -31,7 +31,14 @@ from transformers import (
 
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.models.base import LoadOptions
-from vlm_prune_ext.models.checkpoint import Checkpoint, find_folder, read_json, read_weights
+from vlm_prune_ext.models.checkpoint import (
+    Checkpoint,
+    find_folder,
+    first_line,
+    read_json,
+    read_weights,
+)
+from vlm_prune_ext.models.fields import explained
 
 ARCHITECTURES = {
     "LlavaLlamaForCausalLM": LlamaConfig,
@@ -150,7 +157,8 @@ class OriginalCheckpoint:
         pad = fields.get("pad_token_id")
         if pad is None or not 0 <= pad < self.config["vocab_size"]:
             fields.pop("pad_token_id", None)
-        return kind(**fields)
+        with explained(self.what):
+            return kind(**fields)
 
     def multimodal_config(self) -> dict[str, Any]:
         """Keyword arguments that ``LlavaConfig`` and ``LlavaNextConfig`` share."""
@@ -183,9 +191,10 @@ class OriginalCheckpoint:
         """
         weights = self.weights()
         check_weights(kind, config, weights, self.what)
-        model = kind.from_pretrained(
-            None, config=config, state_dict=weights, **options.from_pretrained_arguments()
-        )
+        with explained(self.what):
+            model = kind.from_pretrained(
+                None, config=config, state_dict=weights, **options.from_pretrained_arguments()
+            )
         add_placeholder_row(model)
         model.generation_config = self._generation_config(config)
         return model.eval()
@@ -218,7 +227,8 @@ class Tower:
         self.name, self.folder, self.local = name, folder, local
         self.what = f"vision tower {name!r}"
         fields = KNOWN_TOWERS[name] if folder is None else _vision_fields(folder, self.what)
-        self.config = CLIPVisionConfig(**fields)
+        with explained(self.what):
+            self.config = CLIPVisionConfig(**fields)
 
     @staticmethod
     def find(name: str, source: Checkpoint) -> Tower:
@@ -291,7 +301,7 @@ def check_weights(kind: Any, config: Any, weights: Mapping[str, torch.Tensor], w
     Raises:
         InputError: naming up to three weights that do not fit.
     """
-    with torch.device("meta"):
+    with explained(what), torch.device("meta"):
         expected = {name: value.shape for name, value in kind(config).state_dict().items()}
     if config.tie_word_embeddings:
         expected.pop("lm_head.weight", None)
@@ -344,5 +354,4 @@ def load_tokenizer(source: Checkpoint) -> Any:
     try:
         return kind.from_pretrained(str(folder), **more)
     except Exception as error:  # many kinds, by format and version
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"The tokenizer of {what} cannot be read: {first}") from error
+        raise InputError(f"The tokenizer of {what} cannot be read: {first_line(error)}") from error

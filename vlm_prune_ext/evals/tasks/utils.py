@@ -7,24 +7,18 @@ in the user's cache folder (``XDG_CACHE_HOME``, else ``~/.cache``).
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
 import re
 import string
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import datasets
 
-from vlm_prune_ext.evals.cache import cache_folder
+from vlm_prune_ext.evals.cache import demo_data
 
-SEED = 0
-SAMPLES = 100
 LETTERS = "ABCD"
 YES_NO_SUFFIX = " Please answer yes or no."
 
@@ -33,44 +27,8 @@ Prompts = Mapping[str, str]
 
 
 # -- data ----------------------------------------------------------------------------------------
-def data_folder() -> Path:
-    """Where the parquet files are; generated first where nobody named a folder."""
-    named = os.environ.get("VLM_PRUNE_DEMO_DATA")
-    if named:
-        return Path(named).expanduser()
-    folder = cache_folder() / f"shapes_parquet_seed{SEED}_samples{SAMPLES}_{_recipe()}"
-    if not folder.exists():
-        _generate(folder)
-    return folder
-
-
-def _recipe() -> str:
-    """Changes when the code that draws pictures and asks questions does."""
-    from vlm_prune_ext import demo
-
-    digest = hashlib.sha1(usedforsecurity=False)
-    for name in ("drawing", "questions", "scenes", "writers"):
-        path = Path(demo.__file__).with_name(f"{name}.py")
-        digest.update(path.read_bytes() if path.is_file() else b"")
-    return digest.hexdigest()[:8]
-
-
-def _generate(folder: Path) -> None:
-    """Write the fixed set beside its place and move it there, so that it is whole or absent."""
-    from vlm_prune_ext.demo.writers import write_lmms_parquet
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".shapes_") as part:
-        write_lmms_parquet(Path(part) / "data", SEED, SAMPLES)
-        try:
-            (Path(part) / "data").rename(folder)
-        except OSError:  # another process was faster
-            if not folder.exists():
-                raise
-
-
 def _load(kind: str) -> datasets.Dataset:
-    path = data_folder() / f"{kind}.parquet"
+    path = demo_data("parquet") / f"{kind}.parquet"
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is missing: VLM_PRUNE_DEMO_DATA must name a folder made by "

@@ -1,0 +1,317 @@
+"""InternVL in the format in which it was published (``InternVLChatModel``), e.g. InternVL2-2B.
+
+Code: https://github.com/OpenGVLab/InternVL. Such a repository brings code of its own, made for
+transformers 4.37, which no longer runs: its InternLM2 has no ``generate`` since 4.50, and 5.x asks
+for fields that it does not set. So the weights are read into transformers' own modules and nothing
+of that code is run. InternLM2 is LLaMA with the three attention projections in one matrix and other
+names, so this is exact; its tokenizer is built from ``tokenizer.model``.
+
+It is done only where the user says ``trust_remote_code=True``, as for any checkpoint of that form.
+Where weights or settings are of another kind (InternLM3, Phi-3, a variant with modules of its own)
+the checkpoint's code is run then, if transformers can run it: :mod:`.internvl_remote`.
+
+Deviations: answers end at the end-of-turn token, as there; tiles are resized on tensors, as in the
+``-hf`` checkpoints, which may change a pixel by one step of 255.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import (
+    GenerationConfig,
+    GotOcr2ImageProcessor,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLVisionConfig,
+)
+
+from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.models import internvl_remote
+from vlm_prune_ext.models.base import Family, LoadOptions, PromptProcessor, is_named
+from vlm_prune_ext.models.checkpoint import Checkpoint, read_json, read_weights
+from vlm_prune_ext.models.fields import explained
+from vlm_prune_ext.models.hub_processor import token_id
+from vlm_prune_ext.models.internvl import CONTEXT, InternVLProcessor
+from vlm_prune_ext.models.internvl_tokenizer import load_chat_tokenizer
+from vlm_prune_ext.models.original import TEXT_FIELDS, check_weights
+from vlm_prune_ext.models.prompts import IMAGE, STYLES, Style, chatml
+
+NAME = "internvl_chat"
+ARCHITECTURE = "InternVLChatModel"
+DECODERS = {
+    "InternLM2ForCausalLM": "llama",
+    "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+"""Decoders whose weights transformers' own modules take: class in ``llm_config`` -> model type."""
+
+END = "<|im_end|>"
+_WINDOWS = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
+_VISION_FIELDS = {
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_hidden_layers": "num_hidden_layers",
+    "num_attention_heads": "num_attention_heads",
+    "num_channels": "num_channels",
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "hidden_act": "hidden_act",
+    "layer_norm_eps": "layer_norm_eps",
+    "norm_type": "norm_type",
+    "qk_normalization": "use_qk_norm",
+    "qkv_bias": "attention_bias",
+}
+# In this order: longer names first.
+_VISION_NAMES = (
+    ("embeddings.class_embedding", "embeddings.cls_token"),
+    ("embeddings.position_embedding", "embeddings.position_embeddings"),
+    ("embeddings.patch_embedding", "embeddings.patch_embeddings.projection"),
+    ("encoder.layers.", "encoder.layer."),
+    (".attn.proj.", ".attention.projection_layer."),
+    (".attn.", ".attention."),
+    (".norm1.", ".layernorm_before."),
+    (".norm2.", ".layernorm_after."),
+    (".ls1", ".lambda_1"),
+    (".ls2", ".lambda_2"),
+)
+_PROJECTOR_NAMES = {"0": "layer_norm", "1": "linear_1", "3": "linear_2"}
+_INTERNLM2_NAMES = (
+    ("tok_embeddings", "embed_tokens"),
+    (".attention.wo.", ".self_attn.o_proj."),
+    (".attention.wqkv.", ".self_attn.wqkv."),
+    (".feed_forward.w1.", ".mlp.gate_proj."),
+    (".feed_forward.w2.", ".mlp.down_proj."),
+    (".feed_forward.w3.", ".mlp.up_proj."),
+    (".attention_norm.", ".input_layernorm."),
+    (".ffn_norm.", ".post_attention_layernorm."),
+)
+
+# What the published code says in front, by the `template` of config.json.
+_SYSTEM_2 = (
+    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, "
+    "是一个有用无害的人工智能助手。"
+)
+_SYSTEM_2_5 = (
+    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位"
+    "联合开发的多模态大语言模型。"
+)
+
+
+def _closed(system: str) -> Style:
+    """InternVL2's turns: no line break behind the end of a turn."""
+    return Style(
+        system=f"<|im_start|>system\n{system}{END}",
+        said_system=f"<|im_start|>system\n{{}}{END}",
+        user=f"<|im_start|>user\n{{}}{END}",
+        answer=f"{{}}{END}",
+        opening="<|im_start|>assistant\n",
+        image=f"{IMAGE}\n",
+        after_system="",
+    )
+
+
+CHAT_STYLES: Mapping[str, Style] = {
+    "internlm2-chat": _closed(_SYSTEM_2),
+    "Hermes-2": _closed(_SYSTEM_2),
+    "internvl2_5": chatml(f"{IMAGE}\n", system=_SYSTEM_2_5),
+    "plain": STYLES["plain"],
+}
+"""Conversation templates, by the names that the checkpoints give them."""
+
+
+def published_config(source: Checkpoint) -> InternVLConfig:
+    """transformers' configuration of a checkpoint in the published format.
+
+    Raises:
+        InputError: a field that is missing, or a setting that transformers' modules do not have.
+    """
+    config, what = source.config, f"checkpoint {source.name!r}"
+    parts: list[dict[str, Any]] = []
+    for name in ("llm_config", "vision_config"):
+        if not isinstance(config.get(name), dict):
+            raise InputError(f"config.json of {what} has no {name}, which its format needs.")
+        parts.append(config[name])
+    text, vision = parts
+    decoder = (text.get("architectures") or [None])[0]
+    side = config.get("force_image_size") or vision.get("image_size")
+    accepted = {
+        "llm_config.architectures": (decoder, tuple(DECODERS)),
+        "ps_version": (config.get("ps_version", "v1"), ("v2",)),
+        "force_image_size": (side, (vision.get("image_size"),)),
+        "template": (config.get("template"), tuple(CHAT_STYLES)),
+        "use_thumbnail": (config.get("use_thumbnail", True), (True,)),
+    }
+    for name, (value, values) in accepted.items():
+        if value not in values:
+            raise InputError(
+                f"{name}={value!r} of {what} is not known; accepted: {', '.join(map(str, values))}."
+            )
+    fields = {name: text[name] for name in (*TEXT_FIELDS, *_WINDOWS) if name in text}
+    if "bias" in text:  # InternLM2's name
+        fields["attention_bias"] = bool(text["bias"])
+    tied = bool(text.get("tie_word_embeddings", False))
+    fields |= {"use_cache": True, "tie_word_embeddings": tied}
+    tower = {ours: vision[theirs] for theirs, ours in _VISION_FIELDS.items() if theirs in vision}
+    made = InternVLConfig(
+        text_config={"model_type": DECODERS[decoder], **fields},
+        vision_config=InternVLVisionConfig(**tower).to_dict(),
+        downsample_ratio=config.get("downsample_ratio", 0.5),
+        vision_feature_layer=config.get("select_layer", -1),
+        tie_word_embeddings=tied,
+    )
+    made.image_seq_length = int((side // tower["patch_size"] * made.downsample_ratio) ** 2)
+    return made
+
+
+def published_weights(source: Checkpoint, config: Any) -> dict[str, torch.Tensor]:
+    """All weights under the names of transformers' modules, fused projections taken apart."""
+    named: dict[str, torch.Tensor] = {}
+    internlm2 = source.config["llm_config"]["architectures"][0] == "InternLM2ForCausalLM"
+    for name, value in read_weights(source.folder, f"checkpoint {source.name!r}").items():
+        if name.endswith("rotary_emb.inv_freq"):
+            continue
+        head, _, rest = name.partition(".")
+        if head == "vision_model":
+            named |= _vision_weight(rest, value)
+        elif head == "mlp1":
+            place, _, kind = rest.partition(".")
+            layer = _PROJECTOR_NAMES.get(place, place)
+            named[f"model.multi_modal_projector.{layer}.{kind}"] = value
+        elif head == "language_model":
+            named |= _text_weight(rest, value, config.text_config, internlm2)
+        else:
+            named[name] = value
+    return named
+
+
+def _vision_weight(name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
+    for theirs, ours in _VISION_NAMES:
+        name = name.replace(theirs, ours)
+    name = f"model.vision_tower.{name}"
+    if ".attention.qkv." not in name:
+        return {name: value}
+    thirds = zip("qkv", value.chunk(3), strict=True)
+    return {name.replace(".qkv.", f".{part}_proj."): third for part, third in thirds}
+
+
+def _text_weight(
+    name: str, value: torch.Tensor, config: Any, internlm2: bool
+) -> dict[str, torch.Tensor]:
+    if internlm2:
+        name = re.sub(r"^output\.", "lm_head.", name)
+        for theirs, ours in _INTERNLM2_NAMES:
+            name = name.replace(theirs, ours)
+    if name.startswith("model."):
+        name = "model.language_model." + name.removeprefix("model.")
+    if ".self_attn.wqkv." not in name:
+        return {name: value}
+    # Per key-value head: the queries that share it, its key, its value.
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    rows = value.view(groups, heads // groups + 2, -1, *value.shape[1:])
+    parts = {"q": rows[:, :-2], "k": rows[:, -2], "v": rows[:, -1]}
+    return {
+        name.replace(".wqkv.", f".{part}_proj."): rows.reshape(-1, *value.shape[1:]).contiguous()
+        for part, rows in parts.items()
+    }
+
+
+class ChatProcessor(InternVLProcessor):
+    """Prompts and tiles as the published code makes them.
+
+    Args:
+        model, tokenizer, image_token_id: as in :class:`PromptProcessor`.
+        config: contents of the checkpoint's ``config.json``.
+        per_tile: visual tokens of one tile.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        image_token_id: int,
+        config: Mapping[str, Any],
+        per_tile: int,
+        mean: Any = None,
+        std: Any = None,
+    ) -> None:
+        side = config.get("force_image_size") or config["vision_config"]["image_size"]
+        pictures = GotOcr2ImageProcessor(
+            size={"height": side, "width": side},
+            image_mean=mean or [0.485, 0.456, 0.406],
+            image_std=std or [0.229, 0.224, 0.225],
+            min_patches=config.get("min_dynamic_patch", 1),
+            max_patches=config.get("max_dynamic_patch", 6),
+        )
+        template = config["template"]
+        super().__init__(
+            model, tokenizer, pictures, image_token_id, NAME, template, CHAT_STYLES, per_tile
+        )
+        self.OPTIONS = {"crop_to_patches": bool(config.get("dynamic_image_size", False))}
+
+
+def _processor(
+    source: Checkpoint, model: Any, tokenizer: Any, image_token_id: int, per_tile: int
+) -> ChatProcessor:
+    path, stored = source.folder / "preprocessor_config.json", {}
+    if path.is_file():
+        stored = read_json(path, f"checkpoint {source.name!r}")
+    mean, std = stored.get("image_mean"), stored.get("image_std")
+    return ChatProcessor(model, tokenizer, image_token_id, source.config, per_tile, mean, std)
+
+
+def _load(source: Checkpoint, options: LoadOptions) -> tuple[Any, PromptProcessor]:
+    what = f"checkpoint {source.name!r}"
+    if not options.trust_remote_code:
+        raise InputError(
+            f"{what} is in InternVL's own format, which comes with code from the checkpoint: say "
+            "trust_remote_code=True (--trust-remote-code) if you trust it, or take one in Hugging "
+            "Face format, whose name ends in -hf, e.g. OpenGVLab/InternVL3-2B-hf."
+        )
+    tokenizer = load_chat_tokenizer(source)
+    image = token_id(tokenizer, CONTEXT, what)
+    try:
+        with explained(what):
+            config = published_config(source)
+            weights = published_weights(source, config)
+        check_weights(InternVLForConditionalGeneration, config, weights, what)
+    except InputError as misfit:
+        model = internvl_remote.load_model(source, options, misfit, image)
+        per_tile = internvl_remote.tile_length(model)
+    else:
+        config.image_token_id = image
+        with explained(what):
+            model = InternVLForConditionalGeneration.from_pretrained(
+                None, config=config, state_dict=weights, **options.from_pretrained_arguments()
+            ).eval()
+        per_tile = config.image_seq_length
+    _set_ends(model, tokenizer, token_id(tokenizer, END, what))
+    return model, _processor(source, model, tokenizer, image, per_tile)
+
+
+def _set_ends(model: Any, tokenizer: Any, stop: int) -> None:
+    """Answers end with the assistant's turn, as the published code has it."""
+    pad = tokenizer.pad_token_id
+    made = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=stop,
+        pad_token_id=stop if pad is None else pad,
+    )
+    model.generation_config = made
+    if internvl_remote.owns(model):  # its language model is who generates
+        model.language_model.generation_config = made
+
+
+FAMILY = Family(
+    name=NAME,
+    title="InternVL, published format",
+    owns=internvl_remote.owns,
+    parts=internvl_remote.parts,
+    architectures=(ARCHITECTURE,),
+    recognises=is_named(ARCHITECTURE),
+    load=_load,
+)
