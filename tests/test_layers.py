@@ -20,7 +20,8 @@ LAYERS = [
     {"models"},
     {"pruning", "resets", "measure", "settings", "demo"},
     {"evals"},
-    {"bench", "profiling", "ablation"},
+    {"bench"},
+    {"profiling", "ablation"},
     {"commands"},
     {"cli"},
 ]

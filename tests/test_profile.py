@@ -222,6 +222,48 @@ def test_quantised_layers_stay_near(precision: str, worst: float, llava: Path) -
     assert type(model.lm_head) is torch.nn.Linear
 
 
+def test_published_shapes_with_random_weights(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a narrow one here; the full ones are the same code on a GPU."""
+    from vlm_prune_ext.bench import shapes
+
+    config = shapes.SHAPES["llava-1.5-7b"]()
+    config.text_config.update({"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4})
+    config.text_config.update({"intermediate_size": 96, "num_key_value_heads": 4, "head_dim": 16})
+    config.vision_config.update({"hidden_size": 32, "num_hidden_layers": 2})
+    config.vision_config.update({"intermediate_size": 48, "num_attention_heads": 2})
+    monkeypatch.setitem(shapes.SHAPES, "llava-1.5-7b", lambda: config)  # type: ignore[arg-type]
+    name = "random:llava-1.5-7b"
+    measure(
+        folder, tmp_path, model_name=name, device="cpu", samples=1, method=["fastv:9,agg_layer=1"]
+    )
+    result = lines_of(tmp_path)[0]["result"]
+    assert result["tokens"]["visual"] == 576 and result["tokens"]["visual_last"] == 9
+    assert result["flops"]["ratio"] == pytest.approx(1, rel=0.02)
+    with pytest.raises(InputError, match="Did you mean 'random:llava-1"):
+        measure(folder, tmp_path / "x", model_name="random:llava-1.5-8b", device="cpu")
+
+
+def test_energy_in_reports(folder: Path, llava: Path, tmp_path: Path) -> None:
+    """What a machine with a counter would have written, in place of nothing."""
+    measure(folder, tmp_path, model_name=str(llava), device="cpu", method=["none", "fastv:5"])
+    empty = write_reports(tmp_path)[2].read_text()
+    if lines_of(tmp_path)[0]["result"]["energy"]["counted"] is None:
+        assert "energy is left empty" in empty
+        assert "| 0.00 | " not in empty.partition("| none |")[2].partition("GFLOP")[0]
+    lines = lines_of(tmp_path)
+    for number, line in enumerate(lines, 1):
+        line["result"]["energy"]["counted"] = 12.5 * number
+        line["host"]["idle_watts"] = 71.4
+    (tmp_path / LOG).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    narrow = Image.open(tmp_path / "pretty_results" / "llava_method.png").width
+    page = write_reports(tmp_path)[2].read_text()
+    assert "| 12.50 |" in page and "| 25.00 |" in page and "Idle power: 71 W" in page
+    # One more panel: energy against the visual tokens that are left.
+    assert Image.open(tmp_path / "pretty_results" / "llava_method.png").width > 1.2 * narrow
+
+
 @pytest.mark.slow
 def test_compiled_is_the_same_model(folder: Path, llava: Path, tmp_path: Path) -> None:
     try:

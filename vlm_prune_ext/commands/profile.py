@@ -49,7 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", default="outputs_profile", metavar="DIR", help="default: outputs_profile"
     )
     axes = {
-        "model-name": ("NAME", "folders, repositories or short names (default: demo)"),
+        "model-name": (
+            "NAME",
+            "folders, repositories, short names, random:llava-1.5-7b (default: demo)",
+        ),
         "img-size": ("N", "pixels a side, or none (default: pictures as they are)"),
         "batch-size": ("N", "default: 1"),
         "optimization": ("NAME", f"{OPTIMIZATIONS} (default: as the checkpoint, fp32 on a CPU)"),

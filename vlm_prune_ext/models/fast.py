@@ -342,7 +342,7 @@ def _why_not_options(model: Any, kwargs: Mapping[str, Any]) -> str | None:
     config = model.generation_config
     if config.do_sample and "do_sample" not in kwargs:
         return "the model's generation_config samples"
-    odd = sorted(set(config.to_diff_dict()) - _HARMLESS)
+    odd = sorted(k for k, v in config.to_diff_dict().items() if v and k not in _HARMLESS)
     if odd:
         return f"the model's generation_config sets {odd[0]}"
     if _limit(model, kwargs) < 1:

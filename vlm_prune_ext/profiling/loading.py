@@ -24,14 +24,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlm_prune_ext.bench.shapes import SHAPES, random_model
 from vlm_prune_ext.demo import CHECKPOINT
-from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.errors import InputError, unknown_name
 from vlm_prune_ext.models import load, parts_of
+from vlm_prune_ext.models.fast import turn_on_fast
+from vlm_prune_ext.models.llava import LlavaProcessor, visual_tokens
 from vlm_prune_ext.profiling.grid import Optimization
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _ATTENTION = {"flash": "flash_attention_2", "sdpa": "sdpa", "eager": "eager"}
 _QUANTIZED = ("int8", "int4")
+RANDOM = "random:"
+"""In front of the name of a shape."""
 # T5 reads the type of this layer's weight to choose that of its input.
 _KEEP = ("wo",)
 
@@ -103,7 +108,8 @@ def load_for(
     """Load a model.
 
     Args:
-        name: folder, repository or short name; ``"demo"`` is the demo's checkpoint.
+        name: folder, repository or short name; ``"demo"`` is the demo's checkpoint, and
+            ``"random:llava-1.5-7b"`` a published shape with random weights.
         device: as :func:`resolve_device` names it.
         optimization: what is asked for.
         trust_remote_code: see :func:`vlm_prune_ext.load`.
@@ -111,7 +117,8 @@ def load_for(
     Raises:
         InputError: whatever :func:`vlm_prune_ext.load` refuses.
     """
-    precision = optimization.precision
+    if name.startswith(RANDOM):
+        return _finished(*_random(name.removeprefix(RANDOM), device, optimization), optimization)
     more: dict[str, Any] = {"fast": True} if optimization.form == "fast" else {}
     if trust_remote_code:
         more["trust_remote_code"] = True
@@ -122,7 +129,35 @@ def load_for(
         attn_implementation=_ATTENTION[optimization.kernel] if optimization.kernel else None,
         **more,
     )
+    return _finished(model, processor, optimization)
+
+
+def _random(shape: str, device: str, optimization: Optimization) -> tuple[Any, Any]:
+    """A LLaVA-1.5 of a published shape with random weights, for speed and energy: its answers mean
+    nothing. Prompts and pictures are made by the demo's tokenizer and image processor."""
+    config = SHAPES[shape]() if shape in SHAPES else None
+    if config is None or config.model_type != "llava":
+        names = [f"{RANDOM}{name}" for name in SHAPES if name.startswith("llava-1.5")]
+        raise unknown_name("model", f"{RANDOM}{shape}", names)
+    half = torch.float32 if device == "cpu" else torch.bfloat16
+    model = random_model(
+        shape,
+        dtype=_dtype(optimization, device) or half,
+        device=torch.device(device),
+        attn_implementation=_ATTENTION[optimization.kernel or "sdpa"],
+    )
+    _, demo = load(str(CHECKPOINT), device="cpu")
+    token, count = model.config.image_token_id, visual_tokens(model.config)
+    processor = LlavaProcessor(model, demo.tokenizer, demo.image_processor, token, count)
+    if optimization.form == "fast":
+        turn_on_fast(model, parts_of(model), True)
+    return model, processor
+
+
+def _finished(model: Any, processor: Any, optimization: Optimization) -> Loaded:
+    """The model in the form that is asked for, and what its precision is."""
     model.eval()
+    precision = optimization.precision
     if precision is None:
         names = {dtype: name for name, dtype in _DTYPES.items()}
         precision = names.get(model.dtype, str(model.dtype))
