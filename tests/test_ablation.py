@@ -584,7 +584,7 @@ def job_of(folder: Path, count: int, batch: int) -> tuple[worker.Job, files.Line
     rows = []
     for index in range(count):
         path = folder / f"{index}.png"
-        makers.photo(seed=index).save(path)
+        makers.photo(120, 60, seed=index).save(path)  # a panorama
         rows.append(Row(index, path.name, str(path), makers.QUESTIONS[index % 4], ("x",)))
     lines = files.Lines(folder / "lines.jsonl")
     lines.begin({})

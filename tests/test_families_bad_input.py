@@ -116,6 +116,22 @@ def test_unknown_keywords(made: dict[str, Path]) -> None:
     assert "does not load (ValueError" in said and "'auto'" in said
 
 
+def test_how_to_fetch_reaches_the_hub(
+    made: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def download(name: str, **given: Any) -> str:
+        seen.append({"name": name, **given})
+        return str(made["gemma3"])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    load(Path("google/gemma-3-4b-it"), token="secret", cache_dir="here", revision="main")
+    (given,) = seen
+    assert given["name"] == "google/gemma-3-4b-it" and given["revision"] == "main"
+    assert given["token"] == "secret" and given["cache_dir"] == "here"
+
+
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3", "blip2_opt", "fuyu", "internvl"])
 def test_weights_of_another_shape(name: str, made: dict[str, Path], tmp_path: Path) -> None:
     said = refused(edited(made[name], tmp_path, "text_config", vocab_size=100))

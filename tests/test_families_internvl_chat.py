@@ -215,6 +215,19 @@ def test_only_where_the_user_says_so(made: dict[str, Any], tmp_path: Path, capsy
     assert told.count("\n") == 1 and "--trust-remote-code" in told and "-hf" in told
 
 
+def test_launchers_refuse_before_they_start(made: dict[str, Any], capsys: Any) -> None:
+    pytest.importorskip("lmms_eval")
+    from vlm_prune_ext.evals import lmms_launch
+
+    settings = {"pretrained": str(made["InternLM2ForCausalLM"][0]), "method": "fastv"}
+    with pytest.raises(vp.InputError, match="--trust-remote-code"):
+        lmms_launch._check_checkpoint("vlm_prune", settings)
+    settings["trust_remote_code"] = "true"
+    lmms_launch._check_checkpoint("vlm_prune", settings)
+    with pytest.raises(vp.InputError, match=r"agg_layer=9 is not valid.*a model of 4 layers"):
+        lmms_launch._check_checkpoint("vlm_prune", {**settings, "agg_layer": "9"})
+
+
 def test_both_frameworks(made: dict[str, Any], tmp_path: Path) -> None:
     """VLMEvalKit by its command line, scores and all; lmms-eval by its model_args."""
     pytest.importorskip("vlmeval")

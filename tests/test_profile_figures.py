@@ -9,11 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaForConditionalGeneration,
+)
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VisionTransformerPretrainedModel,
+)
 
 import vlm_prune_ext as vp
 from tests.family_makers import KINDS
 from tests.makers import photos, tiny_hf_llava
+from vlm_prune_ext.bench.shapes import SHAPES
 from vlm_prune_ext.flops import DecoderShape, decoder_flops, planned_lengths
 from vlm_prune_ext.measure import (
     CpuEnergyMeter,
@@ -108,6 +118,39 @@ def test_decoders_of_real_shapes(name: str) -> None:
     shape = DecoderShape.from_config(config)
     lengths = planned_lengths(None, shape.layers, text=67, visual=[576])
     assert count.total == pytest.approx(decoder_flops(shape, lengths), rel=0.001)
+
+
+def test_towers_of_real_shapes() -> None:
+    """CLIP and the Q-Former behind ViT-g whole, without weights; Qwen2.5-VL's tower in its real
+    widths, two of its layers."""
+    with torch.device("meta"), torch.no_grad():
+        ids = torch.zeros(1, 643, dtype=torch.int64)
+        llava = LlavaForConditionalGeneration(SHAPES["llava-1.5-7b"]())
+        pixels = torch.zeros(1, 3, 336, 336)
+        with count_flops(vision_modules(llava)) as count:
+            llava.get_image_features(pixels)
+        inputs = {"input_ids": ids, "pixel_values": pixels}
+        _agree(count.vision, llava.config, inputs)
+        config = Blip2Config(num_query_tokens=32)
+        blip2 = Blip2ForConditionalGeneration(config)
+        pixels = torch.zeros(1, 3, 224, 224)
+        with count_flops(vision_modules(blip2)) as count:
+            seen = blip2.vision_model(pixels).last_hidden_state
+            found = blip2.qformer(query_embeds=blip2.query_tokens, encoder_hidden_states=seen)
+            blip2.language_projection(found.last_hidden_state)
+        _agree(count.vision, config, {"input_ids": ids, "pixel_values": pixels})
+    config = SHAPES["qwen2.5-vl-3b"]()
+    config.vision_config.depth, config.vision_config.fullatt_block_indexes = 2, [1]
+    tower = Qwen2_5_VisionTransformerPretrainedModel(config.vision_config).eval()
+    grid = torch.tensor([[1, 18, 22]])
+    with torch.no_grad(), count_flops([tower]) as count:
+        tower(torch.zeros(18 * 22, 1176), grid_thw=grid)
+    _agree(count.vision, config, {"input_ids": ids, "image_grid_thw": grid})
+
+
+def _agree(counted: float, config: Any, inputs: dict[str, Any]) -> None:
+    analytic = prefill_flops(config, inputs)
+    assert analytic is not None and counted == pytest.approx(analytic.vision, rel=0.001)
 
 
 def test_grouped_heads_in_fused_attention() -> None:

@@ -314,13 +314,23 @@ class PowerSampler:
         last = False
         while True:
             try:
-                watts = self._nvml.nvmlDeviceGetPowerUsage(self._handle) / 1000.0
+                watts = self._watts()
             except self._nvml.NVMLError:
                 return
             self.samples.append((time.perf_counter(), watts))
             if last:
                 return
             last = self._done.wait(self._period)  # then one more sample, at the very end
+
+    def _watts(self) -> float:
+        """Power at this moment; where a GPU does not give that, its mean over the last second."""
+        nvml = self._nvml
+        field = getattr(nvml, "NVML_FI_DEV_POWER_INSTANT", None)
+        if field is not None:
+            found = nvml.nvmlDeviceGetFieldValues(self._handle, [field])[0]
+            if found.nvmlReturn == nvml.NVML_SUCCESS:
+                return float(found.value.uiVal) / 1000.0
+        return nvml.nvmlDeviceGetPowerUsage(self._handle) / 1000.0
 
     @property
     def joules(self) -> float | None:

@@ -7,10 +7,7 @@ LANGUAGES = ("en", "ko")
 _TEXTS: dict[str, tuple[str, str]] = {
     "title": ("VLM captioning ablation", "VLM 캡셔닝 절제 실험"),
     "models": ("models", "모델"),
-    "runs": (
-        "{runs} runs: {models} models x {methods} methods",
-        "실행 {runs}개: 모델 {models}개 x 방법 {methods}개",
-    ),
+    "runs": ("{methods} ({runs} runs)", "{methods} (실행 {runs}개)"),
     "methods": ("methods", "방법"),
     "data": ("data", "데이터"),
     "rows": ("{path}, {rows} rows", "{path}, {rows}개 행"),
@@ -36,7 +33,7 @@ _TEXTS: dict[str, tuple[str, str]] = {
         "{name} 실패 {time} ({seconds}): {reason}",
     ),
     "log": ("log: {path}", "로그: {path}"),
-    "rows_failed": ("{count} rows could not be answered", "{count}개 행은 답을 얻지 못함"),
+    "rows_failed": ("rows without an answer: {count}", "답을 얻지 못한 행: {count}개"),
     "missing": ("{metric} is missing: {reason}", "{metric} 없음: {reason}"),
     "per_sample": (
         "{seconds:.3f} s per sample, peak memory {peak}",

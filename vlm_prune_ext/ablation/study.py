@@ -216,21 +216,23 @@ class Study:
         result = read_object(self.folder.result(run.name))
         return result if result and "reason" not in result else None
 
-    def _process(self, run: Run, done: int) -> dict[str, Any]:
-        """Have a process of its own answer the rows; its result."""
-        lines = Lines(self.folder.lines(run.name))
-        job = Job(
+    def job(self, run: Run) -> Job:
+        """What the process of a run is to do."""
+        return Job(
             source=run.model.source,
             method=run.method,
             rows=self.data.rows,
-            lines=str(lines.path),
+            lines=str(self.folder.lines(run.name)),
             result=str(self.folder.result(run.name)),
             batch_size=self.options.batch_size,
             max_new_tokens=self.options.max_new_tokens,
             load=dict(self.options.load),
             parent=os.getpid(),
         )
-        job.write(self.folder.job(run.name))
+
+    def _process(self, run: Run, done: int) -> dict[str, Any]:
+        """Have a process of its own answer the rows; its result."""
+        self.job(run).write(self.folder.job(run.name))
         self.folder.result(run.name).unlink(missing_ok=True)
         command = [sys.executable, "-m", f"{__package__}.worker", str(self.folder.job(run.name))]
         with self.folder.log(run.name).open("a", encoding="utf-8") as log:
@@ -239,7 +241,7 @@ class Study:
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
-        counter = _Counter(lines.path)
+        counter = _Counter(self.folder.lines(run.name))
         try:
             self.console.watch(
                 run.name,
@@ -354,8 +356,8 @@ class Study:
         )
         facts = [(text("models"), f"{len(models)} ({', '.join(models)})")]
         if methods != ["none"]:
-            count = text("runs", runs=len(self.runs), models=len(models), methods=len(methods))
-            facts.append((text("methods"), f"{', '.join(methods)}; {count}"))
+            said = text("runs", methods=", ".join(methods), runs=len(self.runs))
+            facts.append((text("methods"), said))
         facts += [
             (text("data"), rows),
             (text("columns"), ", ".join(used)),

@@ -12,7 +12,7 @@ OUT/pretty_results: a page a model, index.md, and index.html, which holds everyt
 
 What the figures are:
   latency    of a whole generate call on a prepared batch, waited for at its end; the median, p10
-             and p90 of all batches x --repeat, each batch having run once before
+             and p90 of all batches x --repeat, inputs of that shape having run before
   vision     of it, the vision tower and projector; prefill: the rest until the first new token
   energy     joules per example: NVML's counter on a GPU, RAPL on a CPU where it can be read;
              empty where nothing counts
@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "warmup": "runs in front of the first batch (default: 1)",
         "max-new-tokens": "limit of an answer (default: 32)",
         "seed": "default: 0",
-        "energy-seconds": "least time that energy is measured over (default: 2; 0: not at all)",
+        "energy-seconds": "least time that energy is measured over (default: 3; 0: not at all)",
     }
     for name, text in numbers.items():
         parser.add_argument(f"--{name}", metavar="N", help=text)

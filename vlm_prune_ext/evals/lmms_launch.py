@@ -305,9 +305,10 @@ def _check_checkpoint(model: str, settings: Mapping[str, str]) -> None:
     """The checkpoint is there and the method fits it."""
     from vlm_prune_ext.demo import CHECKPOINT
     from vlm_prune_ext.evals.precheck import check_fit
-    from vlm_prune_ext.models.checkpoint import Checkpoint
+    from vlm_prune_ext.models.checkpoint import Checkpoint, check_trust
 
     source = Checkpoint(settings.get("pretrained") or CHECKPOINT, revision=settings.get("revision"))
+    check_trust(source, value_of(settings.get("trust_remote_code")) is True)
     check_fit(source, method_of(model, method_keys(settings)))
 
 

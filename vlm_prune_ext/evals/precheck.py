@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from vlm_prune_ext.methods.base import Method, Stage, require
-from vlm_prune_ext.models.checkpoint import Checkpoint
+from vlm_prune_ext.models.checkpoint import WITH_CODE, Checkpoint
 from vlm_prune_ext.models.original import OriginalCheckpoint, is_original
 
 
@@ -45,6 +45,10 @@ def _config(source: Checkpoint) -> Any:
 
     if is_original(source.config):
         return LlavaConfig(**OriginalCheckpoint(source).multimodal_config())
+    if source.architecture in WITH_CODE:
+        from vlm_prune_ext.models.internvl_chat import published_config
+
+        return published_config(source)
     # Without False it would ask on the terminal whether to run the checkpoint's code.
     return AutoConfig.from_pretrained(str(source.folder), trust_remote_code=False)
 

@@ -199,10 +199,10 @@ def _import_quietly() -> None:
 def _run(settings: Settings) -> int:
     from dataclasses import replace
 
-    from vlm_prune_ext.models.checkpoint import Checkpoint
+    from vlm_prune_ext.models.checkpoint import Checkpoint, check_trust
 
-    if settings.model_path is not None:
-        Checkpoint(settings.model_path)  # a wrong path should not cost an import of 10 seconds
+    if settings.model_path is not None:  # a wrong one should not cost an import of 10 seconds
+        check_trust(Checkpoint(settings.model_path), settings.trust_remote_code)
     if not settings.data:
         settings = replace(settings, data=SHAPES)
     if set(settings.data) <= set(SHAPES):

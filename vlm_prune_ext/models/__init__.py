@@ -17,7 +17,7 @@ from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.models.base import Family, LoadOptions, PromptProcessor, check_keywords
 from vlm_prune_ext.models.catalogue import check_versions
-from vlm_prune_ext.models.checkpoint import Checkpoint
+from vlm_prune_ext.models.checkpoint import FETCHING, Checkpoint
 from vlm_prune_ext.models.convert import convert_to_hf
 from vlm_prune_ext.models.fields import check_fields, check_flash_attention
 
@@ -106,7 +106,8 @@ def load(
             shapes; the arguments and the answers stay the same. ``True`` is an error where that is
             not possible (no GPU, another family, a method whose counts depend on the picture).
             ``None``: no.
-        **kw: further arguments of transformers' ``from_pretrained``, e.g. ``device_map="auto"``.
+        **kw: further arguments of transformers' ``from_pretrained``, e.g. ``device_map="auto"``;
+            ``trust_remote_code=True`` for formats that come with code of their own.
 
     Returns:
         the model in evaluation mode, and its :class:`PromptProcessor`.
@@ -120,7 +121,8 @@ def load(
     _check_attention(attn_implementation)
     stated = dtype_of(dtype) if dtype not in (None, "auto") else None
     check_versions()
-    source = Checkpoint(name_or_path, revision=kw.get("revision"))
+    fetch = {name: kw[name] for name in FETCHING if name in kw}
+    source = Checkpoint(name_or_path, revision=kw.get("revision"), fetch=fetch)
     check_fields(source)
     family = _family_of(source)
     if stated is None:

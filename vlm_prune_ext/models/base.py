@@ -13,6 +13,7 @@ from transformers import BatchFeature
 
 from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.errors import InputError, unknown_name
+from vlm_prune_ext.models.checkpoint import FETCHING
 from vlm_prune_ext.models.images import ImageLike, open_image
 from vlm_prune_ext.models.prompts import IMAGE, STYLES, Style, Turn
 
@@ -45,12 +46,14 @@ class LoadOptions:
         return bool(self.extra.get("trust_remote_code", False))
 
     def from_pretrained_arguments(self) -> dict[str, Any]:
-        """Keyword arguments for ``from_pretrained``, but for ``trust_remote_code``."""
+        """Keyword arguments for ``from_pretrained`` of a local folder, but for
+        ``trust_remote_code``."""
         arguments: dict[str, Any] = {"dtype": self.dtype, "device_map": {"": self.device}}
         if self.attn_implementation is not None:
             arguments["attn_implementation"] = self.attn_implementation
         arguments |= self.extra
-        arguments.pop("trust_remote_code", None)
+        for name in ("trust_remote_code", *FETCHING):  # done with when the folder is there
+            arguments.pop(name, None)
         return arguments
 
 

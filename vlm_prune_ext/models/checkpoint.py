@@ -20,6 +20,12 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 )
+FETCHING = ("cache_dir", "force_download", "local_files_only", "token")
+"""Arguments of loading that say how to fetch from the hub."""
+
+WITH_CODE = ("InternVLChatModel",)
+"""Architectures whose repositories bring code of their own."""
+
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # Everything but weights in formats that nobody here reads.
 _NOT_NEEDED = ["*.msgpack", "*.h5", "*.ot", "*.gguf", "*.onnx", "*.pth"]
@@ -31,24 +37,33 @@ class Checkpoint:
     Args:
         name: as the user gave it; short names of the catalogue are known.
         revision: branch, tag or commit on the hub.
+        fetch: how to fetch from the hub, names in :data:`FETCHING`.
 
     Attributes:
         name: as the user gave it, short names spelled out.
         folder: where its files are.
+        fetch: as above.
         config: contents of ``config.json``.
 
     Raises:
         InputError: nothing is there, or ``config.json`` is missing or broken.
     """
 
-    def __init__(self, name: str | os.PathLike[str], *, revision: str | None = None) -> None:
+    def __init__(
+        self,
+        name: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        fetch: Mapping[str, Any] | None = None,
+    ) -> None:
         if not isinstance(name, str | os.PathLike):
             raise InputError(
                 f"checkpoint {name!r} is not valid: give a folder, or owner/name of a repository "
                 "on the Hugging Face hub."
             )
         self.name = os.fspath(resolve(name))
-        self.folder = find_folder(self.name, revision=revision)
+        self.fetch = dict(fetch or {})
+        self.folder = find_folder(self.name, revision=revision, fetch=self.fetch)
         self.config = read_json(self.folder / "config.json", f"checkpoint {self.name!r}")
 
     @property
@@ -58,8 +73,25 @@ class Checkpoint:
         return str(names[0])
 
 
+def check_trust(source: Checkpoint, trusted: bool) -> None:
+    """Raise InputError where a checkpoint is of a form that comes with code of its own, and the
+    user did not say that it is trusted."""
+    if source.architecture in WITH_CODE and not trusted:
+        raise InputError(
+            f"checkpoint {source.name!r} is in InternVL's own format, which comes with code from "
+            "the checkpoint: say trust_remote_code=True (--trust-remote-code) if you trust it, or "
+            "take one in Hugging Face format, whose name ends in -hf, e.g. "
+            "OpenGVLab/InternVL3-2B-hf."
+        )
+
+
 def find_folder(
-    name: str, *, revision: str | None = None, what: str = "checkpoint", weights: bool = True
+    name: str,
+    *,
+    revision: str | None = None,
+    what: str = "checkpoint",
+    weights: bool = True,
+    fetch: Mapping[str, Any] | None = None,
 ) -> Path:
     """The local folder of a checkpoint, fetched first where ``name`` is one on the hub.
 
@@ -68,6 +100,7 @@ def find_folder(
         revision: on the hub.
         what: for messages.
         weights: whether its weights are wanted too.
+        fetch: see :class:`Checkpoint`.
 
     Raises:
         InputError: it is neither.
@@ -82,17 +115,20 @@ def find_folder(
             f"{what} {name!r} does not exist: give a folder with a config.json, or owner/name of a "
             "repository on the Hugging Face hub."
         )
-    return _fetch(name, revision, what, weights)
+    return _fetch(name, revision, what, weights, fetch or {})
 
 
-def _fetch(name: str, revision: str | None, what: str, weights: bool) -> Path:
+def _fetch(
+    name: str, revision: str | None, what: str, weights: bool, more: Mapping[str, Any]
+) -> Path:
     from httpx import HTTPError  # what huggingface_hub speaks through
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
     unwanted = [*_NOT_NEEDED] if weights else [*_NOT_NEEDED, "*.bin", "*.safetensors"]
     try:
-        return Path(snapshot_download(name, revision=revision, ignore_patterns=unwanted))
+        folder = snapshot_download(name, revision=revision, ignore_patterns=unwanted, **more)
+        return Path(folder)
     except (OSError, ValueError, HTTPError, HfHubHTTPError) as error:
         raise InputError(
             f"{what} {name!r} is no local folder and could not be fetched from the Hugging Face "

@@ -32,7 +32,13 @@ from transformers import (
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.models import internvl_remote
 from vlm_prune_ext.models.base import Family, LoadOptions, PromptProcessor, is_named
-from vlm_prune_ext.models.checkpoint import Checkpoint, read_json, read_weights
+from vlm_prune_ext.models.checkpoint import (
+    WITH_CODE,
+    Checkpoint,
+    check_trust,
+    read_json,
+    read_weights,
+)
 from vlm_prune_ext.models.fields import explained
 from vlm_prune_ext.models.hub_processor import token_id
 from vlm_prune_ext.models.internvl import CONTEXT, InternVLProcessor
@@ -41,7 +47,7 @@ from vlm_prune_ext.models.original import TEXT_FIELDS, check_weights
 from vlm_prune_ext.models.prompts import IMAGE, STYLES, Style, chatml
 
 NAME = "internvl_chat"
-ARCHITECTURE = "InternVLChatModel"
+(ARCHITECTURE,) = WITH_CODE
 DECODERS = {
     "InternLM2ForCausalLM": "llama",
     "LlamaForCausalLM": "llama",
@@ -266,12 +272,7 @@ def _processor(
 
 def _load(source: Checkpoint, options: LoadOptions) -> tuple[Any, PromptProcessor]:
     what = f"checkpoint {source.name!r}"
-    if not options.trust_remote_code:
-        raise InputError(
-            f"{what} is in InternVL's own format, which comes with code from the checkpoint: say "
-            "trust_remote_code=True (--trust-remote-code) if you trust it, or take one in Hugging "
-            "Face format, whose name ends in -hf, e.g. OpenGVLab/InternVL3-2B-hf."
-        )
+    check_trust(source, options.trust_remote_code)
     tokenizer = load_chat_tokenizer(source)
     image = token_id(tokenizer, CONTEXT, what)
     try:

@@ -218,13 +218,21 @@ class Tower:
         name: as the configuration has it.
         folder: where its configuration is, or ``None`` for a known tower that is not at hand.
         local: whether the folder is the user's own, and not a repository fetched without weights.
+        fetch: see :class:`Checkpoint`.
 
     Attributes:
         config: its sizes.
     """
 
-    def __init__(self, name: str, folder: Path | None, *, local: bool) -> None:
-        self.name, self.folder, self.local = name, folder, local
+    def __init__(
+        self,
+        name: str,
+        folder: Path | None,
+        *,
+        local: bool,
+        fetch: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.name, self.folder, self.local, self.fetch = name, folder, local, fetch
         self.what = f"vision tower {name!r}"
         fields = KNOWN_TOWERS[name] if folder is None else _vision_fields(folder, self.what)
         with explained(self.what):
@@ -237,12 +245,12 @@ class Tower:
             if folder.is_dir():
                 return Tower(name, folder, local=True)
         try:
-            folder = find_folder(name, what="vision tower", weights=False)
+            folder = find_folder(name, what="vision tower", weights=False, fetch=source.fetch)
         except InputError:
             if name in KNOWN_TOWERS:
-                return Tower(name, None, local=False)
+                return Tower(name, None, local=False, fetch=source.fetch)
             raise
-        return Tower(name, folder, local=False)
+        return Tower(name, folder, local=False, fetch=source.fetch)
 
     def image_processor(self) -> CLIPImageProcessor:
         """Resizing and normalising as the tower wants it."""
@@ -257,7 +265,7 @@ class Tower:
         """Its weights, from its own folder or repository, under transformers' names."""
         folder = self.folder
         if folder is None or not self.local:
-            folder = find_folder(self.name, what="vision tower")
+            folder = find_folder(self.name, what="vision tower", fetch=self.fetch)
         found = read_weights(folder, self.what)
         prefixed = any(name.startswith("vision_model.") for name in found)
         return {

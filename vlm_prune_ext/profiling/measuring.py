@@ -4,7 +4,7 @@ What each figure is and how it is taken:
 
 - *Latency* is that of a whole ``generate`` call on a batch whose inputs are ready on the device,
   waited for at its end. No hook of ours is on the model (but those of the method). Every batch
-  runs once untimed (which gives its answers) and then ``repeat`` times.
+  runs ``repeat`` times, and nothing is timed the first time that inputs of its shape run.
 - *Prefill* and *decode* come from the same calls: the time to the scores of the first new token,
   and the rest. *Vision* is measured in runs of its own, of one token each, in which hooks wait for
   the device in front of the vision modules and behind them; the language model's prefill is the
@@ -210,8 +210,10 @@ class CellMeasurer:
         torch.manual_seed(self.cell.seed)
         chunks = self._chunks()
         first = self.prompter.batch(chunks[0])
+        warm: set[tuple[int, tuple[int, ...]]] = set()
         for _ in range(self.cell.warmup):
             self._generate(first)
+            warm.add((first.width, first.pixels))
         reset_peak(self.device)
         runs: list[_Run] = []
         batches: list[tuple[Batch, _Run, float]] = []
@@ -219,8 +221,12 @@ class CellMeasurer:
             began = time.perf_counter()
             batch = self.prompter.batch(chunk)
             prepared = time.perf_counter() - began
-            batches.append((self._light(batch), self._generate(batch), prepared))
-            runs += [self._generate(batch) for _ in range(self.cell.repeat)]
+            if (batch.width, batch.pixels) not in warm:
+                self._generate(batch)
+                warm.add((batch.width, batch.pixels))
+            own = [self._generate(batch) for _ in range(self.cell.repeat)]
+            batches.append((self._light(batch), own[0], prepared))
+            runs += own
         peak = peak_memory(self.device)
         if fast and not getattr(self.model.generate, "captures", 0):
             raise InputError("--optimization fast is not taken by this model and these settings.")

@@ -140,7 +140,7 @@ class _Bench:
             why = f"a batch of {cell.batch_size} does not fit into the memory of {cell.device}."
         except InputError as error:
             why = str(error)
-        except (RuntimeError, ValueError, ImportError, AssertionError, OSError, TypeError) as error:
+        except Exception as error:  # whatever it is, the other cells are still to be measured
             why = f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
         line = Line(
             key=cell.key,
