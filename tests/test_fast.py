@@ -20,7 +20,7 @@ import torch
 from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 
 import vlm_prune_ext as vp
-from tests import makers
+from tests import family_makers, makers
 from tests.pruning_checks import fingerprint
 from vlm_prune_ext.cli import main
 from vlm_prune_ext.demo import CHECKPOINT, questions, report
@@ -29,13 +29,15 @@ from vlm_prune_ext.engine import kernels
 from vlm_prune_ext.engine.recorded import Recorded, RecordingError
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.evals.answer import Answerer, Query
-from vlm_prune_ext.models import parts_of
+from vlm_prune_ext.models import families, parts_of
+from vlm_prune_ext.models.catalogue import CATALOGUE
 from vlm_prune_ext.models.fast import FastGenerate
 
 SAMPLES = int(os.environ.get("VLM_PRUNE_FAST_SAMPLES", "8"))
 SEED = 71  # fresh scenes
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
+STEP_BY_STEP = ("none", "fastv", "himap", "random")
 FORMS = ("original", "huggingface", "next-vicuna", "next-mistral", "next-original")
 VIT = vp.SAINTViT(layers=(1, 3), keep_num=(13, 10), r=3)
 METHODS: dict[str, Any] = {
@@ -134,7 +136,35 @@ def test_tokens_and_trace_are_those_of_the_ordinary_path(tiny: Any, name: str, b
     assert not found.is_inference()
 
 
-@pytest.mark.parametrize("name", ["none", "fastv", "himap", "random"])
+@pytest.mark.parametrize("name", STEP_BY_STEP)
+def test_internvl(tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
+    folder = tmp_path_factory.mktemp("internvl")
+    family_makers.internvl(folder)
+    model, processor = vp.load(folder, device=DEVICE, dtype="float32", fast=False)
+    inputs = processor.batch(*BATCHES["padded"](makers.photos(3)))
+    with vp.prune(model, METHODS[name]) as ordinary:
+        expected = generate(model.generate, inputs)
+    fast = make_fast(model, forced=True)
+    with vp.prune(model, METHODS[name]) as trace:
+        assert torch.equal(generate(fast, inputs), expected)
+    assert_same_trace(ordinary, trace)
+    assert fast.captures > 1
+
+
+def test_the_catalogue_says_which_families_have_it() -> None:
+    by_name = {family.name: family.fast for family in families()}
+    by_name["internvl_chat"] = by_name["internvl"]  # read into the same modules
+    for entry in CATALOGUE.values():
+        assert entry.fast == by_name[entry.family]
+
+
+def test_a_family_without_it(tmp_path: Path) -> None:
+    family_makers.qwen2_5_vl(tmp_path)
+    with pytest.raises(InputError, match=r"Qwen2\.5-VL has no fast path"):
+        vp.load(tmp_path, fast=True)
+
+
+@pytest.mark.parametrize("name", STEP_BY_STEP)
 def test_logits_are_those_of_the_ordinary_path(original: Any, name: str) -> None:
     model, processor = original
     inputs = processor.batch(*BATCHES["padded"](makers.photos(3)))

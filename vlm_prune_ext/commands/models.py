@@ -39,13 +39,26 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+SUPPORT = ("evaluate", "batch", "llm_side", "vision_side", "fast")
+
+
 def _print_all(records: list[dict[str, Any]]) -> None:
-    columns = ("name", "size", "evaluate", "batch", "LLM side", "vision side", "model id", "note")
+    columns = (
+        "name",
+        "size",
+        "evaluate",
+        "batch",
+        "LLM side",
+        "vision side",
+        "fast",
+        "model id",
+        "note",
+    )
     rows = [
         (
             record["name"],
             f"{record['size']:g}B",
-            *(_said(record[key]) for key in ("evaluate", "batch", "llm_side", "vision_side")),
+            *(_said(record[key]) for key in SUPPORT),
             record["model_id"],
             record["note"] or "-",
         )

@@ -131,17 +131,20 @@ def load(
     options = LoadOptions(stated, where, attn_implementation, kw)
     assert family.load is not None
     model, processor = family.load(source, options)
-    _turn_on_fast(family, model, fast)
+    _turn_on_fast(model, fast)
     return model, processor
 
 
-def _turn_on_fast(family: Family, model: Any, wanted: bool | None) -> None:
+def _turn_on_fast(model: Any, wanted: bool | None) -> None:
+    if not wanted:
+        return
     from vlm_prune_ext.models.fast import turn_on_fast
 
-    if family.fast:
-        turn_on_fast(model, family.parts(model), wanted)
-    elif wanted:
-        raise InputError(f"fast=True is not possible: {family.title} has no fast path.")
+    family = next((family for family in families() if family.owns(model)), None)
+    if family is None or not family.fast:
+        title = type(model).__name__ if family is None else family.title
+        raise InputError(f"fast=True is not possible: {title} has no fast path.")
+    turn_on_fast(model, family.parts(model))
 
 
 def _family_of(source: Checkpoint) -> Family:

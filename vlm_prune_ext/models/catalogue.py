@@ -31,6 +31,7 @@ class Entry:
         evaluate, batch: it answers questions, and several in one padded batch.
         llm_side: methods that drop visual tokens in the language model apply.
         vision_side: methods that drop patches in the vision tower apply.
+        fast: it can run on fixed shapes (``fast=True`` of ``load``).
         note: what one should know before choosing it.
     """
 
@@ -43,6 +44,7 @@ class Entry:
     batch: bool = True
     llm_side: bool = True
     vision_side: bool = False
+    fast: bool = False
     note: str = ""
 
 
@@ -53,7 +55,13 @@ CATALOGUE: Mapping[str, Entry] = {
     entry.name: entry
     for entry in (
         Entry(
-            "llava-1.5-7b", "liuhaotian/llava-v1.5-7b", "llava", 7.1, "LLaVA-1.5", vision_side=True
+            "llava-1.5-7b",
+            "liuhaotian/llava-v1.5-7b",
+            "llava",
+            7.1,
+            "LLaVA-1.5",
+            vision_side=True,
+            fast=True,
         ),
         Entry(
             "llava-1.5-13b",
@@ -62,6 +70,7 @@ CATALOGUE: Mapping[str, Entry] = {
             13.4,
             "LLaVA-1.5",
             vision_side=True,
+            fast=True,
         ),
         Entry(
             "llava-1.6-mistral-7b",
@@ -70,6 +79,7 @@ CATALOGUE: Mapping[str, Entry] = {
             7.6,
             "LLaVA-NeXT",
             vision_side=True,
+            fast=True,
         ),
         Entry(
             "llava-1.6-vicuna-13b",
@@ -78,16 +88,18 @@ CATALOGUE: Mapping[str, Entry] = {
             13.4,
             "LLaVA-NeXT",
             vision_side=True,
+            fast=True,
         ),
         Entry("qwen2.5-vl-3b", "Qwen/Qwen2.5-VL-3B-Instruct", "qwen2_5_vl", 3.8, "Qwen2.5-VL"),
         Entry("gemma-3-4b", "google/gemma-3-4b-it", "gemma3", 4.3, "Gemma 3"),
-        Entry("internvl3-2b", "OpenGVLab/InternVL3-2B-hf", "internvl", 2.1, "InternVL"),
+        Entry("internvl3-2b", "OpenGVLab/InternVL3-2B-hf", "internvl", 2.1, "InternVL", fast=True),
         Entry(
             "internvl2-2b",
             "OpenGVLab/InternVL2-2B",
             "internvl_chat",
             2.2,
             "InternVL",
+            fast=True,
             note=_REMOTE,
         ),
         Entry("blip2-opt-2.7b", "Salesforce/blip2-opt-2.7b", "blip2", 3.7, "BLIP-2 (OPT)"),

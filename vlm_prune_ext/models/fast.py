@@ -211,19 +211,16 @@ class FastGenerate:
         return self.fast.start(prompt, max_new_tokens, pruner, call)
 
 
-def turn_on_fast(model: Any, parts: ModelParts, wanted: bool | None) -> None:
-    """Give a model the fast ``generate``, or leave it as it is.
+def turn_on_fast(model: Any, parts: ModelParts) -> None:
+    """Give a model the fast ``generate``.
 
     Args:
         model: a whole model.
         parts: where its parts are.
-        wanted: ``True``, or else it stays as it is.
 
     Raises:
-        InputError: wanted, but not possible.
+        InputError: it cannot have it.
     """
-    if not wanted:
-        return
     device, reason = next(model.parameters()).device, why_not(parts, None)
     if device.type != "cuda":
         reason = f"it needs a CUDA device, and the model is on {device.type!r}"

@@ -7,6 +7,7 @@ overview tile behind them if there are several. The published format: :mod:`.int
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from PIL.Image import Image
@@ -77,7 +78,7 @@ def _processor(model: Any, tokenizer: Any, pictures: Any) -> InternVLProcessor:
     )
 
 
-FAMILY = hub_family(
+_HUB = hub_family(
     NAME,
     "InternVL",
     InternVLForConditionalGeneration,
@@ -85,3 +86,4 @@ FAMILY = hub_family(
     decoder=lambda model: find_decoder(model.model.language_model),
     why_no_vision=WHY_NO_VISION,
 )
+FAMILY = replace(_HUB, fast=True)

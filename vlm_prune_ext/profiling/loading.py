@@ -150,7 +150,7 @@ def _random(shape: str, device: str, optimization: Optimization) -> tuple[Any, A
     token, count = model.config.image_token_id, visual_tokens(model.config)
     processor = LlavaProcessor(model, demo.tokenizer, demo.image_processor, token, count)
     if optimization.form == "fast":
-        turn_on_fast(model, parts_of(model), True)
+        turn_on_fast(model, parts_of(model))
     return model, processor
 
 
