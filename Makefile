@@ -10,7 +10,7 @@ DEMO_DIR ?= outputs_demo
 # One environment for everything, at the exact versions of constraints.txt.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[vlmeval,lmms,dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[vlmeval,lmms,profile,ablate,dev]"
 	@touch $@
 
 # Tests compare with the original LLaVA package. It pins a 2023 stack, but runs on this one.

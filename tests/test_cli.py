@@ -1,6 +1,7 @@
 """The command line: dispatch, exit codes, one-sentence errors, plain and rich output."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -178,11 +179,13 @@ def on_a_terminal(monkeypatch, name, write) -> str:
     with os.fdopen(child, "w") as stream:
         monkeypatch.setattr(sys, name, stream)
         write()
-        stream.flush()
-        said = os.read(parent, 1 << 16).decode()
         monkeypatch.undo()
+    said = b""
+    with contextlib.suppress(OSError):  # that is how a terminal says that all was read
+        while part := os.read(parent, 1 << 16):
+            said += part
     os.close(parent)
-    return said
+    return said.decode()
 
 
 def test_on_a_terminal_tables_are_drawn(monkeypatch):
