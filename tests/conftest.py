@@ -22,3 +22,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _pillow_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluation frameworks have Pillow accept truncated pictures, for the whole process: what one
+    test file imports must not change what another sees."""
+    monkeypatch.setattr("PIL.ImageFile.LOAD_TRUNCATED_IMAGES", False)
