@@ -441,6 +441,15 @@ def test_eager_attention_is_refused(tmp_path: Path) -> None:
         make_fast(model)
 
 
+def test_attention_that_was_changed_afterwards(original: Any) -> None:
+    model, processor = original
+    fast = make_fast(model)
+    model.set_attn_implementation("eager")
+    inputs = processor.batch(*BATCHES["padded"](makers.photos(3)))
+    assert torch.equal(generate(fast, inputs), generate(model.generate, inputs))
+    assert fast.captures == 0
+
+
 @pytest.mark.gpu
 def test_on_a_gpu(tmp_path: Path) -> None:
     folder = makers.tiny_original(tmp_path / "m")

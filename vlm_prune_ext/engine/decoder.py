@@ -8,14 +8,14 @@ module of the layer in front of each stage reads the scores.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from vlm_prune_ext.engine import masks
-from vlm_prune_ext.engine.evidence import AttentionReader, Looker
+from vlm_prune_ext.engine.evidence import AttentionReader, Looker, read
 from vlm_prune_ext.engine.layout import Layout, take
 from vlm_prune_ext.engine.parts import ModelParts, Undo
 from vlm_prune_ext.engine.prefill import Prefill
@@ -36,7 +36,7 @@ from vlm_prune_ext.engine.spans import (
 )
 from vlm_prune_ext.engine.trace import Trace
 from vlm_prune_ext.errors import InputError
-from vlm_prune_ext.methods.base import Method, Need, Stage
+from vlm_prune_ext.methods.base import Method, Stage
 
 
 class DecoderPruner:
@@ -446,7 +446,7 @@ class DecoderPruner:
             rotary=kwargs.get("position_embeddings"),
             prompt=call.prefill,
         )
-        call.see(stage.needs, reader)
+        call.attention, call.keys = read(stage.needs, reader)
         if not call.prefill:
             self._reselect(layer, stage, call)
 
@@ -515,14 +515,6 @@ class Call:
         self.positions: dict[Any, tuple[Any, Any]] = {}
         self.attention: torch.Tensor | None = None
         self.keys: torch.Tensor | None = None
-
-    def see(self, needs: Sequence[Need], reader: AttentionReader) -> None:
-        """Take what a stage wants to see."""
-        if "keys" in needs:
-            self.keys = reader.keys
-        for need in needs:
-            if need.startswith("attention:"):
-                self.attention = reader.attention(need)
 
     def forget_evidence(self) -> None:
         """Scores serve one stage only."""

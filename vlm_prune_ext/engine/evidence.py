@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from vlm_prune_ext.engine import scores
 from vlm_prune_ext.engine.layout import Layout, take
 from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.engine.prefill import Group, Prefill
-from vlm_prune_ext.methods.base import Evidence
+from vlm_prune_ext.methods.base import Evidence, Need
 
 
 class Looker:
@@ -42,6 +43,15 @@ class Looker:
             hidden=None if self.hidden is None else self.hidden[rows, places],
             sample=group.names,
         )
+
+
+def read(
+    needs: Sequence[Need], reader: AttentionReader
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """``(attention, keys)`` of a layer as :class:`Looker` takes them: what a stage needs of it."""
+    rows = [need for need in needs if need.startswith("attention:")]
+    attention = reader.attention(rows[-1]) if rows else None
+    return attention, reader.keys if "keys" in needs else None
 
 
 class AttentionReader:

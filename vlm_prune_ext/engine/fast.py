@@ -14,7 +14,7 @@ import torch
 
 from vlm_prune_ext.engine import masks
 from vlm_prune_ext.engine.decoder import Call, DecoderPruner
-from vlm_prune_ext.engine.evidence import AttentionReader, Looker
+from vlm_prune_ext.engine.evidence import AttentionReader, Looker, read
 from vlm_prune_ext.engine.layout import Layout, take
 from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.engine.prefill import Group, Prefill
@@ -40,13 +40,18 @@ def why_not(parts: ModelParts, method: Method | None) -> str | None:
         return f"{name} has sliding windows"
     if getattr(decoder.rotary_emb, "rope_type", "default") in ("dynamic", "longrope"):
         return f"{name}'s rotary embedding depends on the length"
-    attention = getattr(config, "_attn_implementation", None)
-    if attention != "sdpa":
-        return f"attn_implementation={attention!r} (sdpa is needed)"
     if len({parameter.device for parameter in decoder.parameters()}) > 1:
         return "the model is spread over several devices"
     if getattr(parts.model, "hf_quantizer", None) is not None:
         return "the weights are quantised"
+    return why_not_now(parts, method)
+
+
+def why_not_now(parts: ModelParts, method: Method | None) -> str | None:
+    """The part of :func:`why_not` that may change while a model lives."""
+    attention = getattr(getattr(parts.decoder, "config", None), "_attn_implementation", None)
+    if attention != "sdpa":
+        return f"attn_implementation={attention!r} (sdpa is needed)"
     return None if method is None else _why_not_method(method, len(parts.layers))
 
 
@@ -281,9 +286,7 @@ class Run:
             rotary=segment.rotary,
             prompt=True,
         )
-        needs = [need for need in stage.needs if need.startswith("attention:")]
-        attention = reader.attention(needs[0]) if needs else None
-        return Looker(attention, reader.keys, hidden)
+        return Looker(*read(stage.needs, reader), hidden)
 
     def write_trace(self, pruner: DecoderPruner, call: Call) -> None:
         """What was kept, as the ordinary path says it: places in the padded prompt."""

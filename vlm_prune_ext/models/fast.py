@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from vlm_prune_ext.engine.decoder import Call, DecoderPruner
-from vlm_prune_ext.engine.fast import FastDecoder, Prompt, Run, why_not
+from vlm_prune_ext.engine.fast import FastDecoder, Prompt, Run, why_not, why_not_now
 from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.engine.prune import Session, session_on
 from vlm_prune_ext.engine.recorded import Recorded, Recorder, RecordingError, Shelf
@@ -124,7 +124,7 @@ class FastGenerate:
         Raises:
             InputError: it has none, and the fast path is forced.
         """
-        reason = why_not(self.fast.parts, method)
+        reason = why_not_now(self.fast.parts, method)
         if reason is not None and self.forced:
             raise InputError(f"fast=True is not possible: {reason}.")
         return reason
@@ -134,10 +134,9 @@ class FastGenerate:
     ) -> str | None:
         if self._broken is not None:
             return self._broken
-        if session is not None:
-            reason = self.check(session.method)
-            if reason is not None:
-                return reason
+        reason = self.check(session.method if session is not None else None)
+        if reason is not None:
+            return reason
         if inputs is not None or kwargs.get("input_ids") is None:
             return "generate was not given input_ids by name"
         if kwargs.get("attention_mask") is None or kwargs["attention_mask"].dim() != 2:
