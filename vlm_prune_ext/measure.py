@@ -108,6 +108,13 @@ class Spread:
     p10: float | None = field(default=None, compare=False)
 
     @staticmethod
+    def of_some(values: Sequence[float]) -> Spread:
+        """Of at least one value."""
+        found = Spread.of(values)
+        assert found is not None
+        return found
+
+    @staticmethod
     def of(values: Iterable[float]) -> Spread | None:
         """Of any number of values; ``None`` of none."""
         ordered = sorted(values)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.jsonl import cut_unfinished, whole_lines
 
 METRICS = ("bleu4", "meteor", "rougeL", "spice", "cider")
 TITLES = {
@@ -187,9 +188,7 @@ class Lines:
 
     def repair(self) -> None:
         """Take away a line that a killed process left unfinished."""
-        with self.path.open("r+b") as file:
-            data = file.read()
-            file.truncate(data.rfind(b"\n") + 1)
+        cut_unfinished(self.path)
 
     def append(self, predictions: Sequence[Prediction]) -> None:
         """Add rows at once."""
@@ -202,9 +201,8 @@ class Lines:
         index; of a row that failed and was asked again, the last line counts."""
         if not self.path.exists():
             return None, {}
-        data = self.path.read_bytes()
         settings, rows = None, {}
-        for line in data[: data.rfind(b"\n") + 1].splitlines():
+        for line in whole_lines(self.path):
             try:
                 entry = json.loads(line)
                 if "settings" in entry:

@@ -29,8 +29,8 @@ def seconds_of(
     for _ in range(warm_up):
         call()
     if device.type == "cuda":
-        return _spread([_on_gpu(call, device) for _ in range(repeat)])
-    return _spread([_on_cpu(call) for _ in range(repeat)])
+        return Spread.of_some([_on_gpu(call, device) for _ in range(repeat)])
+    return Spread.of_some([_on_cpu(call) for _ in range(repeat)])
 
 
 def _on_gpu(call: Callable[[], Any], device: torch.device) -> float:
@@ -47,9 +47,3 @@ def _on_cpu(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
-
-
-def _spread(seconds: list[float]) -> Spread:
-    found = Spread.of(seconds)
-    assert found is not None
-    return found

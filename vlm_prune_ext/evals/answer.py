@@ -152,7 +152,7 @@ class Answerer:
         inputs = self._inputs(queries)
         clock = TokenClock(self.processor.device)
         options = _options(queries)
-        stops = self._stop_ids()
+        stops = stop_ids(self.model, self.processor)
         ends = _Ends(self.processor, queries, stops)
         beams = options["num_beams"] > 1  # rows are beams then: answers are cut afterwards
         with prune(self.model, self.method) as trace:
@@ -169,7 +169,7 @@ class Answerer:
             costs = _costs(self, inputs, trace, clock)
         if starts_with(output, inputs["input_ids"]):
             output = output[:, inputs["input_ids"].shape[1] :]
-        counts = _lengths_until(output, stops) if beams else ends.counts()
+        counts = lengths_until(output, stops) if beams else ends.counts()
         return [
             replace(cost, text=self._text(output[row], count, query), new_tokens=count)
             for row, (cost, count, query) in enumerate(zip(costs, counts, queries, strict=True))
@@ -184,12 +184,6 @@ class Answerer:
             [list(query.images) for query in queries],
             style=queries[0].style,
         )
-
-    def _stop_ids(self) -> frozenset[int]:
-        stop = self.model.generation_config.eos_token_id
-        if stop is None:
-            stop = self.processor.tokenizer.eos_token_id
-        return frozenset(stop if isinstance(stop, list) else () if stop is None else (stop,))
 
     def _lengths(self, text: int, kept: dict[int, int]) -> list[int]:
         """Tokens that enter each layer; those that are only hidden as keys still do."""
@@ -286,7 +280,15 @@ def _options(queries: Sequence[Query]) -> dict[str, Any]:
     return {**GREEDY, **first}
 
 
-def _lengths_until(output: torch.Tensor, stops: frozenset[int]) -> list[int]:
+def stop_ids(model: Any, processor: Any) -> frozenset[int]:
+    """Tokens that end an answer."""
+    stop = model.generation_config.eos_token_id
+    if stop is None:
+        stop = processor.tokenizer.eos_token_id
+    return frozenset(stop if isinstance(stop, list) else () if stop is None else (stop,))
+
+
+def lengths_until(output: torch.Tensor, stops: frozenset[int]) -> list[int]:
     """Tokens of each row, ``(batch, n)``, up to and with its first end token."""
     counts = []
     for row in output.tolist():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.evals.answer import Answer
 from vlm_prune_ext.flops import DecoderShape, VisionShape, decoder_flops, vision_flops
+from vlm_prune_ext.jsonl import whole_lines
 from vlm_prune_ext.measure import Spread
 
 
@@ -138,7 +139,7 @@ class SampleLog:
         """
         samples: list[Sample] = []
         stretches: list[Stretch] = []
-        for number, line in enumerate(self._lines(), 1):
+        for number, line in enumerate(whole_lines(self.path), 1):
             try:
                 entry = json.loads(line)
                 if "sample" in entry:
@@ -151,11 +152,6 @@ class SampleLog:
                     "--reuse to start anew."
                 ) from error
         return samples, stretches
-
-    def _lines(self) -> Iterator[bytes]:
-        if self.path.exists():
-            data = self.path.read_bytes()
-            yield from data[: data.rfind(b"\n") + 1].splitlines()
 
     def replace(self, entries: Iterable[Sample | Stretch]) -> None:
         """Write the whole file anew; it is the old or the new one, never half of it."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.jsonl import cut_unfinished, whole_lines
 
 DONE, FAILED = "done", "failed"
 
@@ -58,20 +59,12 @@ class Log:
         text = json.dumps(vars(line), ensure_ascii=False) + "\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._end_last_line()
+            cut_unfinished(self.path)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(text)
         except OSError as error:
             reason = error.strerror or str(error)
             raise InputError(f"--out {str(self.path)!r} cannot be written ({reason}).") from error
-
-    def _end_last_line(self) -> None:
-        """Cut off what a killed process left unfinished, so that the next line stands alone."""
-        if self.path.exists():
-            data = self.path.read_bytes()
-            whole = data[: data.rfind(b"\n") + 1]
-            if len(whole) != len(data):
-                self.path.write_bytes(whole)
 
     def read(self) -> list[Line]:
         """The last whole line of each cell, in the order of their first ones.
@@ -80,8 +73,7 @@ class Log:
             InputError: a line that is none of these.
         """
         found: dict[str, Line] = {}
-        data = self.path.read_bytes() if self.path.is_file() else b""
-        for number, text in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), 1):
+        for number, text in enumerate(whole_lines(self.path), 1):
             try:
                 line = Line(**json.loads(text))
             except (ValueError, TypeError) as error:

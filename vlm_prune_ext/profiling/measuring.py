@@ -28,7 +28,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from vlm_prune_ext.engine.trace import Trace
 from vlm_prune_ext.errors import InputError
-from vlm_prune_ext.evals.answer import GREEDY
+from vlm_prune_ext.evals.answer import GREEDY, lengths_until, stop_ids
 from vlm_prune_ext.measure import (
     PowerSampler,
     Spread,
@@ -38,7 +38,6 @@ from vlm_prune_ext.measure import (
     peak_memory,
     reset_peak,
 )
-from vlm_prune_ext.methods.base import Method
 from vlm_prune_ext.models.base import starts_with
 from vlm_prune_ext.profiling.analytic import prefill_flops
 from vlm_prune_ext.profiling.counting import FlopCount, count_flops, vision_modules
@@ -289,11 +288,11 @@ class CellMeasurer:
         vision = self._vision_seconds(first)
         steps = [run.clock.decode_seconds / run.steps for run in runs if run.steps > 0]
         return Latency(
-            total=_spread([run.total for run in runs]),
-            first_token=_spread(firsts),
+            total=Spread.of_some([run.total for run in runs]),
+            first_token=Spread.of_some(firsts),
             vision=vision,
             prefill=max(statistics.median(firsts) - vision, 0.0),
-            decode=_spread([run.clock.decode_seconds for run in runs]),
+            decode=Spread.of_some([run.clock.decode_seconds for run in runs]),
             per_token=statistics.median(steps) if steps else None,
             preparing=statistics.median(prepared),
         )
@@ -365,14 +364,8 @@ class CellMeasurer:
 
     def _new(self, run: _Run) -> float:
         """New tokens of each example, its end token included."""
-        stop = self.model.generation_config.eos_token_id
-        stop = self.processor.tokenizer.eos_token_id if stop is None else stop
-        stops = set(stop if isinstance(stop, list) else [stop])
-        counts = []
-        for row in run.ids.tolist():
-            ends = [place for place, token in enumerate(row) if token in stops]
-            counts.append(ends[0] + 1 if ends else len(row))
-        return statistics.fmean(counts)
+        stops = stop_ids(self.model, self.processor)
+        return statistics.fmean(lengths_until(run.ids, stops))
 
     def _energy(self, batch: Batch) -> Energy:
         """Runs for at least ``energy_seconds``, where something counts."""
@@ -430,19 +423,3 @@ def _stopwatch(modules: Sequence[torch.nn.Module], device: Any) -> Iterator[Call
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _spread(values: list[float]) -> Spread:
-    found = Spread.of(values)
-    assert found is not None
-    return found
-
-
-def method_fits(model: Any, method: Method | None) -> None:
-    """Attach a method and take it off again.
-
-    Raises:
-        InputError: it does not fit the model.
-    """
-    with prune(model, method):
-        pass
