@@ -22,7 +22,7 @@ from vlm_prune_ext.engine.recorded import Recorder, Shelf
 from vlm_prune_ext.engine.static import Head, Segment, SegmentCache, Step
 from vlm_prune_ext.methods.base import Method, Stage
 
-PROMPT_STEP = 16  # prompts are filled up to a multiple: few recordings, at most 15 tokens more
+PROMPT_STEP = 8  # what a piece holds is filled up to a multiple: few recordings, few tokens more
 CACHE_STEP = 128  # likewise caches, so that many lengths share one decode step
 CACHES, SEGMENTS, STEPS = 12, 64, 12  # kept at a time
 
@@ -85,45 +85,42 @@ class Prompt:
 
 @dataclass
 class _Aligned:
-    """The prompt at the left of its buffers.
+    """The prompt with its padding moved behind it.
 
     ``order``: int64 ``(batch, n)``, place in the prompt of each token there; ``counts``: int64
-    ``(batch,)``, real tokens of each sample; ``tokens``: of the buffers.
+    ``(batch,)``, real tokens of each sample; ``padded``: are there any others?
     """
 
     order: torch.Tensor
     counts: torch.Tensor
-    tokens: int
+    padded: bool
 
     @staticmethod
     def of(prompt: Prompt) -> _Aligned:
         batch, count = prompt.embeds.shape[:2]
-        tokens = _round_up(count, PROMPT_STEP)
         if prompt.real is None:
             order = torch.arange(count, device=prompt.embeds.device).expand(batch, count)
-            return _Aligned(order, torch.full_like(order[:, 0], count), tokens)
+            return _Aligned(order, torch.full_like(order[:, 0], count), padded=False)
         order = (~prompt.real).int().argsort(dim=1, stable=True)
-        return _Aligned(order, prompt.real.sum(dim=1), tokens)
+        return _Aligned(order, prompt.real.sum(dim=1), padded=True)
 
-    def filled(self, tensor: torch.Tensor) -> torch.Tensor:
-        """``(batch, n, ...)`` in this order, with zeros behind."""
-        batch, count = self.order.shape
-        rows = torch.arange(batch, device=tensor.device)[:, None]
-        full = tensor.new_zeros(batch, self.tokens, *tensor.shape[2:])
-        full[:, :count] = tensor.expand(batch, *tensor.shape[1:])[rows, self.order]
-        return full
+    def __call__(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        """A tensor of the prompt in this order, tokens along the negative ``dim``."""
+        return take(tensor, self.order, dim) if self.padded else tensor
 
     def prefill(self, groups: list[Group]) -> Prefill:
         """The engine's state of the prompt, in this order."""
-        batch = self.order.shape[0]
+        batch, count = self.order.shape
+        layout = Layout.whole(batch, count, self.order.device)
+        if not self.padded:
+            return Prefill(layout, groups, [count] * batch, None, {0: layout})
         place = self.order.argsort(dim=1)
         moved = [
             Group(g.samples, g.names, place[g.samples[:, None], g.starts], g.total, g.places)
             for g in groups
         ]
-        layout = Layout.whole(batch, self.tokens, self.order.device)
         real = layout.slots < self.counts[:, None]
-        return Prefill(layout, moved, [self.tokens] * batch, real, {0: layout})
+        return Prefill(layout, moved, [count] * batch, real, {0: layout})
 
 
 @dataclass
@@ -179,15 +176,15 @@ class FastDecoder:
             stages = {layer: stage for layer, stage in pruner.stages.items() if layer > 0}
             state = aligned.prefill(call.state.prefill.groups)
         run = Run(self, aligned, state, max_new_tokens)
-        run.prefill(aligned.filled(prompt.embeds), aligned.filled(prompt.positions), stages)
+        run.prefill(aligned(prompt.embeds, -2), aligned(prompt.positions, -1), stages)
         if pruner is not None and call is not None:
             run.write_trace(pruner, call)
         return run
 
     def segment(self, first: int, stop: int, hidden: torch.Tensor, room: int) -> Segment:
-        """The layers ``first`` ... ``stop - 1`` for prompts of this shape, with ``room`` for
-        decoded tokens."""
-        batch, tokens = hidden.shape[:2]
+        """The layers ``first`` ... ``stop - 1`` for prompts of up to a bucket's length, with
+        ``room`` for decoded tokens."""
+        batch, tokens = hidden.shape[0], _round_up(hidden.shape[1], PROMPT_STEP)
         width = _round_up(tokens + room, CACHE_STEP)
         key = (first, stop, batch, width)
         cache = self._caches.get(key, lambda: SegmentCache(*key))
@@ -231,20 +228,26 @@ class Run:
                 hidden, positions = self._drop(stages[first], hidden, positions)
             segment = self.decoder.segment(first, stop, hidden, self.room)
             real = self._real_tokens()
-            segment.hidden.copy_(hidden)
-            segment.positions.copy_(positions)
+            # What stands behind is left from before: causal attention does not look there.
+            segment.hidden[:, : hidden.shape[1]].copy_(hidden)
+            segment.positions[:, : hidden.shape[1]].copy_(positions)
             segment.last.copy_(real - 1)
             self.segments.append(segment)
             self.real.append(real)
-            hidden = segment.run()
+            output = segment.run()
+            hidden = output if segment.is_last else output[:, : hidden.shape[1]]
         self.logits = hidden
+
+    def _lost(self, held: list[int]) -> list[int]:
+        """How many tokens each sample has lost where it holds so many."""
+        return [self.aligned.order.shape[1] - count for count in held]
 
     def _real_tokens(self) -> torch.Tensor:
         """int64 ``(batch,)``: what each sample holds now, padding not counted."""
-        lost = [self.aligned.tokens - held for held in self.state.held]
-        if not any(lost):
-            return self.aligned.counts
-        return self.aligned.counts - torch.tensor(lost, device=self.aligned.counts.device)
+        counts, lost = self.aligned.counts, self._lost(self.state.held)
+        if len(set(lost)) == 1:
+            return counts - lost[0]  # nothing to send, nothing to wait for
+        return counts - torch.tensor(lost, device=counts.device)
 
     def _drop(
         self, stage: Stage, hidden: torch.Tensor, positions: torch.Tensor
@@ -272,18 +275,18 @@ class Run:
     def _looker(self, stage: Stage, hidden: torch.Tensor) -> Looker:
         if not any(need == "keys" or need.startswith("attention:") for need in stage.needs):
             return Looker(None, None, hidden)
-        segment = self.segments[-1]
+        segment, count = self.segments[-1], hidden.shape[1]
         before = segment.cache.stop - 1
         assert segment.attended is not None
         reader = AttentionReader(
             self.decoder.parts,
             self.decoder.parts.layers[before].self_attn,  # type: ignore[arg-type]
-            segment.attended,
+            segment.attended[:, :count],
             self.state,
             self.state.layout,
-            keys=segment.cache.keys[before][:, :, : segment.tokens],
+            keys=segment.cache.keys[before][:, :, :count],
             mask=None,
-            rotary=segment.rotary,
+            rotary=tuple(part[:, :count] for part in segment.rotary),
             prompt=True,
         )
         return Looker(*read(stage.needs, reader), hidden)
@@ -292,7 +295,7 @@ class Run:
         """What was kept, as the ordinary path says it: places in the padded prompt."""
         origin = call.state.prefill
         for note in self.notes:
-            lost = [self.aligned.tokens - held for held in note.held]
+            lost = self._lost(note.held)
             held = [before - n for before, n in zip(origin.held, lost, strict=True)]
             layout, _ = origin.layout.drop(self._still_there(note.layout), held)
             pruner.write_trace(note.layer, call, layout, note.visual)
@@ -300,11 +303,10 @@ class Run:
     def _still_there(self, layout: Layout) -> torch.Tensor:
         """Bool ``(batch, n)`` over the places of the padded prompt."""
         order = self.aligned.order
-        batch, count = order.shape
-        there = torch.zeros(batch, layout.total, dtype=torch.int32, device=order.device)
+        there = torch.zeros_like(order)
         ones = torch.ones_like(layout.slots) if layout.valid is None else layout.valid
-        there.scatter_add_(1, layout.slots, ones.int())
-        return torch.zeros_like(order).scatter_(1, order, there[:, :count].long()).bool()
+        there.scatter_add_(1, layout.slots, ones.long())
+        return torch.zeros_like(order).scatter_(1, order, there).bool()
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Decode one token further.

@@ -8,11 +8,14 @@ rotary position with them, so where they stand does not matter.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import nn
 
+from vlm_prune_ext.engine.fused import fused
 from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.engine.recorded import Recorded, Recorder
 
@@ -116,7 +119,7 @@ class Segment:
         self.attended: torch.Tensor | None = None
         self.rotary: Any = None
         self.is_last = cache.stop == len(parts.layers)
-        self.run = Recorded(self._work, recorder)
+        self.run = Recorded(_fusing(self._work, parts, recorder), recorder)
 
     def _work(self) -> torch.Tensor:
         """Hidden states for the next segment; behind the last layer logits ``(batch, vocab)``."""
@@ -167,7 +170,7 @@ class Step:
         self._count = self.token.new_zeros(1)
         self._places = [torch.arange(cache.width, device=device) for cache in caches]
         self._start: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
-        self.run = Recorded(self._work, recorder, self._reset)
+        self.run = Recorded(_fusing(self._work, parts, recorder), recorder, self._reset)
 
     def start(self, position: torch.Tensor, real: torch.Tensor, room: torch.Tensor) -> None:
         """After a prefill.
@@ -197,14 +200,29 @@ class Step:
             places, room = self._places[index], self._room[index]
             slot = room + self._count
             seen = (places < self._real[index]) | ((places >= room) & (places <= slot))
+            # Added to scores as it is: made once, where every layer would make its own of a bool.
+            mask = hidden.new_zeros(seen.shape).masked_fill(~seen, float("-inf"))
             writer = _StepWriter(cache, slot)
             for layer in self.parts.layers[cache.first : cache.stop]:
-                hidden = run_layer(layer, hidden, rotary, seen[:, None, None], writer)
+                hidden = run_layer(layer, hidden, rotary, mask[:, None, None], writer)
         assert self.parts.final_norm is not None
         logits = self.head(self.parts.final_norm(hidden[:, -1]))
         self._position += 1
         self._count += 1
         return logits
+
+
+def _fusing(
+    work: Callable[[], torch.Tensor], parts: ModelParts, recorder: Recorder
+) -> Callable[[], torch.Tensor]:
+    """Work whose layers use fused kernels where it is recorded, which is on a GPU."""
+
+    @wraps(work)
+    def with_kernels() -> torch.Tensor:
+        with fused(parts.decoder):  # type: ignore[arg-type]
+            return work()
+
+    return with_kernels if recorder.capture else work
 
 
 def run_layer(
