@@ -40,7 +40,10 @@ def kernels() -> ModuleType | None:
 
 @contextmanager
 def fused(modules: nn.Module) -> Iterator[None]:
-    """Have the norms, attentions and MLPs in ``modules`` use the kernels inside the block."""
+    """Have the norms, attentions and MLPs in ``modules`` use the kernels inside the block.
+
+    Attention modules must be given one of :mod:`vlm_prune_ext.engine.static`'s writers.
+    """
     changed: list[nn.Module] = []
     try:
         for module in modules.modules() if kernels() is not None else ():
@@ -80,14 +83,15 @@ def _attention(
     past_key_values: Any = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """As the module's own forward, with the rotary embedding in place."""
+    """As the module's own forward, with rotary embedding and KV cache in one kernel."""
     shape = (*hidden_states.shape[:-1], -1, module.head_dim)
     queries = module.q_proj(hidden_states).view(shape)
     keys = module.k_proj(hidden_states).view(shape)
-    values = module.v_proj(hidden_states).view(shape).transpose(1, 2)
-    cosines, sines = (part.contiguous() for part in position_embeddings)
-    _kernels().rotate_(queries, keys, cosines, sines)
-    keys, values = past_key_values.update(keys.transpose(1, 2), values, module.layer_idx)
+    values = module.v_proj(hidden_states).view(shape)
+    held = past_key_values.buffers(keys.transpose(1, 2), module.layer_idx)
+    rotary = tuple(part.contiguous() for part in position_embeddings)
+    _kernels().rotate_and_keep(queries, keys, values, rotary, held, past_key_values.slot)
+    keys, values = past_key_values.seen(held, keys.shape[1])
     attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
     output, _ = attend(
         module,

@@ -50,37 +50,39 @@ class SegmentCache:
         return self.keys[layer], self.values[layer]
 
 
-class _PromptWriter:
-    """Stands where layers expect a KV cache: keeps the prompt, attends to it alone."""
+class _Writer:
+    """Stands where layers expect a KV cache. Keeps keys and values of new tokens, from a slot on.
 
-    def __init__(self, cache: SegmentCache) -> None:
-        self.cache = cache
+    Args:
+        cache: of the layers.
+        slot: int64 ``(1,)``, where the first new token goes.
+        alone: the new tokens attend to themselves alone (a prompt, at slot 0), not to all places.
+    """
+
+    def __init__(self, cache: SegmentCache, slot: torch.Tensor, *, alone: bool) -> None:
+        self.cache, self.slot, self.alone = cache, slot, alone
+
+    def buffers(self, keys: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer's part of the cache, for keys ``(batch, kv_heads, n, head_dim)``."""
+        return self.cache.buffers(layer, keys)
+
+    def seen(
+        self, held: tuple[torch.Tensor, torch.Tensor], count: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the layer's part, what ``count`` new tokens attend to."""
+        if not self.alone:
+            return held
+        return held[0][:, :, :count], held[1][:, :, :count]
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Called by the layer's attention."""
-        count = keys.shape[2]
-        held = self.cache.buffers(layer, keys)
-        held[0][:, :, :count].copy_(keys)
-        held[1][:, :, :count].copy_(values)
-        return keys, values
-
-
-class _StepWriter:
-    """The same for one decoded token, which attends to all that is there."""
-
-    def __init__(self, cache: SegmentCache, slot: torch.Tensor) -> None:
-        self.cache, self.slot = cache, slot
-
-    def update(
-        self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Called by the layer's attention."""
-        held = self.cache.buffers(layer, keys)
-        held[0].index_copy_(2, self.slot, keys)
-        held[1].index_copy_(2, self.slot, values)
-        return held
+        """Called by the attention of layers that are not fused."""
+        held = self.buffers(keys, layer)
+        places = self.slot + torch.arange(keys.shape[2], device=keys.device)
+        held[0].index_copy_(2, places, keys)
+        held[1].index_copy_(2, places, values)
+        return self.seen(held, keys.shape[2])
 
 
 class Segment:
@@ -116,6 +118,7 @@ class Segment:
         self.positions = torch.zeros(cache.batch, tokens, dtype=torch.int64, device=like.device)
         self.last = self.positions.new_zeros(cache.batch)
         self.rows = torch.arange(cache.batch, device=like.device)
+        self.start = self.positions.new_zeros(1)
         self.attended: torch.Tensor | None = None
         self.rotary: Any = None
         self.is_last = cache.stop == len(parts.layers)
@@ -126,7 +129,7 @@ class Segment:
         decoder: Any = self.parts.decoder
         hidden = self.hidden
         self.rotary = decoder.rotary_emb(hidden, position_ids=self.positions)
-        writer = _PromptWriter(self.cache)
+        writer = _Writer(self.cache, self.start, alone=True)
         watch = self.parts.layers[self.cache.stop - 1].self_attn.register_forward_pre_hook(  # type: ignore[union-attr,operator]
             self._see, with_kwargs=True
         )
@@ -202,7 +205,7 @@ class Step:
             seen = (places < self._real[index]) | ((places >= room) & (places <= slot))
             # Added to scores as it is: made once, where every layer would make its own of a bool.
             mask = hidden.new_zeros(seen.shape).masked_fill(~seen, float("-inf"))
-            writer = _StepWriter(cache, slot)
+            writer = _Writer(cache, slot, alone=False)
             for layer in self.parts.layers[cache.first : cache.stop]:
                 hidden = run_layer(layer, hidden, rotary, mask[:, None, None], writer)
         assert self.parts.final_norm is not None

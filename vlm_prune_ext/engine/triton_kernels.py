@@ -70,39 +70,89 @@ def _rotated(first, second, cosine, sine, kind: tl.constexpr):
 
 
 @triton.jit
-def _rotate(queries, keys, cosines, sines, query_heads, key_heads, HALF: tl.constexpr):
+def _rotate_and_keep(
+    queries,
+    keys,
+    values,
+    cosines,
+    sines,
+    held_keys,
+    held_values,
+    slot,
+    count,
+    width,
+    query_heads,
+    key_heads,
+    HALF: tl.constexpr,
+    HEADS: tl.constexpr,
+):
     token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    at = tl.arange(0, HALF)
+    group = tl.program_id(1)
+    query_groups = tl.cdiv(query_heads, HEADS)
+    kind: tl.constexpr = queries.dtype.element_ty
+    at = tl.arange(0, HALF)[None, :]
     angle = token * 2 * HALF + at
     cosine = tl.load(cosines + angle).to(tl.float32)
     cosine_2 = tl.load(cosines + angle + HALF).to(tl.float32)
     sine = tl.load(sines + angle).to(tl.float32)
     sine_2 = tl.load(sines + angle + HALF).to(tl.float32)
-    if head < query_heads:
+    if group < query_groups:
+        head = group * HEADS + tl.arange(0, HEADS)[:, None]
+        inside = (head < query_heads) & (at < HALF)
         place = queries + (token * query_heads + head) * 2 * HALF + at
+        first = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        second = tl.load(place + HALF, mask=inside, other=0.0).to(tl.float32)
+        tl.store(place, _rotated(first, -second, cosine, sine, kind), mask=inside)
+        tl.store(place + HALF, _rotated(second, first, cosine_2, sine_2, kind), mask=inside)
     else:
-        place = keys + (token * key_heads + head - query_heads) * 2 * HALF + at
-    first = tl.load(place).to(tl.float32)
-    second = tl.load(place + HALF).to(tl.float32)
-    kind: tl.constexpr = queries.dtype.element_ty
-    tl.store(place, _rotated(first, -second, cosine, sine, kind))
-    tl.store(place + HALF, _rotated(second, first, cosine_2, sine_2, kind))
+        head = (group - query_groups) * HEADS + tl.arange(0, HEADS)[:, None]
+        inside = (head < key_heads) & (at < HALF)
+        offset = (token * key_heads + head) * 2 * HALF + at
+        row = token // count * key_heads + head
+        goal = (row * width + tl.load(slot) + token % count) * 2 * HALF + at
+        first = tl.load(keys + offset, mask=inside, other=0.0).to(tl.float32)
+        second = tl.load(keys + offset + HALF, mask=inside, other=0.0).to(tl.float32)
+        tl.store(held_keys + goal, _rotated(first, -second, cosine, sine, kind), mask=inside)
+        second_half = _rotated(second, first, cosine_2, sine_2, kind)
+        tl.store(held_keys + goal + HALF, second_half, mask=inside)
+        for half in tl.static_range(2):
+            part = tl.load(values + offset + half * HALF, mask=inside, other=0.0)
+            tl.store(held_values + goal + half * HALF, part, mask=inside)
 
 
-def rotate_(
-    queries: torch.Tensor, keys: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor
+def rotate_and_keep(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    held: tuple[torch.Tensor, torch.Tensor],
+    slot: torch.Tensor,
 ) -> None:
-    """LLaMA's rotary embedding of queries and keys, in place.
+    """LLaMA's rotary embedding of queries, in place, and of keys, into the KV cache; values too.
 
     Args:
         queries: ``(batch, n, heads, head_dim)``, contiguous.
-        keys: ``(batch, n, kv_heads, head_dim)``, contiguous, of the same dtype.
-        cosines, sines: ``(batch, n, head_dim)``, contiguous; head_dim is twice a power of two.
+        keys, values: ``(batch, n, kv_heads, head_dim)``, contiguous; left as they are.
+        rotary: cosines and sines, each ``(batch, n, head_dim)``, contiguous; head_dim is a power
+            of two.
+        held: keys and values of the cache, each ``(batch, kv_heads, width, head_dim)``, contiguous.
+        slot: int64 ``(1,)``, where the first of the n tokens goes; they are written from there on.
     """
     batch, count, heads, dim = queries.shape
-    grid = (batch * count, heads + keys.shape[2])
-    warps = 1
-    _rotate[grid](
-        queries, keys, cosines, sines, heads, keys.shape[2], HALF=dim // 2, num_warps=warps
+    kv_heads, block = keys.shape[2], 16
+    groups = triton.cdiv(heads, block) + triton.cdiv(kv_heads, block)
+    _rotate_and_keep[(batch * count, groups)](
+        queries,
+        keys,
+        values,
+        *rotary,
+        *held,
+        slot,
+        count,
+        held[0].shape[2],
+        heads,
+        kv_heads,
+        HALF=dim // 2,
+        HEADS=block,
+        num_warps=4,
     )
