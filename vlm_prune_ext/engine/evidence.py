@@ -152,7 +152,8 @@ class AttentionReader:
         for group in prefill.groups:
             ends = self.layout.places_of(group.slots[:, -1:], group.samples)[:, 0]
             last = last.scatter_reduce(0, group.samples, ends, "amax")
-        first = int(last.min()) + 1
+        # Where the first of them may be, without asking the device: visual tokens are in front.
+        first = min(number for number in prefill.visual_counts() if number)
         rows = iota[first:].expand(batch, count - first)
         weights = rows > last[:, None]
         if real is not None:

@@ -15,7 +15,7 @@ import torch
 from vlm_prune_ext.engine import masks
 from vlm_prune_ext.engine.decoder import Call, DecoderPruner
 from vlm_prune_ext.engine.evidence import AttentionReader, Looker, read
-from vlm_prune_ext.engine.layout import Layout, take
+from vlm_prune_ext.engine.layout import Layout, sent, take
 from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.engine.prefill import Group, Prefill
 from vlm_prune_ext.engine.recorded import Recorder, Shelf
@@ -247,7 +247,7 @@ class Run:
         counts, lost = self.aligned.counts, self._lost(self.state.held)
         if len(set(lost)) == 1:
             return counts - lost[0]  # nothing to send, nothing to wait for
-        return counts - torch.tensor(lost, device=counts.device)
+        return counts - sent(lost, counts.device)
 
     def _drop(
         self, stage: Stage, hidden: torch.Tensor, positions: torch.Tensor
@@ -326,7 +326,7 @@ class Run:
             step.start(
                 position,
                 torch.stack(self.real)[..., None],
-                torch.tensor(room, device=position.device),
+                sent(room, position.device),
             )
         step.token.copy_(tokens[:, None])
         self.logits = step.run()

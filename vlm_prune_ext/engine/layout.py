@@ -6,7 +6,9 @@ them; tokens that are decoded later get slots S, S+1, ... in every layer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -97,3 +99,11 @@ def take(tensor: torch.Tensor, index: torch.Tensor, dim: int) -> torch.Tensor:
     shape = list(tensor.shape)
     shape[dim] = m
     return tensor.gather(tensor.dim() + dim, index.to(tensor.device).view(view).expand(shape))
+
+
+def sent(numbers: Sequence[Any], device: torch.device) -> torch.Tensor:
+    """Numbers as an int64 tensor on a device, without waiting for what the device has to do."""
+    made = torch.tensor(numbers)
+    if device.type != "cuda":
+        return made.to(device)
+    return made.pin_memory().to(device, non_blocking=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from vlm_prune_ext.engine.layout import Layout
+from vlm_prune_ext.engine.layout import Layout, sent
 from vlm_prune_ext.engine.spans import Image
 from vlm_prune_ext.engine.trace import Trace
 from vlm_prune_ext.methods.base import Evidence, Stage
@@ -50,9 +50,9 @@ def group_images(images: list[Image], device: torch.device) -> list[Group]:
     for total in sorted({image.length for image in images}):
         mine = [image for image in images if image.length == total]
         names = tuple(image.sample for image in mine)
-        starts = torch.tensor([[image.start] for image in mine], device=device)
+        starts = sent([[image.start] for image in mine], device)
         places = torch.arange(total, device=device).expand(len(mine), total)
-        groups.append(Group(torch.tensor(names, device=device), names, starts, total, places))
+        groups.append(Group(sent(names, device), names, starts, total, places))
     return groups
 
 
@@ -116,7 +116,7 @@ class Prefill:
             for samples, places in lost:
                 if gone is None:
                     gone = torch.zeros_like(self.layout.slots, dtype=torch.bool)
-                gone[samples[:, None], places] = True
+                gone.index_put_((samples[:, None], places), gone.new_ones(()))  # nothing to send
         if stage.mode == "drop":  # hidden tokens stay, and may be chosen at the next step
             before = self.visual_counts()
             self.groups = groups

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from vlm_prune_ext.engine.kernels import steady_attention
+from vlm_prune_ext.engine.kernels import fixed_shape_attention, steady_attention
 
 WARM_UPS = 2  # libraries allocate and choose kernels in the first runs
 
@@ -81,7 +81,8 @@ class Recorded:
             self.recorder.count += 1
 
     def _run(self) -> Any:
-        with steady_attention():
+        attention = fixed_shape_attention if self.recorder.capture else steady_attention
+        with attention():
             return self.work()
 
     def _record(self) -> None:

@@ -105,7 +105,7 @@ def load(
         fast: let ``model.generate`` run greedy decoding, pruned or not, as CUDA graphs with fixed
             shapes; the arguments and the answers stay the same. ``True`` is an error where that is
             not possible (no GPU, another family, a method whose counts depend on the picture).
-            ``None``: no.
+            ``None``: on a GPU, where it is possible; one line in the log says why where it is not.
         **kw: further arguments of transformers' ``from_pretrained``, e.g. ``device_map="auto"``;
             ``trust_remote_code=True`` for formats that come with code of their own.
 
@@ -136,15 +136,20 @@ def load(
 
 
 def _turn_on_fast(model: Any, wanted: bool | None) -> None:
-    if not wanted:
+    if wanted is False or (wanted is None and next(model.parameters()).device.type != "cuda"):
         return
     from vlm_prune_ext.models.fast import turn_on_fast
 
     family = next((family for family in families() if family.owns(model)), None)
-    if family is None or not family.fast:
-        title = type(model).__name__ if family is None else family.title
-        raise InputError(f"fast=True is not possible: {title} has no fast path.")
-    turn_on_fast(model, family.parts(model))
+    try:
+        if family is None or not family.fast:
+            title = type(model).__name__ if family is None else family.title
+            raise InputError(f"fast=True is not possible: {title} has no fast path.")
+        turn_on_fast(model, family.parts(model), forced=bool(wanted))
+    except InputError as error:
+        if wanted:
+            raise
+        logger.info("The fast path stays off. %s", error)
 
 
 def _family_of(source: Checkpoint) -> Family:

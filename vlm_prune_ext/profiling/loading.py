@@ -119,7 +119,7 @@ def load_for(
     """
     if name.startswith(RANDOM):
         return _finished(*_random(name.removeprefix(RANDOM), device, optimization), optimization)
-    more: dict[str, Any] = {"fast": True} if optimization.form == "fast" else {}
+    more: dict[str, Any] = {"fast": optimization.form == "fast"}
     if trust_remote_code:
         more["trust_remote_code"] = True
     model, processor = load(
