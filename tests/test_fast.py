@@ -228,7 +228,7 @@ def test_nothing_reads_what_a_later_piece_may_overwrite(
             tensor.fill_(float("nan"))
         output = plain(self)
         segment = getattr(self.work, "__self__", None)
-        attended = getattr(segment, "attended", None)
+        attended = segment.memory.attended if hasattr(segment, "memory") else None
         earlier[:] = [t for t in (output, attended) if isinstance(t, torch.Tensor)]
         return output
 
@@ -357,7 +357,7 @@ def test_few_recordings_for_many_lengths(original: Any) -> None:
     words = text.split(" ")
 
     def ask() -> None:
-        for count in range(1, len(words)):
+        for count in (len(words) - 1, *range(1, len(words))):  # the longest makes room for all
             with vp.prune(model, METHODS["fastv"]):
                 generate(fast, processor.prompt(" ".join(words[:count]), makers.photo()))
 
@@ -372,6 +372,62 @@ def test_few_recordings_for_many_lengths(original: Any) -> None:
     assert expected + 1 <= first <= expected + 2
     ask()
     assert fast.captures == first
+
+
+def test_memory_grows_with_the_longest_prompt_alone(original: Any) -> None:
+    model, processor = original
+    fast = make_fast(model)
+    blocks = fast.fast.arena._blocks
+
+    def ask(words: int, photos: int) -> int:
+        inputs = processor.batch(["Red? " * words] * photos, [[p] for p in makers.photos(photos)])
+        with vp.prune(model, METHODS["fastv"]):
+            expected = generate(model.generate, inputs)
+            assert torch.equal(generate(fast, inputs), expected)
+        return sum(block.nbytes for block in blocks.values())
+
+    first = ask(30, 3)
+    assert all(ask(words, photos) == first for words in (1, 9, 20) for photos in (1, 2, 3))
+    largest = ask(90, 4)
+    assert largest > first
+    assert all(ask(words, photos) == largest for words in (3, 30) for photos in (1, 4))
+
+
+def test_what_is_no_number_does_not_stay(original: Any) -> None:
+    model, processor = original
+    fast = make_fast(model)
+    inputs = processor.prompt("Red?", makers.photo())
+    expected = generate(model.generate, inputs)
+    broken = {**inputs, "pixel_values": torch.full_like(inputs["pixel_values"], float("nan"))}
+    generate(fast, broken)
+    assert torch.equal(generate(fast, inputs), expected)
+
+
+def test_weights_that_were_changed_afterwards(original: Any) -> None:
+    model, processor = original
+    fast = make_fast(model)
+    inputs = processor.prompt("Red?", makers.photo())
+    generate(fast, inputs)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.flip(0)
+    captures = fast.captures
+    assert torch.equal(generate(fast, inputs), generate(model.generate, inputs))
+    assert fast.captures == captures  # counted anew
+
+
+def test_hooks_of_others_are_called(original: Any) -> None:
+    model, processor = original
+    fast = make_fast(model)
+    inputs = processor.prompt("Red?", makers.photo())
+    generate(fast, inputs)
+    layer = parts_of(model).layers[1]
+    seen: list[int] = []
+    handle = layer.mlp.register_forward_hook(lambda *_: seen.append(1))
+    generate(fast, inputs, max_new_tokens=2)
+    assert len(seen) == 2
+    handle.remove()
+    generate(fast, inputs, max_new_tokens=2)
+    assert len(seen) == 2
 
 
 def test_old_shapes_make_room_for_new_ones(original: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -453,8 +509,10 @@ def test_attention_that_was_changed_afterwards(original: Any) -> None:
 @pytest.mark.gpu
 def test_on_a_gpu(tmp_path: Path) -> None:
     folder = makers.tiny_original(tmp_path / "m")
-    assert isinstance(vp.load(folder, fast=True)[0].generate, FastGenerate)
-    assert not isinstance(vp.load(folder)[0].generate, FastGenerate)
+    for wanted, forced in ((True, True), (None, False)):
+        function = vp.load(folder, fast=wanted)[0].generate
+        assert isinstance(function, FastGenerate) and function.forced is forced
+    assert not isinstance(vp.load(folder, fast=False)[0].generate, FastGenerate)
 
 
 def test_a_piece_that_cuda_cannot_record(

@@ -7,24 +7,28 @@ piece before. So every rule that keeps a fixed number of tokens works here as it
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from vlm_prune_ext.engine import masks
+from vlm_prune_ext.engine.arena import Arena
 from vlm_prune_ext.engine.decoder import Call, DecoderPruner
 from vlm_prune_ext.engine.evidence import AttentionReader, Looker, read
-from vlm_prune_ext.engine.layout import Layout, sent, take
+from vlm_prune_ext.engine.fused import FusedLayers
+from vlm_prune_ext.engine.layout import Layout, iota, sent, take
 from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.engine.prefill import Group, Prefill
 from vlm_prune_ext.engine.recorded import Recorder, Shelf
-from vlm_prune_ext.engine.static import Head, Segment, SegmentCache, Step
+from vlm_prune_ext.engine.static import Activations, Head, Segment, SegmentCache, Step
 from vlm_prune_ext.methods.base import Method, Stage
 
 PROMPT_STEP = 8  # what a piece holds is filled up to a multiple: few recordings, few tokens more
 CACHE_STEP = 128  # likewise caches, so that many lengths share one decode step
-CACHES, SEGMENTS, STEPS = 12, 64, 12  # kept at a time
+CACHES, SEGMENTS, STEPS = 48, 128, 24  # kept at a time
 
 
 def why_not(parts: ModelParts, method: Method | None) -> str | None:
@@ -99,7 +103,7 @@ class _Aligned:
     def of(prompt: Prompt) -> _Aligned:
         batch, count = prompt.embeds.shape[:2]
         if prompt.real is None:
-            order = torch.arange(count, device=prompt.embeds.device).expand(batch, count)
+            order = iota(count, prompt.embeds.device).expand(batch, count)
             return _Aligned(order, torch.full_like(order[:, 0], count), padded=False)
         order = (~prompt.real).int().argsort(dim=1, stable=True)
         return _Aligned(order, prompt.real.sum(dim=1), padded=True)
@@ -144,11 +148,22 @@ class FastDecoder:
 
     def __init__(self, parts: ModelParts, head: Head, *, capture: bool) -> None:
         self.parts, self.head = parts, head
-        device = next(parts.decoder.parameters()).device  # type: ignore[union-attr]
-        self.recorder = Recorder(device, capture)
+        decoder: Any = parts.decoder
+        first = next(decoder.parameters())
+        self.dtype = first.dtype
+        around = FusedLayers(decoder) if capture else nullcontext
+        self.recorder = Recorder(first.device, capture, around)
+        self.arena = Arena(first.device, self._let_go)
         self._caches: Shelf[SegmentCache] = Shelf(CACHES, self._forget)
         self._segments: Shelf[Segment] = Shelf(SEGMENTS)
         self._steps: Shelf[Step] = Shelf(STEPS)
+
+    def _let_go(self, block: Hashable) -> None:
+        """A block of memory goes, and with it what was recorded on it."""
+        if isinstance(block, tuple):
+            self._caches.drop_where(lambda cache: cache.first <= block[1] < cache.stop)
+        else:
+            self._segments.drop_where(lambda segment: True)
 
     def _forget(self, cache: SegmentCache) -> None:
         """A cache goes, and with it what was recorded on its memory."""
@@ -185,12 +200,13 @@ class FastDecoder:
         """The layers ``first`` ... ``stop - 1`` for prompts of up to a bucket's length, with
         ``room`` for decoded tokens."""
         batch, tokens = hidden.shape[0], _round_up(hidden.shape[1], PROMPT_STEP)
+        memory = Activations.of(self.arena, batch, tokens, hidden.shape[2], self.dtype)
         width = _round_up(tokens + room, CACHE_STEP)
         key = (first, stop, batch, width)
-        cache = self._caches.get(key, lambda: SegmentCache(*key))
+        config = self.parts.decoder.config  # type: ignore[union-attr]
+        cache = self._caches.get(key, lambda: SegmentCache(self.arena, config, *key, self.dtype))
         return self._segments.get(
-            (*key, tokens),
-            lambda: Segment(self.parts, self.head, cache, tokens, hidden, self.recorder),
+            (*key, tokens), lambda: Segment(self.parts, self.head, cache, memory, self.recorder)
         )
 
     def step(self, caches: list[SegmentCache]) -> Step:
@@ -215,12 +231,15 @@ class Run:
         self.real: list[torch.Tensor] = []
         self.notes: list[_Note] = []
         self.logits: torch.Tensor
+        self._position: torch.Tensor  # rotary, of the first token that is decoded
         self._step: Step | None = None
 
     def prefill(
         self, hidden: torch.Tensor, positions: torch.Tensor, stages: dict[int, Stage]
     ) -> None:
         """All segments, and the drops between them."""
+        counts = self.aligned.counts[:, None]
+        self._position = positions.expand(len(counts), -1).gather(1, counts - 1) + 1
         starts = [0, *sorted(stages)]
         stops = [*starts[1:], len(self.decoder.parts.layers)]
         for first, stop in zip(starts, stops, strict=True):
@@ -228,10 +247,7 @@ class Run:
                 hidden, positions = self._drop(stages[first], hidden, positions)
             segment = self.decoder.segment(first, stop, hidden, self.room)
             real = self._real_tokens()
-            # What stands behind is left from before: causal attention does not look there.
-            segment.hidden[:, : hidden.shape[1]].copy_(hidden)
-            segment.positions[:, : hidden.shape[1]].copy_(positions)
-            segment.last.copy_(real - 1)
+            segment.fill(hidden, positions, real - 1)
             self.segments.append(segment)
             self.real.append(real)
             output = segment.run()
@@ -276,17 +292,18 @@ class Run:
         if not any(need == "keys" or need.startswith("attention:") for need in stage.needs):
             return Looker(None, None, hidden)
         segment, count = self.segments[-1], hidden.shape[1]
-        before = segment.cache.stop - 1
-        assert segment.attended is not None
+        before, memory = segment.cache.stop - 1, segment.memory
+        decoder: Any = self.decoder.parts.decoder
+        attended, places = memory.attended[:, :count], memory.positions[:, :count]
         reader = AttentionReader(
             self.decoder.parts,
             self.decoder.parts.layers[before].self_attn,  # type: ignore[arg-type]
-            segment.attended[:, :count],
+            attended,
             self.state,
             self.state.layout,
             keys=segment.cache.keys[before][:, :, :count],
             mask=None,
-            rotary=tuple(part[:, :count] for part in segment.rotary),
+            rotary=decoder.rotary_emb(attended, position_ids=places),
             prompt=True,
         )
         return Looker(*read(stage.needs, reader), hidden)
@@ -320,14 +337,9 @@ class Run:
         step = self._step
         if step is None:
             step = self._step = self.decoder.step([segment.cache for segment in self.segments])
-            first = self.segments[0]
-            position = first.positions.gather(1, first.last[:, None]) + 1
             room = [[segment.tokens] for segment in self.segments]
-            step.start(
-                position,
-                torch.stack(self.real)[..., None],
-                sent(room, position.device),
-            )
+            real = torch.stack(self.real)[..., None]
+            step.start(self._position, real, sent(room, real.device))
         step.token.copy_(tokens[:, None])
         self.logits = step.run()
         return self.logits

@@ -1,101 +1,175 @@
-"""LLaMA layers with the work between their matrix products fused, while they are recorded.
+"""LLaMA layers with fewer and larger kernels, while they are recorded.
 
-Norms, rotary embedding and activation are a third of the kernels of a layer at batch 1 and, at
-large batches, of its time. Here each is one Triton kernel. Only layers that are known to compute
-exactly this are touched; others, and machines without Triton, run as they are.
+Queries, keys and values come from one matrix product, and so do the two inputs of the activation:
+few tokens fill a GPU better that way. For this, weights that are used together are laid one behind
+the other in memory; the parameters stay the same objects with the same values. Norms, rotary
+embedding with writing the KV cache, and activation are one Triton kernel each; they are a third of
+a layer's kernels at batch 1 and, at large batches, of its time. Only layers that are known to
+compute exactly this are touched; others, and machines without Triton, run as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+logger = logging.getLogger("vlm_prune_ext")
+
 _KINDS = ("Llama", "Mistral", "Qwen2")
+
+
+@cache
+def _kernels(device: torch.device) -> ModuleType | None:
+    """The kernels; ``None`` where Triton is missing or cannot compile."""
+    try:
+        from vlm_prune_ext.engine import triton_kernels
+
+        triton_kernels.silu_times(torch.zeros(1, 32, device=device))
+    except Exception as error:  # Triton's own errors, a missing C compiler, ...
+        said = str(error).strip().split("\n")[0]
+        logger.warning(
+            "Layers are recorded without fused kernels: Triton does not work (%s).", said
+        )
+        return None
+    return triton_kernels
+
+
+class FusedLayers:
+    """The layers of one decoder.
+
+    Args:
+        decoder: where to look for them; it must be on a GPU.
+    """
+
+    def __init__(self, decoder: nn.Module) -> None:
+        self._forwards: list[tuple[nn.Module, Callable[..., Any]]] = []
+        device = next(decoder.parameters()).device
+        kernels = _kernels(device)
+        if kernels is None:
+            return
+        for module in decoder.modules():
+            forward = _forward_for(module, kernels) if "forward" not in vars(module) else None
+            if forward is not None:
+                self._forwards.append((module, forward))
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Use them inside the block. Attention modules must be given the KV caches of
+        :mod:`vlm_prune_ext.engine.static`."""
+        try:
+            for module, forward in self._forwards:
+                module.forward = forward  # type: ignore[method-assign]
+            yield
+        finally:
+            for module, _ in self._forwards:
+                vars(module).pop("forward", None)
 
 
 def _known(module: nn.Module, part: str) -> bool:
     """Is it exactly transformers' own (no subclass, which may do something else)?"""
     cls = type(module)
-    return cls.__module__.startswith("transformers.models.") and cls.__name__ in {
-        kind + part for kind in _KINDS
-    }
+    names = {kind + part for kind in _KINDS}
+    return cls.__module__.startswith("transformers.models.") and cls.__name__ in names
 
 
-@cache
-def kernels() -> ModuleType | None:
-    """The kernels; ``None`` without Triton."""
-    try:
-        from vlm_prune_ext.engine import triton_kernels
-    except ImportError:
-        return None
-    return triton_kernels
-
-
-@contextmanager
-def fused(modules: nn.Module) -> Iterator[None]:
-    """Have the norms, attentions and MLPs in ``modules`` use the kernels inside the block.
-
-    Attention modules must be given one of :mod:`vlm_prune_ext.engine.static`'s writers.
-    """
-    changed: list[nn.Module] = []
-    try:
-        for module in modules.modules() if kernels() is not None else ():
-            forward = _forward_for(module)
-            if forward is not None and "forward" not in vars(module):
-                module.forward = forward  # type: ignore[method-assign]
-                changed.append(module)
-        yield
-    finally:
-        for module in changed:
-            vars(module).pop("forward")
-
-
-def _forward_for(module: Any) -> Any:
+def _forward_for(module: Any, kernels: ModuleType) -> Callable[..., Any] | None:
     if _known(module, "RMSNorm"):
-        return partial(_norm, module)
+        return partial(_norm, module, kernels)
     if _known(module, "MLP") and module.config.hidden_act in ("silu", "swish"):
-        return partial(_mlp, module)
-    if _known(module, "Attention") and (module.head_dim & (module.head_dim - 1)) == 0:
-        return partial(_attention, module)
+        packed = pack((module.gate_proj, module.up_proj))
+        return None if packed is None else partial(_mlp, module, kernels, *packed)
+    if _known(module, "Attention") and module.head_dim & (module.head_dim - 1) == 0:
+        packed = pack((module.q_proj, module.k_proj, module.v_proj))
+        return None if packed is None else partial(_attention, module, kernels, *packed)
     return None
 
 
-def _norm(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    return _kernels().rms_norm(hidden_states.contiguous(), module.weight, module.variance_epsilon)
+def pack(
+    linears: Sequence[nn.Module],
+) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """Lay the weights of some linear layers one behind the other in memory.
+
+    Args:
+        linears: with equally many inputs.
+
+    Returns:
+        weight and bias (``None``: they have none) of all of them as one; ``None`` where one is not
+        a plain linear layer. The layers' own parameters are parts of these tensors from now on.
+    """
+    if any(type(linear) is not nn.Linear or "forward" in vars(linear) for linear in linears):
+        return None
+    biases = [linear.bias for linear in linears]
+    if any((bias is None) is not (biases[0] is None) for bias in biases):
+        return None
+    weight = _joined([linear.weight for linear in linears])  # type: ignore[misc]
+    return weight, None if biases[0] is None else _joined(biases)  # type: ignore[arg-type]
 
 
-def _mlp(module: Any, x: torch.Tensor) -> torch.Tensor:
-    return module.down_proj(_kernels().silu_times(module.gate_proj(x), module.up_proj(x)))
+def _joined(parameters: list[nn.Parameter]) -> torch.Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        first, rows = parameters[0].data, [len(parameter) for parameter in parameters]
+        if _are_joined(parameters):
+            return first.as_strided((sum(rows), *first.shape[1:]), first.stride())
+        whole = torch.cat([parameter.data for parameter in parameters])
+        for parameter, part in zip(parameters, whole.split(rows), strict=True):
+            parameter.data = part
+        if whole.is_cuda and whole.dim() > 1:
+            torch.cuda.empty_cache()  # the old pieces are too small for the next layer's
+        return whole
+
+
+def _are_joined(parameters: list[nn.Parameter]) -> bool:
+    storage = parameters[0].untyped_storage()
+    place = parameters[0].storage_offset()
+    for parameter in parameters:
+        same = parameter.untyped_storage().data_ptr() == storage.data_ptr()
+        if not same or parameter.storage_offset() != place or not parameter.is_contiguous():
+            return False
+        place += parameter.numel()
+    return True
+
+
+# -- what the modules do instead ------------------------------------------------------------------
+def _norm(module: Any, kernels: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    return kernels.rms_norm(hidden_states.contiguous(), module.weight, module.variance_epsilon)
+
+
+def _mlp(
+    module: Any, kernels: Any, weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor
+) -> torch.Tensor:
+    return module.down_proj(kernels.silu_times(F.linear(x, weight, bias)))
 
 
 def _attention(
     module: Any,
+    kernels: Any,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
     hidden_states: torch.Tensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
     attention_mask: torch.Tensor | None = None,
     past_key_values: Any = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """As the module's own forward, with rotary embedding and KV cache in one kernel."""
-    shape = (*hidden_states.shape[:-1], -1, module.head_dim)
-    queries = module.q_proj(hidden_states).view(shape)
-    keys = module.k_proj(hidden_states).view(shape)
-    values = module.v_proj(hidden_states).view(shape)
-    held = past_key_values.buffers(keys.transpose(1, 2), module.layer_idx)
-    rotary = tuple(part.contiguous() for part in position_embeddings)
-    _kernels().rotate_and_keep(queries, keys, values, rotary, held, past_key_values.slot)
-    keys, values = past_key_values.seen(held, keys.shape[1])
-    attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    output, _ = attend(
+    batch, count = hidden_states.shape[:2]
+    states = F.linear(hidden_states, weight, bias)
+    heads, dim = module.q_proj.out_features // module.head_dim, module.head_dim
+    held = past_key_values.buffers(module.layer_idx)
+    rotary = tuple(part.expand(batch, count, dim).contiguous() for part in position_embeddings)
+    kernels.rotate_and_keep(states, heads, rotary, held, past_key_values.slot)
+    keys, values = past_key_values.seen(held, count)
+    output, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](
         module,
-        queries.transpose(1, 2),
+        states[..., : heads * dim].view(batch, count, heads, dim).transpose(1, 2),
         keys,
         values,
         attention_mask,
@@ -103,8 +177,4 @@ def _attention(
         scaling=module.scaling,
         **kwargs,
     )
-    return module.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), None
-
-
-def _kernels() -> Any:
-    return kernels()
+    return module.o_proj(output.reshape(batch, count, heads * dim)), None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class Layout:
     @staticmethod
     def whole(batch: int, total: int, device: torch.device) -> Layout:
         """Everything is there."""
-        return Layout(torch.arange(total, device=device).expand(batch, total), None, total)
+        return Layout(iota(total, device).expand(batch, total), None, total)
 
     def to(self, device: torch.device) -> Layout:
         """The same on another device (a model may be spread over several)."""
@@ -54,7 +55,7 @@ class Layout:
     def places_of(self, slots: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
         """Current places of given slots: ``slots`` ``(rows, m)`` of batch rows ``samples``."""
         inverse = self.slots.new_zeros(self.slots.shape[0], self.total)
-        here = torch.arange(self.count, device=self.slots.device).expand_as(self.slots)
+        here = iota(self.count, self.slots.device).expand_as(self.slots)
         if self.valid is not None:  # empty slots must not claim a place
             here = here.masked_fill(~self.valid, 0)
         inverse.scatter_add_(1, self.slots, here)
@@ -99,6 +100,13 @@ def take(tensor: torch.Tensor, index: torch.Tensor, dim: int) -> torch.Tensor:
     shape = list(tensor.shape)
     shape[dim] = m
     return tensor.gather(tensor.dim() + dim, index.to(tensor.device).view(view).expand(shape))
+
+
+@lru_cache(maxsize=256)
+def iota(count: int, device: torch.device) -> torch.Tensor:
+    """int64 ``(count,)``: 0, 1, ...; made once, never to be written to."""
+    with torch.inference_mode(False):
+        return torch.arange(count, device=device)
 
 
 def sent(numbers: Sequence[Any], device: torch.device) -> torch.Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from vlm_prune_ext.engine.layout import Layout, sent
+from vlm_prune_ext.engine.layout import Layout, iota, sent
 from vlm_prune_ext.engine.spans import Image
 from vlm_prune_ext.engine.trace import Trace
 from vlm_prune_ext.methods.base import Evidence, Stage
@@ -51,7 +51,7 @@ def group_images(images: list[Image], device: torch.device) -> list[Group]:
         mine = [image for image in images if image.length == total]
         names = tuple(image.sample for image in mine)
         starts = sent([[image.start] for image in mine], device)
-        places = torch.arange(total, device=device).expand(len(mine), total)
+        places = iota(total, device).expand(len(mine), total)
         groups.append(Group(sent(names, device), names, starts, total, places))
     return groups
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -30,13 +31,19 @@ class Recorder:
         device: where the model is.
         capture: record CUDA graphs; otherwise every call runs the work as it is (on a CPU, or to
             look for a fault).
+        around: what is around work that is being recorded.
 
     Attributes:
         count: recordings made so far.
     """
 
-    def __init__(self, device: torch.device, capture: bool) -> None:
-        self.device, self.capture = device, capture
+    def __init__(
+        self,
+        device: torch.device,
+        capture: bool,
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self.device, self.capture, self.around = device, capture, around
         self.count = 0
         # Recordings never run at the same time and their outputs are read at once, so what one
         # needs in between can be the memory of another.
@@ -81,8 +88,10 @@ class Recorded:
             self.recorder.count += 1
 
     def _run(self) -> Any:
-        attention = fixed_shape_attention if self.recorder.capture else steady_attention
-        with attention():
+        if not self.recorder.capture:
+            with steady_attention():
+                return self.work()
+        with fixed_shape_attention(), self.recorder.around():
             return self.work()
 
     def _record(self) -> None:

@@ -29,12 +29,20 @@ def received(
         float32 ``(batch, n)``.
     """
     batch, heads, rows, dim = queries.shape
-    groups = keys.shape[1]
-    grouped = queries.reshape(batch, groups, heads // groups * rows, dim)
-    logits = (grouped @ keys.transpose(-1, -2)).view(batch, heads, rows, -1) * scaling
-    logits = logits.masked_fill(~allowed[:, None], torch.finfo(logits.dtype).min)
-    attention = logits.softmax(dim=-1, dtype=torch.float32)
-    return torch.einsum("bhrn,br->bn", attention, weights) / heads
+    groups, count = keys.shape[1:3]
+    grouped = queries.reshape(batch * groups, heads // groups * rows, dim)
+    # Scaled inside the product, before it is rounded, and in no pass of its own.
+    products = torch.baddbmm(
+        grouped.new_empty(()),
+        grouped,
+        keys.flatten(0, 1).transpose(1, 2),
+        beta=0,
+        alpha=scaling,
+    )
+    logits = products.view(batch, heads, rows, count)
+    logits.masked_fill_(~allowed[:, None], torch.finfo(logits.dtype).min)
+    attention = logits.softmax(dim=-1, dtype=torch.float32).view(batch, heads * rows, count)
+    return torch.bmm(weights.repeat(1, heads)[:, None], attention)[:, 0] / heads
 
 
 def rows_per_block(batch: int, heads: int, keys: int) -> int:

@@ -8,14 +8,13 @@ rotary position with them, so where they stand does not matter.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from vlm_prune_ext.engine.fused import fused
+from vlm_prune_ext.engine.arena import Arena
 from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.engine.recorded import Recorded, Recorder
 
@@ -27,27 +26,34 @@ class SegmentCache:
     """Keys and values of the layers ``first`` ... ``stop - 1``, which hold the same tokens.
 
     Args:
+        arena: memory.
+        config: of the decoder.
         first, stop: the layers.
         batch: samples.
         width: places, for the prompt and for what is decoded.
+        dtype: of the keys.
+
+    Attributes:
+        keys, values: by layer, ``(batch, kv_heads, width, head_dim)``.
     """
 
-    def __init__(self, first: int, stop: int, batch: int, width: int) -> None:
+    def __init__(
+        self,
+        arena: Arena,
+        config: Any,
+        first: int,
+        stop: int,
+        batch: int,
+        width: int,
+        dtype: torch.dtype,
+    ) -> None:
         self.first, self.stop, self.batch, self.width = first, stop, batch, width
-        self.keys: dict[int, torch.Tensor] = {}
-        self.values: dict[int, torch.Tensor] = {}
-
-    def buffers(self, layer: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The two of a layer, ``(batch, kv_heads, width, head_dim)``.
-
-        They start as zeros: a weight of zero does not undo what happens to be in new memory if
-        that is no number.
-        """
-        if layer not in self.keys:
-            shape = (self.batch, like.shape[1], self.width, like.shape[3])
-            self.keys[layer] = like.new_zeros(shape)
-            self.values[layer] = like.new_zeros(shape)
-        return self.keys[layer], self.values[layer]
+        heads = config.num_attention_heads
+        dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        shape = (batch, getattr(config, "num_key_value_heads", None) or heads, width, dim)
+        layers = range(first, stop)
+        self.keys = {layer: arena.view(("keys", layer), shape, dtype) for layer in layers}
+        self.values = {layer: arena.view(("values", layer), shape, dtype) for layer in layers}
 
 
 class _Writer:
@@ -62,9 +68,9 @@ class _Writer:
     def __init__(self, cache: SegmentCache, slot: torch.Tensor, *, alone: bool) -> None:
         self.cache, self.slot, self.alone = cache, slot, alone
 
-    def buffers(self, keys: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The layer's part of the cache, for keys ``(batch, kv_heads, n, head_dim)``."""
-        return self.cache.buffers(layer, keys)
+    def buffers(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer's part of the cache."""
+        return self.cache.keys[layer], self.cache.values[layer]
 
     def seen(
         self, held: tuple[torch.Tensor, torch.Tensor], count: int
@@ -78,11 +84,39 @@ class _Writer:
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Called by the attention of layers that are not fused."""
-        held = self.buffers(keys, layer)
+        held = self.buffers(layer)
         places = self.slot + torch.arange(keys.shape[2], device=keys.device)
         held[0].index_copy_(2, places, keys)
         held[1].index_copy_(2, places, values)
         return self.seen(held, keys.shape[2])
+
+
+@dataclass
+class Activations:
+    """Memory for the activations of a prompt, shared by all pieces.
+
+    Attributes:
+        hidden: ``(batch, tokens, hidden)``, what goes in.
+        output: the same, what comes out.
+        attended: the same, what the last layer's attention received.
+        positions: int64 ``(batch, tokens)``.
+        last: int64 ``(batch,)``, each sample's last token.
+    """
+
+    hidden: torch.Tensor
+    output: torch.Tensor
+    attended: torch.Tensor
+    positions: torch.Tensor
+    last: torch.Tensor
+
+    @staticmethod
+    def of(arena: Arena, batch: int, tokens: int, width: int, dtype: torch.dtype) -> Activations:
+        """Views of an arena's memory."""
+        names, shape = ("hidden", "output", "attended"), (batch, tokens, width)
+        hidden, output, attended = (arena.view(name, shape, dtype) for name in names)
+        positions = arena.view("positions", (batch, tokens), torch.int64)
+        last = arena.view("last", (batch,), torch.int64)
+        return Activations(hidden, output, attended, positions, last)
 
 
 class Segment:
@@ -92,16 +126,12 @@ class Segment:
         parts: where things are in the model.
         head: see :data:`Head`.
         cache: of these layers.
-        tokens: per sample, with room behind.
-        like: a tensor of the hidden states' dtype, device and width.
+        memory: for the activations.
         recorder: shared by the model's recordings.
 
     Attributes:
-        hidden: ``(batch, tokens, hidden)``, to be filled before a run.
-        positions: int64 ``(batch, tokens)``, likewise.
-        last: int64 ``(batch,)``, each sample's last token, likewise.
-        attended: ``(batch, tokens, hidden)``, what the last layer's attention received.
-        rotary: its ``position_embeddings``.
+        tokens: per sample, with room behind.
+        is_last: no layer follows.
     """
 
     def __init__(
@@ -109,43 +139,50 @@ class Segment:
         parts: ModelParts,
         head: Head,
         cache: SegmentCache,
-        tokens: int,
-        like: torch.Tensor,
+        memory: Activations,
         recorder: Recorder,
     ) -> None:
-        self.parts, self.head, self.cache, self.tokens = parts, head, cache, tokens
-        self.hidden = like.new_zeros(cache.batch, tokens, like.shape[-1])
-        self.positions = torch.zeros(cache.batch, tokens, dtype=torch.int64, device=like.device)
-        self.last = self.positions.new_zeros(cache.batch)
-        self.rows = torch.arange(cache.batch, device=like.device)
-        self.start = self.positions.new_zeros(1)
-        self.attended: torch.Tensor | None = None
-        self.rotary: Any = None
+        self.parts, self.head, self.cache, self.memory = parts, head, cache, memory
+        self.tokens = memory.hidden.shape[1]
+        self.rows = torch.arange(cache.batch, device=recorder.device)
+        self.slot = self.rows.new_zeros(1)
         self.is_last = cache.stop == len(parts.layers)
-        self.run = Recorded(_fusing(self._work, parts, recorder), recorder)
+        self.run = Recorded(self._work, recorder)
+
+    def fill(self, hidden: torch.Tensor, positions: torch.Tensor, last: torch.Tensor) -> None:
+        """Before a run: ``(batch, n, hidden)``, ``(batch, n)``, ``(batch,)`` as in
+        :class:`Activations`, of at most :attr:`tokens` tokens."""
+        count, memory = hidden.shape[1], self.memory
+        memory.hidden[:, :count].copy_(hidden)
+        if count < self.tokens:  # nobody looks there, but it must stay finite
+            memory.hidden[:, count:].zero_()
+        memory.positions[:, :count].copy_(positions)
+        memory.last.copy_(last)
 
     def _work(self) -> torch.Tensor:
         """Hidden states for the next segment; behind the last layer logits ``(batch, vocab)``."""
         decoder: Any = self.parts.decoder
-        hidden = self.hidden
-        self.rotary = decoder.rotary_emb(hidden, position_ids=self.positions)
-        writer = _Writer(self.cache, self.start, alone=True)
+        hidden, memory = self.memory.hidden, self.memory
+        rotary = decoder.rotary_emb(hidden, position_ids=memory.positions)
+        writer = _Writer(self.cache, self.slot, alone=True)
         watch = self.parts.layers[self.cache.stop - 1].self_attn.register_forward_pre_hook(  # type: ignore[union-attr,operator]
             self._see, with_kwargs=True
         )
         try:
             for layer in self.parts.layers[self.cache.first : self.cache.stop]:
-                hidden = run_layer(layer, hidden, self.rotary, None, writer)
+                hidden = run_layer(layer, hidden, rotary, None, writer)
         finally:
             watch.remove()
         if not self.is_last:
-            return hidden
+            return memory.output.copy_(hidden)
         assert self.parts.final_norm is not None
-        return self.head(self.parts.final_norm(hidden[self.rows, self.last]))
+        return self.head(self.parts.final_norm(hidden[self.rows, memory.last]))
 
     def _see(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if not self.is_last:
-            self.attended = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            self.memory.attended.copy_(
+                kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            )
 
 
 class Step:
@@ -173,7 +210,7 @@ class Step:
         self._count = self.token.new_zeros(1)
         self._places = [torch.arange(cache.width, device=device) for cache in caches]
         self._start: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
-        self.run = Recorded(_fusing(self._work, parts, recorder), recorder, self._reset)
+        self.run = Recorded(self._work, recorder, self._reset)
 
     def start(self, position: torch.Tensor, real: torch.Tensor, room: torch.Tensor) -> None:
         """After a prefill.
@@ -213,19 +250,6 @@ class Step:
         self._position += 1
         self._count += 1
         return logits
-
-
-def _fusing(
-    work: Callable[[], torch.Tensor], parts: ModelParts, recorder: Recorder
-) -> Callable[[], torch.Tensor]:
-    """Work whose layers use fused kernels where it is recorded, which is on a GPU."""
-
-    @wraps(work)
-    def with_kernels() -> torch.Tensor:
-        with fused(parts.decoder):  # type: ignore[arg-type]
-            return work()
-
-    return with_kernels if recorder.capture else work
 
 
 def run_layer(

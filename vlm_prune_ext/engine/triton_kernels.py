@@ -5,9 +5,9 @@ product of the rotary embedding, after the activation), so that results differ f
 order of one sum and no more. Import needs Triton; :mod:`vlm_prune_ext.engine.fused` decides.
 """
 
-from __future__ import annotations
-
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
+
+from __future__ import annotations
 
 import torch
 import triton
@@ -43,21 +43,29 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 @triton.jit
-def _silu_times(gate, up, out, count, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    values = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
-    activated = (values / (1.0 + tl.exp(-values))).to(out.dtype.element_ty).to(tl.float32)
-    others = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + at, (activated * others).to(out.dtype.element_ty), mask=inside)
+def _silu_times(both, out, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < width
+    gate = tl.load(both + row * 2 * width + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(both + (row * 2 + 1) * width + at, mask=inside, other=0.0).to(tl.float32)
+    activated = (gate / (1.0 + tl.exp(-gate))).to(out.dtype.element_ty).to(tl.float32)
+    tl.store(out + row * width + at, (activated * up).to(out.dtype.element_ty), mask=inside)
 
 
-def silu_times(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """``silu(gate) * up``, element by element; both contiguous and of one shape."""
-    out = torch.empty_like(gate)
-    block = 1024
-    grid = (triton.cdiv(gate.numel(), block),)
-    _silu_times[grid](gate, up, out, gate.numel(), BLOCK=block, num_warps=4)
+def silu_times(both: torch.Tensor) -> torch.Tensor:
+    """``silu(gate) * up``.
+
+    Args:
+        both: ``(..., 2 * width)``, contiguous: gate, and up behind it.
+
+    Returns:
+        ``(..., width)``.
+    """
+    width, block = both.shape[-1] // 2, 1024
+    out = both.new_empty(*both.shape[:-1], width)
+    grid = (out.numel() // width, triton.cdiv(width, block))
+    _silu_times[grid](both, out, width, BLOCK=block, num_warps=4)
     return out
 
 
@@ -71,9 +79,7 @@ def _rotated(first, second, cosine, sine, kind: tl.constexpr):
 
 @triton.jit
 def _rotate_and_keep(
-    queries,
-    keys,
-    values,
+    states,
     cosines,
     sines,
     held_keys,
@@ -89,17 +95,18 @@ def _rotate_and_keep(
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     query_groups = tl.cdiv(query_heads, HEADS)
-    kind: tl.constexpr = queries.dtype.element_ty
+    kind: tl.constexpr = states.dtype.element_ty
     at = tl.arange(0, HALF)[None, :]
     angle = token * 2 * HALF + at
     cosine = tl.load(cosines + angle).to(tl.float32)
     cosine_2 = tl.load(cosines + angle + HALF).to(tl.float32)
     sine = tl.load(sines + angle).to(tl.float32)
     sine_2 = tl.load(sines + angle + HALF).to(tl.float32)
+    row = states + token * (query_heads + 2 * key_heads) * 2 * HALF
     if group < query_groups:
         head = group * HEADS + tl.arange(0, HEADS)[:, None]
         inside = (head < query_heads) & (at < HALF)
-        place = queries + (token * query_heads + head) * 2 * HALF + at
+        place = row + head * 2 * HALF + at
         first = tl.load(place, mask=inside, other=0.0).to(tl.float32)
         second = tl.load(place + HALF, mask=inside, other=0.0).to(tl.float32)
         tl.store(place, _rotated(first, -second, cosine, sine, kind), mask=inside)
@@ -107,23 +114,23 @@ def _rotate_and_keep(
     else:
         head = (group - query_groups) * HEADS + tl.arange(0, HEADS)[:, None]
         inside = (head < key_heads) & (at < HALF)
-        offset = (token * key_heads + head) * 2 * HALF + at
-        row = token // count * key_heads + head
-        goal = (row * width + tl.load(slot) + token % count) * 2 * HALF + at
-        first = tl.load(keys + offset, mask=inside, other=0.0).to(tl.float32)
-        second = tl.load(keys + offset + HALF, mask=inside, other=0.0).to(tl.float32)
+        keys = row + (query_heads + head) * 2 * HALF + at
+        values = keys + key_heads * 2 * HALF
+        goal = token // count * key_heads + head
+        goal = (goal * width + tl.load(slot) + token % count) * 2 * HALF + at
+        first = tl.load(keys, mask=inside, other=0.0).to(tl.float32)
+        second = tl.load(keys + HALF, mask=inside, other=0.0).to(tl.float32)
         tl.store(held_keys + goal, _rotated(first, -second, cosine, sine, kind), mask=inside)
         second_half = _rotated(second, first, cosine_2, sine_2, kind)
         tl.store(held_keys + goal + HALF, second_half, mask=inside)
         for half in tl.static_range(2):
-            part = tl.load(values + offset + half * HALF, mask=inside, other=0.0)
+            part = tl.load(values + half * HALF, mask=inside, other=0.0)
             tl.store(held_values + goal + half * HALF, part, mask=inside)
 
 
 def rotate_and_keep(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    states: torch.Tensor,
+    heads: int,
     rotary: tuple[torch.Tensor, torch.Tensor],
     held: tuple[torch.Tensor, torch.Tensor],
     slot: torch.Tensor,
@@ -131,25 +138,24 @@ def rotate_and_keep(
     """LLaMA's rotary embedding of queries, in place, and of keys, into the KV cache; values too.
 
     Args:
-        queries: ``(batch, n, heads, head_dim)``, contiguous.
-        keys, values: ``(batch, n, kv_heads, head_dim)``, contiguous; left as they are.
+        states: ``(batch, n, (heads + 2 kv_heads) head_dim)``, contiguous: queries, keys, values.
+        heads: query heads.
         rotary: cosines and sines, each ``(batch, n, head_dim)``, contiguous; head_dim is a power
             of two.
         held: keys and values of the cache, each ``(batch, kv_heads, width, head_dim)``, contiguous.
         slot: int64 ``(1,)``, where the first of the n tokens goes; they are written from there on.
     """
-    batch, count, heads, dim = queries.shape
-    kv_heads, block = keys.shape[2], 16
+    batch, count = states.shape[:2]
+    kv_heads, width, dim = held[0].shape[1:]
+    block = 16
     groups = triton.cdiv(heads, block) + triton.cdiv(kv_heads, block)
     _rotate_and_keep[(batch * count, groups)](
-        queries,
-        keys,
-        values,
+        states,
         *rotary,
         *held,
         slot,
         count,
-        held[0].shape[2],
+        width,
         heads,
         kv_heads,
         HALF=dim // 2,

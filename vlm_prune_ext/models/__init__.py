@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 import os
 from typing import Any
 
@@ -20,6 +21,8 @@ from vlm_prune_ext.models.catalogue import check_versions
 from vlm_prune_ext.models.checkpoint import FETCHING, Checkpoint
 from vlm_prune_ext.models.convert import convert_to_hf
 from vlm_prune_ext.models.fields import check_fields, check_flash_attention
+
+logger = logging.getLogger("vlm_prune_ext")
 
 __all__ = [
     "Family",
@@ -149,7 +152,8 @@ def _turn_on_fast(model: Any, wanted: bool | None) -> None:
     except InputError as error:
         if wanted:
             raise
-        logger.info("The fast path stays off. %s", error)
+        reason = str(error).removeprefix("fast=True is not possible: ")
+        logger.warning("The fast path is not taken: %s", reason)
 
 
 def _family_of(source: Checkpoint) -> Family:

@@ -75,15 +75,28 @@ class FastGenerate:
         assert parts.decoder is not None
         self._model = weakref.ref(model)
         self._decoder = weakref.ref(parts.decoder)
-        self.forced = forced
+        self.forced, self._capture = forced, capture
         # The model holds this object, so nothing here may hold the model: memory would stay taken
         # after its last user let go of it.
-        own = replace(parts, model=parts.decoder)
-        self.fast = FastDecoder(own, _Head(model), capture=capture)
-        tower = parts.vision.tower if parts.vision is not None else None
-        self._tower = _RecordedTower(tower, self.fast.recorder) if tower is not None else None
+        self._parts = replace(parts, model=parts.decoder)
+        self._modules = [weakref.ref(module) for module in parts.layers.modules()]
         self._said: set[str] = set()
         self._broken: str | None = None
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Start with nothing recorded."""
+        self.fast = FastDecoder(self._parts, _Head(self._model()), capture=self._capture)
+        vision = self._parts.vision
+        self._tower = _RecordedTower(vision.tower, self.fast.recorder) if vision else None
+        self._weights = self._where_weights_are()
+
+    def _where_weights_are(self) -> tuple[int, ...]:
+        """Changes where a model is moved, cast, or given adapters: recordings would go on with the
+        weights that were there before. Two layers speak for all."""
+        layers = self._parts.layers
+        ends = [p for layer in (layers[0], layers[-1]) for p in layer.parameters()]
+        return tuple(number for p in ends for number in (id(p), p.data_ptr()))
 
     @property
     def captures(self) -> int:
@@ -101,6 +114,8 @@ class FastGenerate:
                 self._said.add(reason)
                 logger.warning("The fast path is not taken: %s.", reason)
             return type(model).generate(model, inputs, **kwargs)
+        if self._where_weights_are() != self._weights:
+            self._prepare()
         try:
             with torch.inference_mode():
                 ids = self._generate(model, decoder, session, kwargs)
@@ -143,7 +158,22 @@ class FastGenerate:
             return "generate was not given a 2-D attention_mask"
         if model.training:
             return "the model is in training mode"
+        if self._capture and next(model.parameters()).device.type != "cuda":
+            return "the model is not on a GPU any more"
+        if self._has_hooks():
+            return "there are hooks on the language model's layers, which recordings would not call"
         return _why_not_options(model, kwargs)
+
+    def _has_hooks(self) -> bool:
+        """Hooks of others: not this package's, nor those that transformers leaves on models."""
+        for reference in self._modules:
+            module: Any = reference()
+            if module is None:  # replaced, so the weights have moved too
+                continue
+            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                if hooks and not all(_is_known(hook) for hook in hooks.values()):
+                    return True
+        return False
 
     # -- the work -----------------------------------------------------------------------------
     def _generate(
@@ -170,6 +200,8 @@ class FastGenerate:
             if count == limit or bool(done.all()):
                 break
             run.step(newest)
+        if not bool(torch.isfinite(run.logits).all()):
+            self.fast.arena.wipe()  # or a prompt that overflows would spoil the next one
         return ids
 
     def _prefill(
@@ -210,12 +242,18 @@ class FastGenerate:
         return self.fast.start(prompt, max_new_tokens, pruner, call)
 
 
-def turn_on_fast(model: Any, parts: ModelParts) -> None:
+def _is_known(hook: Any) -> bool:
+    where = getattr(hook, "__module__", None) or ""
+    return where.partition(".")[0] in ("transformers", "vlm_prune_ext")
+
+
+def turn_on_fast(model: Any, parts: ModelParts, *, forced: bool = True) -> None:
     """Give a model the fast ``generate``.
 
     Args:
         model: a whole model.
         parts: where its parts are.
+        forced: a method that has no fast path is an error instead of a line in the log.
 
     Raises:
         InputError: it cannot have it.
@@ -225,7 +263,7 @@ def turn_on_fast(model: Any, parts: ModelParts) -> None:
         reason = f"it needs a CUDA device, and the model is on {device.type!r}"
     if reason is not None:
         raise InputError(f"fast=True is not possible: {reason}.")
-    model.generate = FastGenerate(model, parts, forced=True)
+    model.generate = FastGenerate(model, parts, forced=forced)
 
 
 class _Head:
