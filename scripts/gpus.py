@@ -124,23 +124,24 @@ def demo_queries(count: int, max_new_tokens: int) -> list[Query]:
 
 
 def _answerer(args: argparse.Namespace, device: torch.device) -> Answerer:
-    on_gpu = device.type == "cuda"
+    method, on_gpu = parse_method(args.method), device.type == "cuda"
     how = Optimization("bf16" if on_gpu else "fp32", None, "fast" if args.fast else None)
     loaded = load_for(args.model, str(device), how)
     model = loaded.model
     # A token that no answer has, so that all answers are equally long.
     model.generation_config.eos_token_id = model.config.get_text_config().vocab_size
-    return Answerer(model, loaded.processor, parse_method(args.method))
+    return Answerer(model, loaded.processor, method)
 
 
 def _one_per_shape(processor: Any, queries: list[Query], batches: list[range]) -> list[range]:
-    """A batch of each shape, for what is recorded or chosen the first time."""
+    """A batch of each shape, for what is recorded or chosen the first time; the largest first,
+    since memory that has to grow is recorded anew."""
     shapes: dict[torch.Size, range] = {}
     for batch in batches:
         chosen = [queries[i] for i in batch]
         inputs = processor.batch([q.text for q in chosen], [list(q.images) for q in chosen])
         shapes.setdefault(inputs["input_ids"].shape, batch)
-    return list(shapes.values())
+    return [shapes[shape] for shape in sorted(shapes, key=torch.Size.numel, reverse=True)]
 
 
 # -- one model over all GPUs ---------------------------------------------------------------------
@@ -166,9 +167,7 @@ def split(args: argparse.Namespace) -> int:
         model = random_model(args.shape, dtype=torch.bfloat16, device=first)
     inputs = _two_prompts(model, args.shape)
     spread = device_map(model, gpus)
-    model = dispatch_model(
-        model, spread, skip_keys=model._skip_keys_device_placement, force_hooks=True
-    )
+    model = dispatch_model(model, spread, skip_keys=model._skip_keys_device_placement)
     layers = [next(layer.parameters()).device for layer in parts_of(model).layers]
     methods = _methods(layers)
 
@@ -205,6 +204,7 @@ def split(args: argparse.Namespace) -> int:
         "batch": 2,
         "new_tokens": args.new_tokens,
         "dtype": "bfloat16",
+        # Of whole answers: tower and prefill are in it.
         "tokens_per_second": {
             n: round(2 * args.new_tokens / o.seconds, 2) for n, o in timed.items()
         },
@@ -222,7 +222,7 @@ def _tiny(device: torch.device) -> Any:
         initializer_range=0.2,
         vocab_size=32064,
         hidden_size=64,
-        intermediate_size=128,
+        intermediate_size=2048,  # or the embedding would outweigh all layers
         num_hidden_layers=20,
         num_attention_heads=4,
         num_key_value_heads=4,

@@ -20,6 +20,7 @@ from vlm_prune_ext import cli
 from vlm_prune_ext.demo.writers import write_caption_csv
 
 MIB = 2**20
+SAMPLES = 8
 
 SHAPES: dict[str, dict[str, Any]] = {
     "internvl2-2b": {
@@ -153,7 +154,7 @@ def test_gpu_memory_comes_back(tmp_path: Path) -> None:
     for name, shape in SHAPES.items():
         write_shape(tmp_path / name, shape, "cuda")
         torch.cuda.empty_cache()
-    data = write_caption_csv(tmp_path / "data", 1, 16)
+    data = write_caption_csv(tmp_path / "data", 1, SAMPLES)
     out = tmp_path / "out"
     models = [str(tmp_path / name) for name in SHAPES]
     command = ["ablate", "--data", str(data), "--models", *models, "--output-dir", str(out)]
@@ -165,4 +166,5 @@ def test_gpu_memory_comes_back(tmp_path: Path) -> None:
         for gpu, before in memory["before"].items():
             assert memory["after"][gpu] <= before + MIB, name
         assert record["peak_memory_bytes"] > 2**32  # the weights alone
-        assert record["num_samples"] == 16 and record["seconds_per_sample"] > 0
+        print(name, record["seconds_per_sample"], record["peak_memory_bytes"] / 2**30, memory)
+        assert record["num_samples"] == SAMPLES and record["seconds_per_sample"] > 0

@@ -242,7 +242,7 @@ class DecoderPruner:
         assert call is not None
         prefill = call.state.prefill
         prefill.move(hidden.device)
-        gone = prefill.select(stage, Looker(call.attention, call.keys, hidden))
+        gone = prefill.select(stage, Looker(stage.needs, call.attention, call.keys, hidden))
         call.forget_evidence()
         if gone is not None and stage.mode == "drop":
             index = prefill.drop(layer, gone)
@@ -468,7 +468,7 @@ class DecoderPruner:
     def _reselect(self, layer: int, stage: Stage, call: Call) -> None:
         """Mask mode, decode step: choose anew what the layers from ``layer`` on may see."""
         prefill = call.state.prefill
-        gone = prefill.select(stage, Looker(call.attention, call.keys, None))
+        gone = prefill.select(stage, Looker(stage.needs, call.attention, call.keys, None))
         call.forget_evidence()
         prefill.hidden_keys.pop(layer, None)
         if gone is not None:

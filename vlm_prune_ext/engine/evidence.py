@@ -19,17 +19,20 @@ class Looker:
     """Shows a rule the evidence about one group of images.
 
     Args:
+        needs: what the rule asks for; it is shown nothing else.
         attention: ``(batch, n)``; keys: ``(batch, kv_heads, n, head_dim)``; hidden:
-            ``(batch, n, hidden)``; each ``None`` where nobody asked for it.
+            ``(batch, n, hidden)``; each may be ``None`` where nobody asked for it.
     """
 
     def __init__(
         self,
+        needs: Sequence[Need],
         attention: torch.Tensor | None,
         keys: torch.Tensor | None,
         hidden: torch.Tensor | None,
     ) -> None:
-        self.attention, self.keys, self.hidden = attention, keys, hidden
+        self.attention, self.keys = attention, keys
+        self.hidden = hidden if "hidden" in needs else None
 
     def __call__(self, group: Group, places: torch.Tensor) -> Evidence:
         """``places`` ``(rows, n)``: where the group's tokens are in the sequence."""
@@ -94,18 +97,21 @@ class AttentionReader:
         """Attention every token received from the rows ``need`` names, float32 ``(batch, n)``."""
         rows, weights = self._rows(need)
         batch, count = rows.shape
-        heads = getattr(self.attn.config, "num_attention_heads", 1)
-        step = scores.rows_per_block(batch, heads, self.keys.shape[-2])
-        total = torch.zeros(batch, self.keys.shape[-2], device=self.hidden.device)
+        width = self.keys.shape[-2]
+        queries = self._queries(rows)
+        step = scores.rows_per_block(batch * queries.shape[1] * width, self.hidden.numel())
+        total: torch.Tensor | None = None
         for first in range(0, count, step):
-            block = rows[:, first : first + step]
-            total += scores.received(
-                self._queries(block),
+            block = slice(first, first + step)
+            found = scores.received(
+                queries[:, :, block],
                 self.keys,
-                self._allowed(block),
-                weights[:, first : first + step],
+                self._allowed(rows[:, block], need),
+                None if weights is None else weights[:, block],
                 self.parts.scaling(self.attn),
             )
+            total = found if total is None else total + found
+        assert total is not None
         return total
 
     def _queries(self, rows: torch.Tensor) -> torch.Tensor:
@@ -126,8 +132,9 @@ class AttentionReader:
             real = layout.valid if real is None else real & layout.valid
         return real
 
-    def _rows(self, need: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Query rows (places in this call's input) and their weights, ``(batch, rows)`` each."""
+    def _rows(self, need: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Query rows (places in this call's input) and their weights, ``(batch, rows)`` each;
+        ``None``: all count."""
         batch, count = self.hidden.shape[:2]
         device = self.hidden.device
         real = self._real() if self.prompt else None
@@ -137,7 +144,7 @@ class AttentionReader:
                 rows = torch.full((batch, 1), count - 1, device=device)
             else:
                 rows = (real * iota).argmax(dim=1, keepdim=True)
-            return rows, torch.ones_like(rows, dtype=torch.float32)
+            return rows, None
         if need == "attention:text":
             return self._text_rows(real, iota)
         return self._visual_rows()
@@ -160,7 +167,7 @@ class AttentionReader:
             weights = weights & real[:, first:]
         return rows, weights.float()
 
-    def _visual_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _visual_rows(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """All visual tokens that are left; samples with fewer are filled with weight 0."""
         prefill = self.prefill
         counts = prefill.visual_counts()
@@ -172,11 +179,14 @@ class AttentionReader:
             places = self.layout.places_of(group.slots, group.samples)
             here[group.samples[:, None], places] = 1
         rows = here.argsort(dim=1, stable=True)[:, here.shape[1] - max(counts) :]
-        return rows, here.gather(1, rows).float()
+        return rows, None if min(counts) == max(counts) else here.gather(1, rows).float()
 
-    def _allowed(self, rows: torch.Tensor) -> torch.Tensor:
-        """What the rows may see, bool ``(batch, rows, keys)``."""
+    def _allowed(self, rows: torch.Tensor, need: str) -> torch.Tensor | None:
+        """What the rows may see, bool ``(batch, rows, keys)``; ``None``: everything."""
         width = self.keys.shape[-2]
+        plain = self.mask is None and self.prompt and self._real() is None
+        if plain and need == "attention:last" and width == self.hidden.shape[1]:
+            return None
         batch = rows.shape[0]
         if self.mask is not None and self.mask.dim() == 4:
             mask = self.mask[:, 0, :, :width].expand(batch, -1, -1)

@@ -200,14 +200,15 @@ class FastDecoder:
         """The layers ``first`` ... ``stop - 1`` for prompts of up to a bucket's length, with
         ``room`` for decoded tokens."""
         batch, tokens = hidden.shape[0], _round_up(hidden.shape[1], PROMPT_STEP)
-        memory = Activations.of(self.arena, batch, tokens, hidden.shape[2], self.dtype)
         width = _round_up(tokens + room, CACHE_STEP)
         key = (first, stop, batch, width)
+        return self._segments.get((*key, tokens), lambda: self._make(key, tokens))
+
+    def _make(self, key: tuple[int, int, int, int], tokens: int) -> Segment:
         config = self.parts.decoder.config  # type: ignore[union-attr]
+        memory = Activations.of(self.arena, config, key[2], tokens, self.dtype)
         cache = self._caches.get(key, lambda: SegmentCache(self.arena, config, *key, self.dtype))
-        return self._segments.get(
-            (*key, tokens), lambda: Segment(self.parts, self.head, cache, memory, self.recorder)
-        )
+        return Segment(self.parts, self.head, cache, memory, self.recorder)
 
     def step(self, caches: list[SegmentCache]) -> Step:
         """One decode step over these caches."""
@@ -290,23 +291,21 @@ class Run:
 
     def _looker(self, stage: Stage, hidden: torch.Tensor) -> Looker:
         if not any(need == "keys" or need.startswith("attention:") for need in stage.needs):
-            return Looker(None, None, hidden)
+            return Looker(stage.needs, None, None, hidden)
         segment, count = self.segments[-1], hidden.shape[1]
         before, memory = segment.cache.stop - 1, segment.memory
-        decoder: Any = self.decoder.parts.decoder
-        attended, places = memory.attended[:, :count], memory.positions[:, :count]
         reader = AttentionReader(
             self.decoder.parts,
             self.decoder.parts.layers[before].self_attn,  # type: ignore[arg-type]
-            attended,
+            memory.attended[:, :count],
             self.state,
             self.state.layout,
             keys=segment.cache.keys[before][:, :, :count],
             mask=None,
-            rotary=decoder.rotary_emb(attended, position_ids=places),
+            rotary=(memory.cosines[:, :count], memory.sines[:, :count]),
             prompt=True,
         )
-        return Looker(*read(stage.needs, reader), hidden)
+        return Looker(stage.needs, *read(stage.needs, reader), hidden)
 
     def write_trace(self, pruner: DecoderPruner, call: Call) -> None:
         """What was kept, as the ordinary path says it: places in the padded prompt."""

@@ -54,6 +54,8 @@ class Layout:
 
     def places_of(self, slots: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
         """Current places of given slots: ``slots`` ``(rows, m)`` of batch rows ``samples``."""
+        if self.count == self.total and self.valid is None:
+            return slots  # nothing was dropped yet
         inverse = self.slots.new_zeros(self.slots.shape[0], self.total)
         here = iota(self.count, self.slots.device).expand_as(self.slots)
         if self.valid is not None:  # empty slots must not claim a place

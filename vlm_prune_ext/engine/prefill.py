@@ -111,12 +111,12 @@ class Prefill:
         for group in self.groups:
             here = self.layout.places_of(group.slots, group.samples)
             kept = stage.rule(look(group, here))
-            parts, lost = _outcome(group, here, kept)
+            parts, goes = _outcome(group, kept)
             groups += parts
-            for samples, places in lost:
+            if goes is not None:
                 if gone is None:
                     gone = torch.zeros_like(self.layout.slots, dtype=torch.bool)
-                gone.index_put_((samples[:, None], places), gone.new_ones(()))  # nothing to send
+                gone.index_put_((group.samples[:, None], here), goes)
         if stage.mode == "drop":  # hidden tokens stay, and may be chosen at the next step
             before = self.visual_counts()
             self.groups = groups
@@ -145,46 +145,34 @@ class Prefill:
 Look = Callable[[Group, torch.Tensor], Evidence]
 """``look(group, places)``: the evidence about a group; ``places`` ``(rows, n)`` in the sequence."""
 
-Lost = list[tuple[torch.Tensor, torch.Tensor]]
 
-
-def _outcome(group: Group, here: torch.Tensor, kept: torch.Tensor) -> tuple[list[Group], Lost]:
-    """What a rule's answer makes of a group: the groups that follow, and (samples, places) lost."""
-    count = group.places.shape[1]
+def _outcome(group: Group, kept: torch.Tensor) -> tuple[list[Group], torch.Tensor | None]:
+    """What a rule's answer makes of a group: the groups that follow, and which of its tokens go,
+    bool ``(rows, n)`` (``None``: none)."""
     if kept.dtype == torch.bool:
-        return _outcome_of_mask(group, here, kept)
-    if kept.shape[1] == count:
-        return [group], []
-    stays = torch.zeros_like(here, dtype=torch.bool).scatter_(1, kept, True)
-    return [_keep(group, kept)], [(group.samples, _pick(here, ~stays, count - kept.shape[1]))]
+        return _outcome_of_mask(group, kept)
+    if kept.shape[1] == group.places.shape[1]:
+        return [group], None
+    goes = torch.ones_like(group.places, dtype=torch.bool).scatter_(1, kept, False)
+    return [_keep(group, kept)], goes
 
 
-def _outcome_of_mask(
-    group: Group, here: torch.Tensor, stays: torch.Tensor
-) -> tuple[list[Group], Lost]:
+def _outcome_of_mask(group: Group, stays: torch.Tensor) -> tuple[list[Group], torch.Tensor | None]:
     """As above for rules whose counts depend on the data: rows are regrouped by their count."""
     counts = stays.sum(dim=1).tolist()
     groups: list[Group] = []
-    lost: Lost = []
     for count in sorted(set(counts)):
         rows = [row for row, c in enumerate(counts) if c == count]
         part = _rows(group, rows) if len(rows) < len(counts) else group
-        mine, places = stays[rows], here[rows]
-        if count < here.shape[1]:
-            lost.append((part.samples, _pick(places, ~mine, here.shape[1] - count)))
-            part = _keep(part, _pick(_iota(mine), mine, count))
+        if count < stays.shape[1]:
+            part = _keep(part, _pick(stays[rows], count))
         groups.append(part)
-    return groups, lost
+    return groups, ~stays if min(counts) < stays.shape[1] else None
 
 
-def _iota(like: torch.Tensor) -> torch.Tensor:
-    return torch.arange(like.shape[1], device=like.device).expand(like.shape)
-
-
-def _pick(values: torch.Tensor, mask: torch.Tensor, count: int) -> torch.Tensor:
-    """The ``count`` masked values of each row, in order, without asking the device how many."""
-    index = mask.int().argsort(dim=1, stable=True)[:, mask.shape[1] - count :]
-    return values.gather(1, index)
+def _pick(mask: torch.Tensor, count: int) -> torch.Tensor:
+    """Places of the ``count`` True in each row, in order, without asking the device how many."""
+    return mask.int().argsort(dim=1, stable=True)[:, mask.shape[1] - count :]
 
 
 def _rows(group: Group, rows: list[int]) -> Group:

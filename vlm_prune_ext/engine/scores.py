@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import torch
 
-# Softmax rows held at once, in float32 elements: 16 Mi elements are 64 MiB, small against the
-# activations of any prefill that has so many rows.
+# Attention weights held at once, in float32: 64 MiB, or twice as many elements as the hidden states
+# have, which is less than a layer's MLP takes a moment later.
 BLOCK_ELEMENTS = 1 << 24
 
 
 def received(
     queries: torch.Tensor,
     keys: torch.Tensor,
-    allowed: torch.Tensor,
-    weights: torch.Tensor,
+    allowed: torch.Tensor | None,
+    weights: torch.Tensor | None,
     scaling: float,
 ) -> torch.Tensor:
     """Attention each key receives, mean over query heads, summed over weighted query rows.
@@ -21,8 +21,8 @@ def received(
     Args:
         queries: ``(batch, heads, rows, head_dim)``.
         keys: ``(batch, kv_heads, n, head_dim)``; heads are grouped as in grouped-query attention.
-        allowed: bool ``(batch, rows, n)``: what a row may see.
-        weights: float32 ``(batch, rows)``, 0 for rows that do not count.
+        allowed: bool ``(batch, rows, n)``: what a row may see; ``None``: everything.
+        weights: float32 ``(batch, rows)``, 0 for rows that do not count; ``None``: all count.
         scaling: factor on the products.
 
     Returns:
@@ -32,19 +32,23 @@ def received(
     groups, count = keys.shape[1:3]
     grouped = queries.reshape(batch * groups, heads // groups * rows, dim)
     # Scaled inside the product, before it is rounded, and in no pass of its own.
-    products = torch.baddbmm(
-        grouped.new_empty(()),
-        grouped,
-        keys.flatten(0, 1).transpose(1, 2),
-        beta=0,
-        alpha=scaling,
-    )
-    logits = products.view(batch, heads, rows, count)
-    logits.masked_fill_(~allowed[:, None], torch.finfo(logits.dtype).min)
-    attention = logits.softmax(dim=-1, dtype=torch.float32).view(batch, heads * rows, count)
-    return torch.bmm(weights.repeat(1, heads)[:, None], attention)[:, 0] / heads
+    nothing = grouped.new_empty(())
+    keys = keys.flatten(0, 1).transpose(1, 2)
+    logits = torch.baddbmm(nothing, grouped, keys, beta=0, alpha=scaling)
+    logits = logits.view(batch, heads, rows, count)
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed[:, None], torch.finfo(logits.dtype).min)
+    attention = logits.softmax(dim=-1, dtype=torch.float32)
+    if weights is not None:
+        attention = attention.mul_(weights[:, None, :, None])
+    return attention.sum(dim=(1, 2)) / heads
 
 
-def rows_per_block(batch: int, heads: int, keys: int) -> int:
-    """How many query rows fit one block."""
-    return max(1, BLOCK_ELEMENTS // (batch * heads * keys))
+def rows_per_block(row: int, hidden: int) -> int:
+    """How many query rows fit one block.
+
+    Args:
+        row: attention weights of one row of each sample, all heads.
+        hidden: elements of the hidden states.
+    """
+    return max(1, max(BLOCK_ELEMENTS, 2 * hidden) // row)

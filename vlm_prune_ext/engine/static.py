@@ -22,6 +22,11 @@ Head = Any
 """``head(hidden (batch, n, hidden)) -> logits (batch, n, vocabulary)``."""
 
 
+def head_dim(config: Any) -> int:
+    """Width of an attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 class SegmentCache:
     """Keys and values of the layers ``first`` ... ``stop - 1``, which hold the same tokens.
 
@@ -48,9 +53,8 @@ class SegmentCache:
         dtype: torch.dtype,
     ) -> None:
         self.first, self.stop, self.batch, self.width = first, stop, batch, width
-        heads = config.num_attention_heads
-        dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        shape = (batch, getattr(config, "num_key_value_heads", None) or heads, width, dim)
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        shape = (batch, heads, width, head_dim(config))
         layers = range(first, stop)
         self.keys = {layer: arena.view(("keys", layer), shape, dtype) for layer in layers}
         self.values = {layer: arena.view(("values", layer), shape, dtype) for layer in layers}
@@ -99,6 +103,7 @@ class Activations:
         hidden: ``(batch, tokens, hidden)``, what goes in.
         output: the same, what comes out.
         attended: the same, what the last layer's attention received.
+        cosines, sines: ``(batch, tokens, head_dim)``, the rotary embedding.
         positions: int64 ``(batch, tokens)``.
         last: int64 ``(batch,)``, each sample's last token.
     """
@@ -106,17 +111,23 @@ class Activations:
     hidden: torch.Tensor
     output: torch.Tensor
     attended: torch.Tensor
+    cosines: torch.Tensor
+    sines: torch.Tensor
     positions: torch.Tensor
     last: torch.Tensor
 
     @staticmethod
-    def of(arena: Arena, batch: int, tokens: int, width: int, dtype: torch.dtype) -> Activations:
+    def of(arena: Arena, config: Any, batch: int, tokens: int, dtype: torch.dtype) -> Activations:
         """Views of an arena's memory."""
-        names, shape = ("hidden", "output", "attended"), (batch, tokens, width)
-        hidden, output, attended = (arena.view(name, shape, dtype) for name in names)
+        widths = [config.hidden_size] * 3 + [head_dim(config)] * 2
+        names = ("hidden", "output", "attended", "cosines", "sines")
+        hidden, output, attended, cosines, sines = (
+            arena.view(name, (batch, tokens, width), dtype)
+            for name, width in zip(names, widths, strict=True)
+        )
         positions = arena.view("positions", (batch, tokens), torch.int64)
         last = arena.view("last", (batch,), torch.int64)
-        return Activations(hidden, output, attended, positions, last)
+        return Activations(hidden, output, attended, cosines, sines, positions, last)
 
 
 class Segment:
@@ -163,7 +174,11 @@ class Segment:
         """Hidden states for the next segment; behind the last layer logits ``(batch, vocab)``."""
         decoder: Any = self.parts.decoder
         hidden, memory = self.memory.hidden, self.memory
-        rotary = decoder.rotary_emb(hidden, position_ids=memory.positions)
+        rotary = memory.cosines, memory.sines
+        for part, made in zip(
+            rotary, decoder.rotary_emb(hidden, position_ids=memory.positions), strict=True
+        ):
+            part.copy_(made)
         writer = _Writer(self.cache, self.slot, alone=True)
         watch = self.parts.layers[self.cache.stop - 1].self_attn.register_forward_pre_hook(  # type: ignore[union-attr,operator]
             self._see, with_kwargs=True

@@ -161,4 +161,5 @@ def rotate_and_keep(
         HALF=dim // 2,
         HEADS=block,
         num_warps=4,
+        enable_fp_fusion=False,  # both products are rounded before they are added
     )
