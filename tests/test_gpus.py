@@ -24,6 +24,7 @@ METHODS: dict[str, Any] = {
     "fastv": vp.FastV(agg_layer=2, attention_rank=0.4),
     "fastv-boundary": vp.FastV(agg_layer=LAYERS // 2, attention_rank=0.4),
     "fastv-mask": vp.FastV(agg_layer=LAYERS // 2, attention_rank=0.4, mode="mask"),
+    "fastv-mask-later": vp.FastV(agg_layer=5, attention_rank=0.4, mode="mask"),
     "himap": vp.HiMAP(attn_txt_layer=2, attn_txt_rank=0.6, attn_img_layer=4, attn_img_rank=0.3),
     "saint": vp.SAINT(start=1, end=4, threshold=0.2, min_neighbors=1),
     "saint-vit": vp.SAINT(start=None, vit=vp.SAINTViT(layers=(1, 3), keep_num=(13, 10), r=3)),

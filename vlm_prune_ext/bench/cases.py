@@ -60,7 +60,8 @@ class Cell:
         new_tokens: of the long answers.
         flops: of the prefill of the batch; flops_ratio: over the unpruned one.
         prefill_floor: seconds, arithmetic; decode_floor: seconds, reading weights.
-        peak_bytes: most memory taken while answering, weights included (GPU only).
+        peak_bytes: most memory taken while answering (in the prefill, where only that is timed),
+            weights included (GPU only).
         joules: per answer of one token.
         same_kept: share of kept positions that the ordinary path keeps too (fast only).
         captures: pieces recorded (fast only).
@@ -167,6 +168,7 @@ def _prefill_cell(
     with _as_case(case, lambda: prune_parts(subject.parts, case.method, subject.span)) as trace:
         call = forward if fast is None else lambda: fast.prefill(forward, 1)
         spread = seconds_of(call, subject.device, repeat=repeat)
+        peak = _peak(call, subject.device) if subject.single is None else None
         lengths = list(trace.lengths) or [subject.tokens] * subject.shape.layers
         kept = dict(trace.kept)
     shape, whole = subject.shape, [subject.tokens] * subject.shape.layers
@@ -181,8 +183,17 @@ def _prefill_cell(
         flops_ratio=flops / decoder_flops(shape, whole),
         prefill_floor=ceilings.prefill_seconds(flops * case.batch),
         decode_floor=ceilings.token_seconds(subject.weight_bytes),
+        peak_bytes=peak,
         same_kept=_agreement(subject, case, forward, kept) if fast is not None else None,
     )
+
+
+def _peak(call: Callable[[], Any], device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    measure.reset_peak(device)
+    call()
+    return measure.peak_memory(device)
 
 
 def _forward(subject: Subject, case: Case, given: dict[str, Any]) -> Callable[[], Any]:

@@ -28,6 +28,7 @@ COLUMNS = (
     "long/s",
     "peak GiB",
     "J/sample",
+    "same kept",
 )
 
 
@@ -73,6 +74,7 @@ def row(cells: Sequence[Cell], cell: Cell) -> list[str]:
         _number(cell.long_samples_per_second, 2),
         _number(cell.peak_bytes / 2**30 if cell.peak_bytes else None, 2),
         _number(cell.joules, 2),
+        _number(cell.same_kept, 4),
     ]
 
 
@@ -114,16 +116,21 @@ def draw(cells: Sequence[Cell], title: str, path: Path) -> None:
     from matplotlib.figure import Figure
 
     batches = sorted({cell.batch for cell in cells})
-    figure = Figure(figsize=(3.4 + 2.4 * len(batches), 4.2), dpi=130, layout="constrained")
+    rows = max(sum(cell.batch == batch for cell in cells) for batch in batches)
+    size = (3.4 + 2.4 * len(batches), 1.4 + 0.24 * rows)
+    figure = Figure(figsize=size, dpi=130, layout="constrained")
     panels = figure.subplots(1, len(batches), squeeze=False)[0]
+    shown: list[str] = []
     for axes, batch in zip(panels, batches, strict=True):
         mine = [cell for cell in cells if cell.batch == batch]
         places = range(len(mine))
         values = [1000 * cell.prefill.median / batch for cell in mine]
         floors = [1000 * cell.prefill_floor / batch for cell in mine]
         axes.barh(places, values, color="tab:blue", alpha=0.75)
-        axes.plot(floors, places, "|", color="black", ms=16, mew=2, label="arithmetic floor")
-        axes.set_yticks(places, [f"{cell.way}\n{cell.method}" for cell in mine], fontsize=7)
+        axes.plot(floors, places, "|", color="black", ms=11, mew=2, label="arithmetic floor")
+        labels = [f"{cell.way}  {cell.method}" for cell in mine]
+        axes.set_yticks(places, labels if labels != shown else [""] * len(labels), fontsize=7)
+        shown = labels  # the same rows as to the left need no names
         axes.invert_yaxis()
         axes.set_title(f"batch {batch}", fontsize=9)
         axes.set_xlabel("prefill, ms per sample", fontsize=8)
