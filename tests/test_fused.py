@@ -27,7 +27,7 @@ pytest.importorskip("triton")
 CHECK = """
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
-from vlm_prune_ext.engine import triton_kernels as kernels
+from vlm_prune_ext.engine import scores, triton_kernels as kernels
 
 def same(found, expected):
     torch.testing.assert_close(found, expected, rtol=RTOL[expected.dtype], atol=1e-6)
@@ -61,6 +61,17 @@ for dtype in map(lambda name: getattr(torch, name), DTYPES):
             same(part[:, :, slot : slot + 5], wanted)
             part[:, :, slot : slot + 5] = 7.0
             assert bool((part == 7.0).all())  # nothing was written beside it
+    for heads, kv_heads, rows, count in ((4, 2, 1, 20), (3, 3, 70, 150), (8, 1, 17, 64)):
+        queries = made(2, rows, heads, 32).transpose(1, 2)
+        keys = made(2, kv_heads, count + 5, 32)[:, :, :count]
+        limits = torch.randint(0, count, (2, rows), device=DEVICE)
+        limits[0] = count - 1
+        weights = torch.rand(2, rows, device=DEVICE)
+        allowed = torch.arange(count, device=DEVICE) <= limits[..., None]
+        for weight in (None, weights):
+            expected = scores.received(queries.float(), keys.float(), allowed, weight, 0.2)
+            found = kernels.received(queries, keys, limits, weight, 0.2)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 print("the same")
 """
 
@@ -175,3 +186,29 @@ def test_a_layer_on_a_gpu(kind: str, dtype: str, tolerance: float) -> None:
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
     for one, other in zip(caches[0].held, caches[1].held, strict=True):
         torch.testing.assert_close(other, one, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_a_gpu_that_is_not_here() -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from vlm_prune_ext.engine import triton_kernels as kernels
+
+    ints, strides = ["i32"] * 4, ["i32"] * 6
+    block = {"DIM": 128, "ROWS": 64, "KEYS": 64}
+    kind = "*bf16"
+    sums = [kind, kind, "*i64", "*fp32", "*fp32", "*fp32", "fp32", *ints, *strides]
+    cases: list[tuple[Any, list[str], dict[str, Any]]] = [
+        (kernels._rms_norm, [kind] * 3 + ["i32", "fp32"], {"BLOCK": 4096}),
+        (kernels._silu_times, [kind] * 2 + ["i32"], {"BLOCK": 1024}),
+        (kernels._rotate_and_keep, [kind] * 5 + ["*i64", *ints], {"HALF": 64, "HEADS": 16}),
+        (kernels._row_sums, [kind] * 2 + ["*i64", "*fp32", "fp32", *ints, *strides], block),
+        (kernels._key_sums, sums, {"WEIGHTED": True, **block}),
+    ]
+    for kernel, types, constants in cases:
+        waiting = iter(types)
+        names = {n: "constexpr" if n in constants else next(waiting) for n in kernel.arg_names}
+        source = ASTSource(fn=kernel, signature=names, constexprs=constants)
+        made = compile(source, target=GPUTarget("cuda", 90, 32))
+        assert ".target sm_90" in made.asm["ptx"]

@@ -405,7 +405,9 @@ class DecoderPruner:
         for first, gone in prefill.hidden_keys.items():
             if first > index:
                 continue
-            allowed = ~torch.nn.functional.pad(gone, (0, width - gone.shape[1])).to(hidden.device)
+            # The model's own mask may still be on the device of its first layers.
+            device = hidden.device if mask is None else mask.device
+            allowed = ~torch.nn.functional.pad(gone, (0, width - gone.shape[1])).to(device)
             if mask is None:
                 queries, call = hidden.shape[1], self.call
                 first_query = 0 if call is None or call.prefill else width - queries

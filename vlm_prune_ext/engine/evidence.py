@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from vlm_prune_ext.engine import scores
+from vlm_prune_ext.engine.kernels import triton_kernels
 from vlm_prune_ext.engine.layout import Layout, take
 from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.engine.prefill import Group, Prefill
@@ -99,6 +100,11 @@ class AttentionReader:
         batch, count = rows.shape
         width = self.keys.shape[-2]
         queries = self._queries(rows)
+        kernels = triton_kernels(queries.device) if self.mask is None else None
+        if kernels is not None and _fits(queries, self.keys):
+            limits = rows + (width - self.hidden.shape[1])
+            scaling = self.parts.scaling(self.attn)
+            return kernels.received(queries, self.keys, limits, weights, scaling)
         step = scores.rows_per_block(batch * queries.shape[1] * width, self.hidden.numel())
         total: torch.Tensor | None = None
         for first in range(0, count, step):
@@ -197,3 +203,14 @@ class AttentionReader:
         if self.mask is not None:
             return allowed & self.mask.bool()[:, None, :width]
         return allowed
+
+
+def _fits(queries: torch.Tensor, keys: torch.Tensor) -> bool:
+    """Can the kernel read these?"""
+    dim = queries.shape[-1]
+    return (
+        dim >= 16
+        and dim & (dim - 1) == 0
+        and queries.stride(-1) == keys.stride(-1) == 1
+        and queries.dtype == keys.dtype
+    )

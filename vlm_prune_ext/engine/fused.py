@@ -10,10 +10,9 @@ compute exactly this are touched; others, and machines without Triton, run as th
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -22,25 +21,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-logger = logging.getLogger("vlm_prune_ext")
+from vlm_prune_ext.engine.kernels import triton_kernels
 
 _KINDS = ("Llama", "Mistral", "Qwen2")
-
-
-@cache
-def _kernels(device: torch.device) -> ModuleType | None:
-    """The kernels; ``None`` where Triton is missing or cannot compile."""
-    try:
-        from vlm_prune_ext.engine import triton_kernels
-
-        triton_kernels.silu_times(torch.zeros(1, 32, device=device))
-    except Exception as error:  # Triton's own errors, a missing C compiler, ...
-        said = str(error).strip().split("\n")[0]
-        logger.warning(
-            "Layers are recorded without fused kernels: Triton does not work (%s).", said
-        )
-        return None
-    return triton_kernels
 
 
 class FusedLayers:
@@ -53,7 +36,7 @@ class FusedLayers:
     def __init__(self, decoder: nn.Module) -> None:
         self._forwards: list[tuple[nn.Module, Callable[..., Any]]] = []
         device = next(decoder.parameters()).device
-        kernels = _kernels(device)
+        kernels = triton_kernels(device)
         if kernels is None:
             return
         for module in decoder.modules():

@@ -1,4 +1,4 @@
-"""Which attention kernels may be used while a model is run by this package.
+"""Which kernels may be used while a model is run by this package.
 
 PyTorch may hand scaled-dot-product attention to cuDNN, which plans anew for every new shape. A
 growing KV cache has a new shape at every token: 65 to 96 ms each on an H200, where the other
@@ -11,12 +11,17 @@ LLaVA-1.5-7B in bf16 take 3 to 6 % less time than with FlashAttention-2 on an H2
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+logger = logging.getLogger("vlm_prune_ext")
 
 _LOCK = threading.Lock()
 _holders = 0
@@ -64,3 +69,20 @@ def fixed_shape_attention() -> Iterator[None]:
     ]
     with sdpa_kernel(order, set_priority=True):
         yield
+
+
+@cache
+def triton_kernels(device: torch.device) -> ModuleType | None:
+    """:mod:`vlm_prune_ext.engine.triton_kernels`; ``None`` off a GPU, and where Triton is missing
+    or cannot compile."""
+    if device.type != "cuda":
+        return None
+    try:
+        from vlm_prune_ext.engine import triton_kernels
+
+        triton_kernels.silu_times(torch.zeros(1, 32, device=device))
+    except Exception as error:  # Triton's own errors, a missing C compiler, ...
+        said = str(error).strip().split("\n")[0]
+        logger.warning("No kernel of this package is used: Triton does not work (%s).", said)
+        return None
+    return triton_kernels

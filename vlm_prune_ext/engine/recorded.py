@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -95,8 +96,7 @@ class Recorded:
             return self.work()
 
     def _record(self) -> None:
-        device = self.recorder.device
-        aside = torch.cuda.Stream(device)
+        device, aside = self.recorder.device, _side_stream(self.recorder.device)
         aside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(aside):
             for _ in range(WARM_UPS):
@@ -106,10 +106,19 @@ class Recorded:
         torch.cuda.current_stream(device).wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         # Other threads (of a data loader, say) may use the device meanwhile.
-        with torch.cuda.graph(graph, pool=self.recorder.pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(
+            graph, pool=self.recorder.pool, stream=aside, capture_error_mode="thread_local"
+        ):
             self.output = self._run()
         self.graph = graph
         self.recorder.count += 1
+
+
+@lru_cache(maxsize=16)
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream that recording happens on: always the same, since matrix products keep a work
+    space of tens of MiB for each stream they ever ran on."""
+    return torch.cuda.Stream(device)
 
 
 class Shelf(Generic[Value]):

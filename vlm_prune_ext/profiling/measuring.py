@@ -48,6 +48,8 @@ from vlm_prune_ext.profiling.prompts import Batch, Prompter
 from vlm_prune_ext.profiling.scores import Quality, score
 from vlm_prune_ext.pruning import prune
 
+GPU_WARM_UP = 1.0  # seconds; an idle GPU runs at a fraction of its clocks
+
 
 @dataclass(frozen=True)
 class Latency:
@@ -210,8 +212,8 @@ class CellMeasurer:
         chunks = self._chunks()
         first = self.prompter.batch(chunks[0])
         warm: set[tuple[int, tuple[int, ...]]] = set()
-        for _ in range(self.cell.warmup):
-            self._generate(first)
+        if self.cell.warmup:
+            self._warm_up(first)
             warm.add((first.width, first.pixels))
         reset_peak(self.device)
         runs: list[_Run] = []
@@ -245,6 +247,14 @@ class CellMeasurer:
             answers=answers[: len(self.examples)],
             row_numbers=[example.row for example in self.examples],
         )
+
+    def _warm_up(self, batch: Batch) -> None:
+        """Run a batch as often as is asked for; on a GPU until its clocks have come up, too."""
+        seconds = GPU_WARM_UP if torch.device(self.device).type == "cuda" else 0.0
+        began, runs = time.perf_counter(), 0
+        while runs < self.cell.warmup or time.perf_counter() - began < seconds:
+            self._generate(batch)
+            runs += 1
 
     def _chunks(self) -> list[list[Example]]:
         """Batches, all full: the last one is filled up with examples from the start."""
