@@ -393,6 +393,34 @@ def test_memory_grows_with_the_longest_prompt_alone(original: Any) -> None:
     assert all(ask(words, photos) == largest for words in (3, 30) for photos in (1, 4))
 
 
+@pytest.mark.slow
+def test_many_samples_with_mixed_lengths_and_budgets() -> None:
+    """No growth after a first pass, and nothing is recorded twice."""
+    count = 200 if GPU else 16
+    model, processor = vp.load(CHECKPOINT, device=DEVICE, dtype="float32", fast=False)
+    fast = model.generate = make_fast(model, forced=True)
+    methods = [vp.FastV(attention_rank=rank) for rank in (288, 100, 32)]
+    answerers = [Answerer(model, processor, method) for method in (None, *methods)]
+    queries = sorted(demo_queries(count), key=lambda query: -len(query.text))
+
+    def ask() -> tuple[int, int]:
+        for start in range(0, count, 8):
+            for answerer in answerers:
+                answerer.answer(queries[start : start + 4])
+                answerer.answer(queries[start + 4 : start + 5])
+        gc.collect()
+        taken = torch.cuda.memory_allocated() if GPU else 0
+        return fast.captures, taken + sum(b.nbytes for b in fast.fast.arena._blocks.values())
+
+    first, memory = ask()
+    again, later = ask()
+    assert again == first and later <= 1.001 * memory
+    pieces = [*_segments(fast), *fast.fast._steps._items.values()]
+    assert first == len(pieces) + (len(fast._tower._shapes._items) if GPU and fast._tower else 0)
+    print(f"{first} recordings in {fast.capture_seconds:.1f} s, {memory / 2**20:.0f} MiB")
+    assert fast.capture_seconds < 60
+
+
 def test_what_is_no_number_does_not_stay(original: Any) -> None:
     model, processor = original
     fast = make_fast(model)

@@ -64,7 +64,7 @@ class Cell:
             weights included (GPU only).
         joules: per answer of one token.
         same_kept: share of kept positions that the ordinary path keeps too (fast only).
-        captures: pieces recorded (fast only).
+        captures: pieces recorded, and capture_seconds: how long that took (fast only).
     """
 
     way: str
@@ -85,6 +85,7 @@ class Cell:
     joules: float | None = None
     same_kept: float | None = None
     captures: int | None = None
+    capture_seconds: float | None = None
 
 
 def possible(subject: Subject, case: Case) -> str | None:
@@ -257,7 +258,8 @@ def _answers(
     cell.decode = seconds if seconds > 0 else None  # lost in the noise of a busy machine
     cell.samples_per_second = case.batch / cell.first_token.median
     cell.long_samples_per_second = case.batch / long.median
-    cell.captures = fast.captures if fast is not None else None
+    if fast is not None:
+        cell.captures, cell.capture_seconds = fast.captures, fast.capture_seconds
 
 
 def _joules(answer: Callable[[], Any], device: torch.device, batch: int) -> float | None:

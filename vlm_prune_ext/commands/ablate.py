@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fast",
         action=argparse.BooleanOptionalAction,
-        help="CUDA graphs with fixed shapes (default: on a GPU, where model and method allow it)",
+        help="CUDA graphs with fixed shapes, or an error (default: on a GPU, where possible)",
     )
     parser.add_argument(
         "--trust-remote-code",

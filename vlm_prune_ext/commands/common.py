@@ -86,7 +86,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fast",
         action=argparse.BooleanOptionalAction,
-        help="CUDA graphs with fixed shapes, or an error where that is not possible",
+        help="CUDA graphs with fixed shapes, or an error (default: on a GPU, where possible)",
     )
 
 

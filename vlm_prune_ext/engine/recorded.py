@@ -6,6 +6,7 @@ stay, and read outputs before the same work is replayed.
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
@@ -35,7 +36,7 @@ class Recorder:
         around: what is around work that is being recorded.
 
     Attributes:
-        count: recordings made so far.
+        count: recordings made so far; seconds: how long they took, warm-up included.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Recorder:
         around: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.device, self.capture, self.around = device, capture, around
-        self.count = 0
+        self.count, self.seconds = 0, 0.0
         # Recordings never run at the same time and their outputs are read at once, so what one
         # needs in between can be the memory of another.
         self.pool = torch.cuda.graph_pool_handle() if capture else None
@@ -97,6 +98,7 @@ class Recorded:
 
     def _record(self) -> None:
         device, aside = self.recorder.device, _side_stream(self.recorder.device)
+        began = time.perf_counter()
         aside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(aside):
             for _ in range(WARM_UPS):
@@ -112,6 +114,7 @@ class Recorded:
             self.output = self._run()
         self.graph = graph
         self.recorder.count += 1
+        self.recorder.seconds += time.perf_counter() - began
 
 
 @lru_cache(maxsize=16)

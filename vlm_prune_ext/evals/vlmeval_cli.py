@@ -81,7 +81,7 @@ def make_parser() -> Parser:
     add(
         "--fast",
         action=argparse.BooleanOptionalAction,
-        help="CUDA graphs with fixed shapes, or an error where that is not possible",
+        help="CUDA graphs with fixed shapes, or an error (default: on a GPU, where possible)",
     )
     add("--trust-remote-code", action="store_true", help=TRUST_HELP)
     add("--max-new-tokens", type=int, metavar="N", help="default: VLMEvalKit's for LLaVA, 2048")

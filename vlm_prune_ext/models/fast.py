@@ -103,6 +103,11 @@ class FastGenerate:
         """Pieces recorded so far."""
         return self.fast.recorder.count
 
+    @property
+    def capture_seconds(self) -> float:
+        """How long that took."""
+        return self.fast.recorder.seconds
+
     def __call__(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """As ``transformers.GenerationMixin.generate``."""
         model: Any = self._model()

@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Every figure of docs/speed.md and the GPU figures of the README, again:
+#   scripts/gpu_figures.sh OUT tests bench families ablation profile gpus
+# One H200 needs about 40 s, 150 s, 45 s, 110 s (20 GB of disk) and 3 min; the last wants two GPUs.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=$1
+shift
+mkdir -p "$out"
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+PYTHON=${PYTHON:-python3}
+
+prune() { "$PYTHON" -c 'import sys; from vlm_prune_ext.cli import main; sys.exit(main())' "$@"; }
+
+tests() {
+    VLM_PRUNE_FAST_SAMPLES=500 "$PYTHON" -m pytest tests/test_fast.py tests/test_fused.py -q -n 12 \
+        >"$out/fast.log" 2>&1
+    tail -n 3 "$out/fast.log"
+    "$PYTHON" -m pytest tests -m gpu -q --ignore tests/test_ablation_gpu.py >"$out/gpu.log" 2>&1
+    tail -n 3 "$out/gpu.log"
+}
+
+bench() {
+    prune bench --shape llava-1.5-7b --batch-sizes 1 8 16 --ways hf hf-attentions fast --repeat 9 \
+        --methods none fastv:100 fastv:288,agg_layer=2 himap fastv:1.0 himap:1.0,attn_img_rank=1.0 \
+        --out "$out/bench" >"$out/bench.log" 2>&1
+    cat "$out/bench/bench.md"
+}
+
+families() {
+    local shape
+    for shape in qwen2.5-vl-3b gemma-3-4b; do
+        prune bench --shape $shape --batch-sizes 8 --ways hf ordinary --repeat 9 \
+            --methods none fastv:0.5,agg_layer=2 fastv:0.25,agg_layer=2 \
+            --out "$out/$shape" >"$out/$shape.log" 2>&1
+        cat "$out/$shape/bench.md"
+    done
+}
+
+ablation() {
+    "$PYTHON" -m pytest -s tests/test_ablation_gpu.py >"$out/ablation.log" 2>&1
+    grep -E "per sample|GPU memory|passed|failed" "$out/ablation.log"
+}
+
+profile() {
+    local common again
+    common=(--src-folder "$out/demo" --model-name random:llava-1.5-7b --device cuda
+        --max-new-tokens 4 --energy-seconds 2)
+    prune profile-data --from demo:vqa --samples 2 --out "$out/demo" >/dev/null
+    for again in 1 2 3; do
+        prune profile "${common[@]}" --optimization bf16+fast --method none fastv:288 fastv:100 \
+            fastv:32 --out "$out/profile$again" 2>&1 | tail -n 1
+    done
+    prune profile "${common[@]}" --optimization bf16 fp16 int8 int4 --method none fastv:100 \
+        --out "$out/profile1" 2>&1 | tail -n 1
+}
+
+gpus() {
+    local fast count
+    export OMP_NUM_THREADS=8  # torchrun says 1 for several processes only
+    for fast in --fast --no-fast; do
+        for count in 1 2; do
+            "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node $count \
+                scripts/gpus.py share --samples 256 --batch-size 8 --method fastv:100 \
+                --max-new-tokens 16 $fast 2>"$out/gpus.err" | tee -a "$out/gpus.jsonl"
+        done
+    done
+    "$PYTHON" scripts/gpus.py split 2>>"$out/gpus.err" | tee -a "$out/gpus.jsonl"
+}
+
+for stage in "$@"; do
+    date +"%T $stage"
+    "$stage"
+done
+date +%T
