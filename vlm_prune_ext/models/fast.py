@@ -12,11 +12,13 @@ import logging
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import GenerationConfig
 
 from vlm_prune_ext.engine.decoder import Call, DecoderPruner
 from vlm_prune_ext.engine.fast import FastDecoder, Prompt, Run, why_not, why_not_now
@@ -45,7 +47,6 @@ _HARMLESS = _FREE | {
     "eos_token_id",
     "max_length",
     "transformers_version",
-    "_from_model_config",
     "use_cache",
 }
 _TOWER_SHAPES = 8
@@ -375,18 +376,31 @@ def _why_not_options(model: Any, kwargs: Mapping[str, Any]) -> str | None:
                 return f"generate was asked for {name}={value!r}"
         elif name not in _INPUTS | _FREE | _OWN and value is not None:
             return f"generate was given {name}"
-    signature = inspect.signature(type(model).forward).parameters
-    if any(name not in signature for name in _INPUTS & set(kwargs)):
+    if not _INPUTS & set(kwargs) <= _accepted(type(model).forward):
         return "generate was given inputs that the model does not take"
     config = model.generation_config
     if config.do_sample and "do_sample" not in kwargs:
         return "the model's generation_config samples"
-    odd = sorted(k for k, v in config.to_diff_dict().items() if v and k not in _HARMLESS)
+    usual = _usual_config()
+    odd = sorted(
+        k for k, v in vars(config).items() if v and v != usual.get(k) and k not in _HARMLESS
+    )
     if odd:
         return f"the model's generation_config sets {odd[0]}"
     if _limit(model, kwargs) < 1:
         return "max_new_tokens is not stated"
     return None
+
+
+@lru_cache
+def _accepted(forward: Callable[..., Any]) -> frozenset[str]:
+    """Names of a model's inputs."""
+    return frozenset(inspect.signature(forward).parameters)
+
+
+@lru_cache
+def _usual_config() -> dict[str, Any]:
+    return dict(vars(GenerationConfig()))
 
 
 def _limit(model: Any, kwargs: Mapping[str, Any]) -> int:
