@@ -382,9 +382,8 @@ def _why_not_options(model: Any, kwargs: Mapping[str, Any]) -> str | None:
     if config.do_sample and "do_sample" not in kwargs:
         return "the model's generation_config samples"
     usual = _usual_config()
-    odd = sorted(
-        k for k, v in vars(config).items() if v and v != usual.get(k) and k not in _HARMLESS
-    )
+    said = {name for name, value in vars(config).items() if value and value != usual.get(name)}
+    odd = sorted(name for name in said - _HARMLESS if not name.startswith("_"))
     if odd:
         return f"the model's generation_config sets {odd[0]}"
     if _limit(model, kwargs) < 1:
