@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
 # Every figure of docs/speed.md and the GPU figures of the README, again:
-#   scripts/gpu_figures.sh OUT tests bench families ablation profile gpus
-# One H200 needs about 40 s, 150 s, 45 s, 110 s (20 GB of disk) and 3 min; the last wants two GPUs.
-set -uo pipefail
+#   scripts/gpu_figures.sh OUT tests bench hooks families ablation profile gpus
+# One H200 needs about 100 s, 150 s, 200 s, 45 s, 110 s (20 GB of disk) and 3 min; the last wants two GPUs.
+set -uo pipefail  # a stage that fails does not end the others
 cd "$(dirname "$0")/.."
 out=$1
 shift
 mkdir -p "$out"
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-PYTHON=${PYTHON:-python3}
+if [ -z "${PYTHON:-}" ]; then
+    PYTHON=python3
+    [ -x .venv/bin/python ] && PYTHON=.venv/bin/python
+fi
 
 prune() { "$PYTHON" -c 'import sys; from vlm_prune_ext.cli import main; sys.exit(main())' "$@"; }
 
@@ -25,6 +28,13 @@ bench() {
         --methods none fastv:100 fastv:288,agg_layer=2 himap fastv:1.0 himap:1.0,attn_img_rank=1.0 \
         --out "$out/bench" >"$out/bench.log" 2>&1
     cat "$out/bench/bench.md"
+}
+
+hooks() {
+    prune bench --shape llava-1.5-7b --batch-sizes 1 8 16 --ways ordinary --repeat 9 --methods none \
+        fastv:100 fastv:288,agg_layer=2 himap fastv:1.0 himap:1.0,attn_img_rank=1.0 saint \
+        --out "$out/hooks" >"$out/hooks.log" 2>&1
+    cat "$out/hooks/bench.md"
 }
 
 families() {
@@ -68,8 +78,10 @@ gpus() {
     "$PYTHON" scripts/gpus.py split 2>>"$out/gpus.err" | tee -a "$out/gpus.jsonl"
 }
 
+failed=0
 for stage in "$@"; do
     date +"%T $stage"
-    "$stage"
+    "$stage" || { echo "$stage failed: see $out" >&2; failed=1; }
 done
 date +%T
+exit $failed

@@ -5,7 +5,7 @@
     python scripts/gpus.py split
 
 `share` answers the same demo questions with any number of processes, each with a model of its own
-that takes every so-manieth question. `split` spreads the layers of a LLaVA-1.5 13B evenly over the
+that takes every n-th question. `split` spreads the layers of a LLaVA-1.5 13B evenly over the
 GPUs and generates without pruning and with three methods: bfloat16 for time and memory, float32
 (the same weights) to compare tokens, also with the same model on one GPU. Weights are random but
 for `--model demo`: answers mean nothing.

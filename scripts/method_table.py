@@ -1,6 +1,6 @@
 """Table of all methods at about 50 %, 25 % and 11 % of the visual tokens, as Markdown.
 
-    python scripts/method_table.py --samples 100 --out docs/methods_table.md
+    python scripts/method_table.py --samples 100 --out docs/method_table.md
 
 Each row is one method at one budget, on the same samples of the four Shapes sets (drawn from
 ``--seed``, so anyone can make fresh ones): score, prefill FLOPs over the unpruned ones, and visual

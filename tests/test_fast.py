@@ -209,6 +209,7 @@ def test_answers_of_the_demo_model(method: Any) -> None:
     found = [a for i in range(0, SAMPLES, 4) for a in quick.answer(queries[i : i + 4])]
     assert [a.text for a in found] == [a.text for a in expected]
     assert [a.lengths for a in found] == [a.lengths for a in expected]
+    assert all(a.fast for a in found) and not any(a.fast for a in expected)
     assert len({a.text for a in found}) > 1
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-EXTRA = 'pip install "vlm-prune-ext[ablate]" brings it'
+EXTRA = 'pip install -e ".[ablate]" brings it'
 JAVA = "Java is not on the PATH (Debian: apt-get install default-jre-headless)"
 SECONDS = 300.0
 """Time limit of one step for a small set."""

@@ -72,6 +72,7 @@ class Answer:
         batch: samples that were answered together.
         tower_images: images (or tiles) per sample that went through the vision tower.
         patches_kept: tower layer -> patches of each image left by the drop in it.
+        fast: on the fast path.
     """
 
     text: str
@@ -85,6 +86,7 @@ class Answer:
     batch: int = 1
     tower_images: float = 0.0
     patches_kept: dict[int, int] = field(default_factory=dict)
+    fast: bool = False
 
 
 class Answerer:
@@ -213,6 +215,7 @@ def _costs(who: Answerer, inputs: Any, trace: Trace, clock: TokenClock) -> list[
     pixels = inputs.get("pixel_values")
     towers = math.prod(pixels.shape[:-3]) / batch if pixels is not None else 0.0
     patches = {layer: kept.shape[1] for layer, kept in sorted(trace.vision_kept.items())}
+    generate = who.model.generate
     answers = []
     for row in range(batch):
         counts = {layer: kept[row] for layer, kept in sorted(trace.visual_tokens.items())}
@@ -230,6 +233,7 @@ def _costs(who: Answerer, inputs: Any, trace: Trace, clock: TokenClock) -> list[
                 batch=batch,
                 tower_images=towers,
                 patches_kept=patches,
+                fast=isinstance(generate, FastGenerate) and generate.took,
             )
         )
     return answers

@@ -261,9 +261,7 @@ def _check_registered(model: str) -> None:
     try:
         from lmms_eval.models import list_available_models
     except ImportError as error:
-        raise InputError(
-            'lmms-eval is not installed here: pip install "vlm-prune-ext[lmms]".'
-        ) from error
+        raise InputError('lmms-eval is not installed here: pip install -e ".[lmms]".') from error
     if model not in list_available_models():
         raise InputError(
             f"lmms-eval does not know {model}: the entry point {GROUP!r} of vlm-prune-ext did not "

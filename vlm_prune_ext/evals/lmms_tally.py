@@ -58,6 +58,7 @@ class Sums:
         seeing: samples with images; ``before``, ``after``: their visual tokens in the prompt and
             behind the last selection.
         flops, whole: of the language model's prefill, and of the same prompts unpruned.
+        fast: answered on the fast path.
         peak: bytes; ``joules``: of the GPU, ``None`` where nothing counts.
     """
 
@@ -77,6 +78,7 @@ class Sums:
     whole: float = 0.0
     peak: int = 0
     joules: float | None = None
+    fast: int = 0
 
 
 class Tally:
@@ -122,6 +124,7 @@ class Tally:
     def _add_answer(self, answer: Answer) -> None:
         sums = self._sums
         sums.new_tokens += answer.new_tokens
+        sums.fast += answer.fast
         if answer.visual_tokens:
             sums.seeing += 1
             sums.before += answer.visual_tokens
@@ -218,6 +221,7 @@ def _metrics(total: Sums, seconds: float, processes: int) -> dict[str, float]:
         "visual_tokens_before": _ratio(total.before, total.seeing),
         "visual_tokens_after": _ratio(total.after, total.seeing),
         "flops_ratio": _ratio(total.flops, total.whole),
+        "fast_path": total.fast / total.samples if total.samples else None,
         "peak_memory_gib": total.peak / 2**30,
         "joules_per_sample": _ratio(total.joules or 0.0, total.samples),
         "failed_samples": total.failed,

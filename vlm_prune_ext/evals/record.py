@@ -30,6 +30,7 @@ class Sample:
         prefill_seconds, decode_seconds: the same.
         flops, flops_baseline: of the language model's prefill, with this method and without.
         vision_flops, vision_flops_baseline: of the vision tower and the projector.
+        fast: on the fast path.
     """
 
     index: int | str
@@ -47,6 +48,7 @@ class Sample:
     flops_baseline: float = 0.0
     vision_flops: float = 0.0
     vision_flops_baseline: float = 0.0
+    fast: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class Sizes:
             lengths=answer.lengths,
             prefill_seconds=answer.prefill_seconds,
             decode_seconds=answer.decode_seconds,
+            fast=answer.fast,
             **costs,
         )
 
@@ -223,12 +226,14 @@ class Seconds:
         decode: from there to the end.
         decode_per_token: the same per token.
         warm_up_samples: left out.
+        fast_path: share of the samples that was answered on the fast path.
     """
 
     prefill: Spread | None
     decode: Spread | None
     decode_per_token: float | None
     warm_up_samples: int
+    fast_path: float
 
 
 @dataclass(frozen=True)
@@ -373,4 +378,5 @@ def timing(samples: Sequence[Sample]) -> Seconds:
         decode=Spread.of(sample.decode_seconds for sample in warm),
         decode_per_token=sum(s.decode_seconds for s in warm) / steps if steps > 0 else None,
         warm_up_samples=len(answered) - len(warm),
+        fast_path=sum(s.fast for s in answered) / len(answered) if answered else 0.0,
     )

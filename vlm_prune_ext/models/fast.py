@@ -61,6 +61,9 @@ class FastGenerate:
         capture: record CUDA graphs; without them (on a CPU) the same pieces run one by one.
         forced: a method that has no fast path is an error instead of a line in the log.
 
+    Attributes:
+        took: whether the last call was answered here, not by transformers.
+
     Raises:
         InputError: the model cannot run on fixed shapes.
         RecordingError: CUDA could not record a piece, and ``forced`` (else it is logged, and
@@ -80,13 +83,14 @@ class FastGenerate:
         # The model holds this object, so nothing here may hold the model: memory would stay taken
         # after its last user let go of it.
         self._parts = replace(parts, model=parts.decoder)
-        self._modules = [weakref.ref(module) for module in parts.layers.modules()]
+        self.took = False
         self._said: set[str] = set()
         self._broken: str | None = None
         self._prepare()
 
     def _prepare(self) -> None:
         """Start with nothing recorded."""
+        self._modules = [weakref.ref(module) for module in self._parts.layers.modules()]
         self.fast = FastDecoder(self._parts, _Head(self._model()), capture=self._capture)
         vision = self._parts.vision
         self._tower = _RecordedTower(vision.tower, self.fast.recorder) if vision else None
@@ -115,6 +119,7 @@ class FastGenerate:
         decoder: Any = self._decoder()
         session = session_on(decoder)
         reason = self._why_not_this_call(model, session, inputs, kwargs)
+        self.took = reason is None
         if reason is not None:
             if reason not in self._said:
                 self._said.add(reason)

@@ -1,7 +1,7 @@
 """A model in the precision and form that a cell asks for.
 
-``int8`` and ``int4`` are made by bitsandbytes: of the two kept libraries (the other is torchao) it
-is the one whose supported interface does both on a CPU and on a GPU, in any floating-point type;
+``int8`` and ``int4`` are made by bitsandbytes: of the two maintained libraries (torchao is the other)
+it is the one whose supported interface does both on a CPU and on a GPU, in any floating-point type;
 torchao 0.18 has 4 bits on a CPU among its prototypes only, and on a GPU in bfloat16 only or with a
 further package. What is quantised: the linear layers inside the language model's layers, which is
 nearly all of a model's weights. Embeddings, output head, vision tower and projector stay in 16
@@ -85,11 +85,11 @@ def check_optimization(optimization: Optimization, device: str) -> None:
         if not on_gpu:
             raise InputError(f"{said}FlashAttention-2 needs a GPU; sdpa and eager run here.")
         if importlib.util.find_spec("flash_attn") is None:
-            raise InputError(f'{said}pip install "vlm-prune-ext[flash]" brings flash-attn.')
+            raise InputError(f'{said}pip install -e ".[flash]" brings flash-attn.')
         if optimization.precision == "fp32":
             raise InputError(f"{said}FlashAttention-2 takes fp16 and bf16 only.")
     if optimization.precision in _QUANTIZED and importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError(f'{said}pip install "vlm-prune-ext[profile]" brings bitsandbytes.')
+        raise InputError(f'{said}pip install -e ".[profile]" brings bitsandbytes.')
     if optimization.precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported():
         raise InputError(f"{said}this GPU has no bfloat16; fp16 runs here.")
     if optimization.form == "compile" and not on_gpu and not _has_compiler():

@@ -48,7 +48,7 @@ def require_scorers() -> None:
             __import__(name)
         except ImportError as error:
             raise InputError(
-                f'{name} is not installed: pip install "vlm-prune-ext[profile]" brings it.'
+                f'{name} is not installed: pip install -e ".[profile]" brings it.'
             ) from error
 
 
