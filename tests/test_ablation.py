@@ -407,7 +407,7 @@ def test_without_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
     scores = metrics.Metrics().score(PREDICTIONS, REFERENCES)
     assert set(scores.values.values()) == {None}
-    assert all("vlm-prune-ext[ablate]" in reason for reason in scores.reasons.values())
+    assert all(".[ablate]" in reason for reason in scores.reasons.values())
 
 
 def test_nothing_to_score() -> None:

@@ -6,12 +6,14 @@ VLM_PRUNE_FAST_SAMPLES=500 compares so many demo questions for every method.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import logging
 import os
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -375,6 +377,25 @@ def test_few_recordings_for_many_lengths(original: Any) -> None:
     assert fast.captures == first
 
 
+@pytest.mark.parametrize("name", ["none", "fastv", "himap"])
+@pytest.mark.parametrize("batch", ["single", "uneven"])
+def test_long_answers_get_room_as_they_grow(
+    original: Any, name: str, batch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fast_engine, "ROOM", 3)
+    monkeypatch.setattr(fast_engine, "CACHE_STEP", 4)
+    model, processor = original
+    fast = make_fast(model)
+    inputs = processor.batch(*BATCHES[batch](makers.photos(3)))
+    with vp.prune(model, METHODS[name]):
+        for limit in (40, 2, 41):
+            options = {"max_new_tokens": limit, "eos_token_id": -1, "pad_token_id": 0}
+            expected = generate(model.generate, inputs, **options)
+            assert torch.equal(generate(fast, inputs, **options), expected)
+    widths = {cache.width for cache in fast.fast._caches._items.values()}
+    assert len(widths) > 3
+
+
 def test_memory_grows_with_the_longest_prompt_alone(original: Any) -> None:
     model, processor = original
     fast = make_fast(model)
@@ -442,6 +463,104 @@ def test_weights_that_were_changed_afterwards(original: Any) -> None:
     captures = fast.captures
     assert torch.equal(generate(fast, inputs), generate(model.generate, inputs))
     assert fast.captures == captures  # counted anew
+
+
+@pytest.mark.parametrize("part", ["layer", "norm", "head", "tower"])
+def test_whatever_is_changed_is_noticed(tmp_path: Path, part: str) -> None:
+    model, processor = vp.load(
+        makers.tiny_hf_llava(tmp_path / "m"), device=DEVICE, dtype="float32", fast=False
+    )
+    fast = make_fast(model)
+    inputs = processor.prompt("Red?", makers.photo())
+    generate(fast, inputs)
+    before = fast.fast
+    parts = parts_of(model)
+    if part == "layer":
+        old = parts.layers[2].self_attn.q_proj
+        parts.layers[2].self_attn.q_proj = copy.deepcopy(old)
+        parts.layers[2].self_attn.q_proj.weight.data.mul_(-1)
+    elif part == "head":
+        model.set_output_embeddings(copy.deepcopy(model.get_output_embeddings()))
+        model.get_output_embeddings().weight.data.copy_(
+            model.get_output_embeddings().weight.data.flip(0)
+        )
+    elif part == "norm":
+        parts.final_norm.weight.data = -parts.final_norm.weight.data
+    else:
+        weight = parts.vision.layers[1].self_attn.k_proj.weight
+        weight.data = -weight.data
+    assert torch.equal(generate(fast, inputs), generate(model.generate, inputs))
+    assert fast.fast is not before  # recorded anew
+    before = fast.fast
+    generate(fast, inputs)
+    assert fast.fast is before
+
+
+def test_threads_take_turns(original: Any) -> None:
+    model, processor = original
+    fast = make_fast(model)
+    prompts = [processor.prompt(text, makers.photos(3)[i]) for i, text in enumerate(TEXTS)]
+    expected = [generate(model.generate, inputs) for inputs in prompts]
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(3):
+            found = list(pool.map(lambda inputs: generate(fast, inputs), prompts))
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_processor_that_asks_the_model(original: Any) -> None:
+    model, processor = original
+    fast = model.generate = make_fast(model)
+    inputs, other = (processor.prompt(text, makers.photo()) for text in TEXTS[1:])
+    expected = generate(fast, inputs), generate(fast, other)
+
+    class Ask(LogitsProcessor):
+        def __call__(self, input_ids: Any, scores: Any) -> Any:
+            assert torch.equal(generate(model.generate, other), expected[1])
+            return scores
+
+    assert torch.equal(generate(fast, inputs, logits_processor=[Ask()]), expected[0])
+
+
+def test_an_exception_leaves_nothing_that_is_no_number(original: Any) -> None:
+    model, processor = original
+    fast = make_fast(model)
+    inputs = processor.prompt("Red?", makers.photo())
+    expected = generate(model.generate, inputs)
+
+    class Fault(LogitsProcessor):
+        def __call__(self, input_ids: Any, scores: Any) -> Any:
+            raise KeyError
+
+    broken = {**inputs, "pixel_values": torch.full_like(inputs["pixel_values"], float("nan"))}
+    with pytest.raises(KeyError):
+        generate(fast, broken, logits_processor=[Fault()])
+    assert torch.equal(generate(fast, inputs), expected)
+
+
+def test_prompts_that_are_not_padded_in_front_go_to_transformers(original: Any) -> None:
+    model, processor = original
+    fast = make_fast(model)
+    inputs = dict(processor.prompt("Red?", makers.photo()))
+    for change in (lambda mask: mask[:, :-1], lambda mask: mask.clone().fill_(1).roll(1)):
+        mask = change(inputs["attention_mask"])
+        if mask.shape == inputs["attention_mask"].shape:
+            mask[:, -1] = 0
+        fast.took = True
+        with contextlib.suppress(Exception):  # whatever transformers makes of it
+            generate(fast, {**inputs, "attention_mask": mask})
+        assert not fast.took
+
+
+def test_a_decoder_that_does_more_is_refused(tmp_path: Path) -> None:
+    from transformers import GraniteConfig, GraniteModel
+
+    model, _ = vp.load(makers.tiny_hf_llava(tmp_path / "m"), device=DEVICE, fast=False)
+    config = GraniteConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
+    )
+    model.model.language_model = GraniteModel(config)
+    with pytest.raises(InputError, match="GraniteModel is not one of LlamaModel"):
+        make_fast(model)
 
 
 def test_hooks_of_others_are_called(original: Any) -> None:

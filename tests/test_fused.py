@@ -7,6 +7,7 @@ in the types it rounds correctly; on a GPU as they are.
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -111,8 +113,12 @@ def test_packed_weights_are_the_layers_own() -> None:
     with torch.no_grad():
         linears[1].weight.zero_()
     assert bool((packed[0][4:10] == 0).all())
-    again = pack(linears)
-    assert again is not None and again[0].data_ptr() == packed[0].data_ptr()
+    storages = [linear.weight.untyped_storage() for linear in linears]
+    assert [s.nbytes() for s in storages] == [linear.weight.nbytes for linear in linears]
+    del packed
+    gc.collect()
+    assert all(bool(linear.weight.isfinite().all()) for linear in linears)
+    assert torch.equal(linears[0].weight, before[0].weight)  # alive without the whole
 
 
 def test_what_cannot_be_packed_is_left_alone() -> None:
@@ -134,6 +140,10 @@ def test_a_packed_model_is_saved_whole(tmp_path: Path) -> None:
         attention = layer.self_attn
         assert pack((attention.q_proj, attention.k_proj, attention.v_proj)) is not None
     model.save_pretrained(tmp_path / "saved")
+    safetensors.torch.save_model(model, str(tmp_path / "plain.safetensors"))
+    assert len(safetensors.torch.load_file(tmp_path / "plain.safetensors")) == len(
+        list(model.state_dict())
+    )
     for copied in (type(model).from_pretrained(tmp_path / "saved"), copy.deepcopy(model)):
         assert torch.equal(copied.eval()(**inputs).logits, expected)
 

@@ -23,11 +23,15 @@ from vlm_prune_ext.engine.layout import Layout, iota, sent, take
 from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.engine.prefill import Group, Prefill
 from vlm_prune_ext.engine.recorded import Recorder, Shelf
-from vlm_prune_ext.engine.static import Activations, Head, Segment, SegmentCache, Step
+from vlm_prune_ext.engine.static import Activations, Head, Segment, SegmentCache, Step, widen
 from vlm_prune_ext.methods.base import Method, Stage
 
+# Decoders whose forward does nothing around its layers but embedding, rotary positions and the last
+# norm: what else one did (Granite scales its embeddings) would be passed over.
+KNOWN = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 PROMPT_STEP = 8  # what a piece holds is filled up to a multiple: few recordings, few tokens more
 CACHE_STEP = 128  # likewise caches, so that many lengths share one decode step
+ROOM = 128  # for decoded tokens at first: limits are high, answers short
 CACHES, SEGMENTS, STEPS = 48, 128, 24  # kept at a time
 
 
@@ -37,6 +41,8 @@ def why_not(parts: ModelParts, method: Method | None) -> str | None:
     if decoder is None:
         return "the model has no language model whose layers are known"
     name = type(decoder).__name__
+    if name not in KNOWN or not type(decoder).__module__.startswith("transformers.models."):
+        return f"{name} is not one of {', '.join(KNOWN)}"
     config = getattr(decoder, "config", None)
     if not parts.plain_rotary or parts.counts_real or not hasattr(decoder, "rotary_emb"):
         return f"{name} does not have one rotary position per token"
@@ -162,6 +168,9 @@ class FastDecoder:
         """A block of memory goes, and with it what was recorded on it."""
         if isinstance(block, tuple):
             self._caches.drop_where(lambda cache: cache.first <= block[1] < cache.stop)
+            self._steps.drop_where(
+                lambda step: any(cache.first <= block[1] < cache.stop for cache in step.caches)
+            )
         else:
             self._segments.drop_where(lambda segment: True)
 
@@ -200,15 +209,26 @@ class FastDecoder:
         """The layers ``first`` ... ``stop - 1`` for prompts of up to a bucket's length, with
         ``room`` for decoded tokens."""
         batch, tokens = hidden.shape[0], _round_up(hidden.shape[1], PROMPT_STEP)
-        width = _round_up(tokens + room, CACHE_STEP)
-        key = (first, stop, batch, width)
-        return self._segments.get((*key, tokens), lambda: self._make(key, tokens))
+        key = (first, stop, batch, _round_up(tokens + room, CACHE_STEP))
+        segment = self._segments.get((*key, tokens), lambda: self._make(key, tokens))
+        self._caches.get(key, lambda: segment.cache)  # used just now
+        return segment
 
     def _make(self, key: tuple[int, int, int, int], tokens: int) -> Segment:
         config = self.parts.decoder.config  # type: ignore[union-attr]
         memory = Activations.of(self.arena, config, key[2], tokens, self.dtype)
-        cache = self._caches.get(key, lambda: SegmentCache(self.arena, config, *key, self.dtype))
-        return Segment(self.parts, self.head, cache, memory, self.recorder)
+        return Segment(self.parts, self.head, self._cache(key), memory, self.recorder)
+
+    def _cache(self, key: tuple[int, int, int, int]) -> SegmentCache:
+        config = self.parts.decoder.config  # type: ignore[union-attr]
+        return self._caches.get(key, lambda: SegmentCache(self.arena, config, *key, self.dtype))
+
+    def wider(self, old: SegmentCache, more: int) -> SegmentCache:
+        """A cache with the same content and at least ``more`` places beside."""
+        width = _round_up(old.width + more, CACHE_STEP)
+        new = self._cache((old.first, old.stop, old.batch, width))
+        widen(old, new)
+        return new
 
     def step(self, caches: list[SegmentCache]) -> Step:
         """One decode step over these caches."""
@@ -227,7 +247,9 @@ class Run:
         self, decoder: FastDecoder, aligned: _Aligned, state: Prefill, max_new_tokens: int
     ) -> None:
         self.decoder, self.aligned, self.state = decoder, aligned, state
-        self.room = max_new_tokens
+        self.limit = max_new_tokens
+        self.done = 0  # tokens that were decoded
+        self.caches: list[SegmentCache] = []
         self.segments: list[Segment] = []
         self.real: list[torch.Tensor] = []
         self.notes: list[_Note] = []
@@ -246,7 +268,7 @@ class Run:
         for first, stop in zip(starts, stops, strict=True):
             if first in stages:
                 hidden, positions = self._drop(stages[first], hidden, positions)
-            segment = self.decoder.segment(first, stop, hidden, self.room)
+            segment = self.decoder.segment(first, stop, hidden, min(self.limit, ROOM))
             real = self._real_tokens()
             segment.fill(hidden, positions, real - 1)
             self.segments.append(segment)
@@ -333,15 +355,30 @@ class Run:
         Returns:
             logits ``(batch, vocabulary)`` of the next; overwritten by the next call.
         """
-        step = self._step
-        if step is None:
-            step = self._step = self.decoder.step([segment.cache for segment in self.segments])
-            room = [[segment.tokens] for segment in self.segments]
-            real = torch.stack(self.real)[..., None]
-            step.start(self._position, real, sent(room, real.device))
-        step.token.copy_(tokens[:, None])
-        self.logits = step.run()
+        if self._step is None or self.done == self._room():
+            self._make_room()
+        assert self._step is not None
+        self._step.token.copy_(tokens[:, None])
+        self.logits = self._step.run()
+        self.done += 1
         return self.logits
+
+    def _room(self) -> int:
+        """Decoded tokens that fit the caches."""
+        pairs = zip(self.caches, self.segments, strict=True)
+        return min(cache.width - segment.tokens for cache, segment in pairs)
+
+    def _make_room(self) -> None:
+        """Decode from now on in the prompt's own caches, or in wider ones."""
+        if not self.caches:
+            self.caches = [segment.cache for segment in self.segments]
+        if self.done == self._room():  # as much again, but never past the limit
+            more = min(self.done, self.limit - self.done)
+            self.caches = [self.decoder.wider(cache, more) for cache in self.caches]
+        self._step = self.decoder.step(self.caches)
+        room = [[segment.tokens] for segment in self.segments]
+        real = torch.stack(self.real)[..., None]
+        self._step.start(self._position + self.done, real, sent(room, real.device), self.done)
 
 
 def _round_up(number: int, step: int) -> int:

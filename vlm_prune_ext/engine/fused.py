@@ -99,26 +99,15 @@ def pack(
 
 def _joined(parameters: list[nn.Parameter]) -> torch.Tensor:
     with torch.inference_mode(False), torch.no_grad():
-        first, rows = parameters[0].data, [len(parameter) for parameter in parameters]
-        if _are_joined(parameters):
-            return first.as_strided((sum(rows), *first.shape[1:]), first.stride())
         whole = torch.cat([parameter.data for parameter in parameters])
-        for parameter, part in zip(parameters, whole.split(rows), strict=True):
-            parameter.data = part
+        parts = whole.split([len(parameter) for parameter in parameters])
+        for parameter, part in zip(parameters, parts, strict=True):
+            # By way of DLPack each is a storage of its own at that place, which keeps the memory
+            # alive: as views of one storage they would be saved as one tensor, or not at all.
+            parameter.data = torch.from_dlpack(part)
         if whole.is_cuda and whole.dim() > 1:
             torch.cuda.empty_cache()  # the old pieces are too small for the next layer's
         return whole
-
-
-def _are_joined(parameters: list[nn.Parameter]) -> bool:
-    storage = parameters[0].untyped_storage()
-    place = parameters[0].storage_offset()
-    for parameter in parameters:
-        same = parameter.untyped_storage().data_ptr() == storage.data_ptr()
-        if not same or parameter.storage_offset() != place or not parameter.is_contiguous():
-            return False
-        place += parameter.numel()
-    return True
 
 
 # -- what the modules do instead ------------------------------------------------------------------

@@ -81,6 +81,7 @@ def triton_kernels(device: torch.device) -> ModuleType | None:
         from vlm_prune_ext.engine import triton_kernels
 
         triton_kernels.silu_times(torch.zeros(1, 32, device=device))
+        torch.cuda.synchronize(device)
     except Exception as error:  # Triton's own errors, a missing C compiler, ...
         said = str(error).strip().split("\n")[0]
         logger.warning("No kernel of this package is used: Triton does not work (%s).", said)

@@ -60,6 +60,13 @@ class SegmentCache:
         self.values = {layer: arena.view(("values", layer), shape, dtype) for layer in layers}
 
 
+def widen(old: SegmentCache, new: SegmentCache) -> None:
+    """Take everything over into a wider cache, which may be in the same memory."""
+    for layer in range(old.first, old.stop):
+        for before, after in ((old.keys, new.keys), (old.values, new.values)):
+            after[layer][:, :, : old.width].copy_(before[layer].clone())
+
+
 class _Writer:
     """Stands where layers expect a KV cache. Keeps keys and values of new tokens, from a slot on.
 
@@ -224,27 +231,28 @@ class Step:
         self._room = self.token.new_zeros(len(caches), 1)
         self._count = self.token.new_zeros(1)
         self._places = [torch.arange(cache.width, device=device) for cache in caches]
-        self._start: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self._start: tuple[torch.Tensor, ...] | None = None
         self.run = Recorded(self._work, recorder, self._reset)
 
-    def start(self, position: torch.Tensor, real: torch.Tensor, room: torch.Tensor) -> None:
-        """After a prefill.
+    def start(
+        self, position: torch.Tensor, real: torch.Tensor, room: torch.Tensor, done: int
+    ) -> None:
+        """After a prefill, or where other caches took over.
 
         Args:
-            position: int64 ``(batch, 1)``, rotary position of the first decoded token.
+            position: int64 ``(batch, 1)``, rotary position of the next token.
             real: int64 ``(segments, batch, 1)``, tokens of the prompt that each segment holds.
             room: int64 ``(segments, 1)``, where decoded tokens go from.
+            done: how many are there already.
         """
-        self._start = (position, real, room)
+        self._start = (position, real, room, torch.full_like(self._count, done))
         self._reset()
 
     def _reset(self) -> None:
         assert self._start is not None
-        for buffer, value in zip(
-            (self._position, self._real, self._room), self._start, strict=True
-        ):
+        buffers = (self._position, self._real, self._room, self._count)
+        for buffer, value in zip(buffers, self._start, strict=True):
             buffer.copy_(value)
-        self._count.zero_()
 
     def _work(self) -> torch.Tensor:
         """Logits ``(batch, vocabulary)``."""

@@ -37,7 +37,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     width = x.shape[-1]
     block = triton.next_power_of_2(width)
     warps = min(16, max(4, block // 512))
-    _rms_norm[(x.numel() // width,)](x, weight, out, width, eps, BLOCK=block, num_warps=warps)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        grid = (x.numel() // width,)
+        _rms_norm[grid](x, weight, out, width, eps, BLOCK=block, num_warps=warps)
     return out
 
 
@@ -64,7 +66,8 @@ def silu_times(both: torch.Tensor) -> torch.Tensor:
     width, block = both.shape[-1] // 2, 1024
     out = both.new_empty(*both.shape[:-1], width)
     grid = (out.numel() // width, triton.cdiv(width, block))
-    _silu_times[grid](both, out, width, BLOCK=block, num_warps=4)
+    with torch.cuda.device_of(both):
+        _silu_times[grid](both, out, width, BLOCK=block, num_warps=4)
     return out
 
 
@@ -148,20 +151,21 @@ def rotate_and_keep(
     kv_heads, width, dim = held[0].shape[1:]
     block = 16
     groups = triton.cdiv(heads, block) + triton.cdiv(kv_heads, block)
-    _rotate_and_keep[(batch * count, groups)](
-        states,
-        *rotary,
-        *held,
-        slot,
-        count,
-        width,
-        heads,
-        kv_heads,
-        HALF=dim // 2,
-        HEADS=block,
-        num_warps=4,
-        enable_fp_fusion=False,  # both products are rounded before they are added
-    )
+    with torch.cuda.device_of(states):
+        _rotate_and_keep[(batch * count, groups)](
+            states,
+            *rotary,
+            *held,
+            slot,
+            count,
+            width,
+            heads,
+            kv_heads,
+            HALF=dim // 2,
+            HEADS=block,
+            num_warps=4,
+            enable_fp_fusion=False,  # both products are rounded before they are added
+        )
 
 
 # -- attention that tokens receive ----------------------------------------------------------------
@@ -298,20 +302,21 @@ def received(
     sizes = (scaling, rows, count, heads, heads // keys.shape[1])
     strides = (*queries.stride()[:3], *keys.stride()[:3])
     blocks = {"DIM": dim, "ROWS": 64 if rows > 16 else 16, "KEYS": 64}
-    grid = (batch * heads, triton.cdiv(rows, blocks["ROWS"]))
-    _row_sums[grid](queries, keys, limits, sums, *sizes, *strides, **blocks, num_warps=4)
-    grid = (batch * heads, triton.cdiv(count, blocks["KEYS"]))
-    _key_sums[grid](
-        queries,
-        keys,
-        limits,
-        sums,
-        sums if weights is None else weights,
-        out,
-        *sizes,
-        *strides,
-        WEIGHTED=weights is not None,
-        **blocks,
-        num_warps=4,
-    )
+    with torch.cuda.device_of(queries):
+        grid = (batch * heads, triton.cdiv(rows, blocks["ROWS"]))
+        _row_sums[grid](queries, keys, limits, sums, *sizes, *strides, **blocks, num_warps=4)
+        grid = (batch * heads, triton.cdiv(count, blocks["KEYS"]))
+        _key_sums[grid](
+            queries,
+            keys,
+            limits,
+            sums,
+            sums if weights is None else weights,
+            out,
+            *sizes,
+            *strides,
+            WEIGHTED=weights is not None,
+            **blocks,
+            num_warps=4,
+        )
     return out.sum(dim=1) / heads

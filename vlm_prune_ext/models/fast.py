@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import threading
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -27,6 +28,7 @@ from vlm_prune_ext.engine.prune import Session, session_on
 from vlm_prune_ext.engine.recorded import Recorded, Recorder, RecordingError, Shelf
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.methods.base import Method
+from vlm_prune_ext.models.unchanged import Unchanged
 
 logger = logging.getLogger("vlm_prune_ext")
 
@@ -86,19 +88,21 @@ class FastGenerate:
         self.took = False
         self._said: set[str] = set()
         self._broken: str | None = None
+        self._lock, self._owner = threading.Lock(), 0
         self._prepare()
 
     def _prepare(self) -> None:
         """Start with nothing recorded."""
-        self._modules = [weakref.ref(module) for module in self._parts.layers.modules()]
-        self.fast = FastDecoder(self._parts, _Head(self._model()), capture=self._capture)
+        model: Any = self._model()
+        self.fast = FastDecoder(self._parts, _Head(model), capture=self._capture)
         vision = self._parts.vision
         self._tower = _RecordedTower(vision.tower, self.fast.recorder) if vision else None
         self._weights = self._where_weights_are()
+        self._unchanged = Unchanged(model)
 
     def _where_weights_are(self) -> tuple[int, ...]:
-        """Changes where a model is moved, cast, or given adapters: recordings would go on with the
-        weights that were there before. Two layers speak for all."""
+        """Changes where a model is moved, cast, or given adapters. Two layers speak for all: asked
+        before anything is replayed, where the old memory may be gone; the rest is asked later."""
         layers = self._parts.layers
         ends = [p for layer in (layers[0], layers[-1]) for p in layer.parameters()]
         return tuple(number for p in ends for number in (id(p), p.data_ptr()))
@@ -116,32 +120,64 @@ class FastGenerate:
     def __call__(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """As ``transformers.GenerationMixin.generate``."""
         model: Any = self._model()
-        decoder: Any = self._decoder()
-        session = session_on(decoder)
-        reason = self._why_not_this_call(model, session, inputs, kwargs)
-        self.took = reason is None
-        if reason is not None:
-            if reason not in self._said:
-                self._said.add(reason)
-                logger.warning("The fast path is not taken: %s.", reason)
+        if self._owner == threading.get_ident():  # a processor of the running call asks
             return type(model).generate(model, inputs, **kwargs)
+        session = session_on(self._decoder())  # type: ignore[arg-type]
+        reason = self._why_not_this_call(model, session, inputs, kwargs)
+        if reason is None:
+            with self._lock:  # what is recorded works for one call at a time
+                self._owner = threading.get_ident()
+                try:
+                    return self._answer(model, session, kwargs)
+                except _NotHere as not_here:
+                    reason = str(not_here)
+                finally:
+                    self._owner = 0
+        self.took = False
+        if reason not in self._said:
+            self._said.add(reason)
+            logger.warning("The fast path is not taken: %s.", reason)
+        return type(model).generate(model, inputs, **kwargs)
+
+    def _answer(self, model: Any, session: Session | None, kwargs: Mapping[str, Any]) -> Any:
+        """On recordings of the model as it is now.
+
+        Raises:
+            _NotHere: transformers has to.
+        """
         if self._where_weights_are() != self._weights:
             self._prepare()
-        try:
-            with torch.inference_mode():
-                ids = self._generate(model, decoder, session, kwargs)
-        except RecordingError as error:
-            if self.forced:
+        for _ in range(2):
+            try:
+                with torch.inference_mode():
+                    ids = self._generate(model, session, kwargs)
+            except _Changed:
+                self._prepare()
+                continue
+            except RecordingError as error:
+                if self.forced:
+                    raise
+                self._broken = str(error)
+                raise _NotHere(self._broken) from error
+            except BaseException:
+                self.fast.arena.wipe()  # what is no number would spoil the next prompt
                 raise
-            self._broken = str(error)
-            return self(inputs, **kwargs)
-        return ids.clone()  # an ordinary tensor again
+            self.took = True
+            return ids.clone()  # an ordinary tensor again
+        raise _NotHere("the model changes while it answers")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy of the model gets transformers' own ``generate``: what is recorded here works on
         the memory of this model."""
-        copied = memo[id(self._model())]
+        model: Any = self._model()
+        copied = memo.get(id(model), model)
         return MethodType(type(copied).generate, copied)
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "A model with the fast path cannot be pickled: save_pretrained() saves it; for "
+            "torch.save(model), load it with fast=False."
+        )
 
     # -- may it? ------------------------------------------------------------------------------
     def check(self, method: Method | None) -> str | None:
@@ -165,33 +201,30 @@ class FastGenerate:
             return reason
         if inputs is not None or kwargs.get("input_ids") is None:
             return "generate was not given input_ids by name"
-        if kwargs.get("attention_mask") is None or kwargs["attention_mask"].dim() != 2:
-            return "generate was not given a 2-D attention_mask"
+        mask = kwargs.get("attention_mask")
+        if mask is None or mask.dim() != 2 or mask.shape != kwargs["input_ids"].shape:
+            return "generate was not given a 2-D attention_mask, as long as input_ids"
+        if not bool(mask[:, -1].all()):
+            return "there is padding behind a prompt"
         if model.training:
             return "the model is in training mode"
         if self._capture and next(model.parameters()).device.type != "cuda":
             return "the model is not on a GPU any more"
-        if self._has_hooks():
-            return "there are hooks on the language model's layers, which recordings would not call"
+        if torch.is_autocast_enabled(mask.device.type):
+            return "autocast is on"
+        if self._unchanged.hooked():
+            return "the model has hooks, which recordings would not call"
         return _why_not_options(model, kwargs)
-
-    def _has_hooks(self) -> bool:
-        """Hooks of others: not this package's, nor those that transformers leaves on models."""
-        for reference in self._modules:
-            module: Any = reference()
-            if module is None:  # replaced, so the weights have moved too
-                continue
-            for hooks in (module._forward_hooks, module._forward_pre_hooks):
-                if hooks and not all(_is_known(hook) for hook in hooks.values()):
-                    return True
-        return False
 
     # -- the work -----------------------------------------------------------------------------
     def _generate(
-        self, model: Any, decoder: Any, session: Session | None, kwargs: Mapping[str, Any]
+        self, model: Any, session: Session | None, kwargs: Mapping[str, Any]
     ) -> torch.Tensor:
         limit = _limit(model, kwargs)
-        run = self._prefill(model, decoder, session, kwargs, limit)
+        run = self._prefill(model, session, kwargs, limit)
+        # Asked while the device works: hundreds of modules take about a millisecond.
+        if not self._unchanged.holds():
+            raise _Changed
         processors = kwargs.get("logits_processor") or []
         criteria = kwargs.get("stopping_criteria") or []
         stops, pad = _special_tokens(model, kwargs, run.logits.device)
@@ -215,9 +248,7 @@ class FastGenerate:
             self.fast.arena.wipe()  # or a prompt that overflows would spoil the next one
         return ids
 
-    def _prefill(
-        self, model: Any, decoder: Any, session: Session | None, kwargs: Any, limit: int
-    ) -> Run:
+    def _prefill(self, model: Any, session: Session | None, kwargs: Any, limit: int) -> Run:
         inputs = {name: kwargs[name] for name in _INPUTS if kwargs.get(name) is not None}
         mask = inputs["attention_mask"]
         positions = (mask.long().cumsum(dim=1) - 1).masked_fill(mask == 0, 0)
@@ -253,11 +284,6 @@ class FastGenerate:
         return self.fast.start(prompt, max_new_tokens, pruner, call)
 
 
-def _is_known(hook: Any) -> bool:
-    where = getattr(hook, "__module__", None) or ""
-    return where.partition(".")[0] in ("transformers", "vlm_prune_ext")
-
-
 def turn_on_fast(model: Any, parts: ModelParts, *, forced: bool = True) -> None:
     """Give a model the fast ``generate``.
 
@@ -275,6 +301,14 @@ def turn_on_fast(model: Any, parts: ModelParts, *, forced: bool = True) -> None:
     if reason is not None:
         raise InputError(f"fast=True is not possible: {reason}.")
     model.generate = FastGenerate(model, parts, forced=forced)
+
+
+class _NotHere(Exception):
+    """Why transformers has to answer."""
+
+
+class _Changed(Exception):
+    """The model is not what was recorded."""
 
 
 class _Head:
@@ -325,8 +359,11 @@ class _Watch:
         self.pruner = pruner
         self.prompt: Prompt | None = None
         self.call: Call | None = None
+        self.thread = threading.get_ident()
 
     def __call__(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        if threading.get_ident() != self.thread:
+            return
         embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
         if embeds is None:
             embeds = module.get_input_embeddings()(args[0] if args else kwargs["input_ids"])
@@ -409,7 +446,7 @@ def _usual_config() -> dict[str, Any]:
 
 def _limit(model: Any, kwargs: Mapping[str, Any]) -> int:
     limit = kwargs.get("max_new_tokens")
-    return limit if limit is not None else model.generation_config.max_new_tokens or 0
+    return int(limit if limit is not None else model.generation_config.max_new_tokens or 0)
 
 
 def _special_tokens(

@@ -1,6 +1,6 @@
 """A model in the precision and form that a cell asks for.
 
-``int8`` and ``int4`` are made by bitsandbytes: of the two maintained libraries (torchao is the other)
+``int8`` and ``int4`` are made by bitsandbytes: of two maintained libraries (torchao is the other)
 it is the one whose supported interface does both on a CPU and on a GPU, in any floating-point type;
 torchao 0.18 has 4 bits on a CPU among its prototypes only, and on a GPU in bfloat16 only or with a
 further package. What is quantised: the linear layers inside the language model's layers, which is
