@@ -334,16 +334,23 @@ def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not valid: an integer of at least 1")
+    return number
+
+
 def main() -> int:
     """Run one of the two."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     modes = parser.add_subparsers(dest="mode", required=True)
     one = modes.add_parser("share", help="one model on each GPU; start it with torchrun")
     one.add_argument("--model", default="random:llava-1.5-7b", help="demo, or random:SHAPE")
-    one.add_argument("--samples", type=int, default=256)
-    one.add_argument("--batch-size", type=int, default=8)
+    one.add_argument("--samples", type=_positive, default=256)
+    one.add_argument("--batch-size", type=_positive, default=8)
     one.add_argument("--method", default="fastv:100")
-    one.add_argument("--max-new-tokens", type=int, default=16)
+    one.add_argument("--max-new-tokens", type=_positive, default=16)
     one.add_argument(
         "--fast",
         action=argparse.BooleanOptionalAction,
@@ -353,7 +360,7 @@ def main() -> int:
     one.set_defaults(run=share)
     all_of_them = modes.add_parser("split", help="one model over all GPUs")
     all_of_them.add_argument("--shape", default="llava-1.5-13b", help="a LLaVA-1.5 shape, or tiny")
-    all_of_them.add_argument("--new-tokens", type=int, default=16)
+    all_of_them.add_argument("--new-tokens", type=_positive, default=16)
     all_of_them.set_defaults(run=split)
     args = parser.parse_args()
     try:

@@ -183,3 +183,24 @@ def test_an_unknown_shape(capsys: pytest.CaptureFixture[str]) -> None:
 def test_no_such_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--device", "cuda:99"]) == 2
     assert "cuda:99" in capsys.readouterr().err
+
+
+def test_a_case_that_fails_costs_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    more = ["--ways", "hf", "ordinary", "--methods", "none", "fastv:99999", "fastv:2"]
+    folder = makers.tiny_hf_llava(tmp_path / "m")
+    assert run(folder, out, *more) == 1
+    assert "attention_rank=99999 is not valid" in capsys.readouterr().err
+    found = json.loads((out / "bench.json").read_text())["cells"]
+    assert {cell["method"] for cell in found} == {"none", "fastv_rank2"}
+
+
+def test_a_folder_that_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").write_text("a file")
+    assert run(makers.tiny_hf_llava(tmp_path / "m"), tmp_path / "out", "--ways", "hf") == 2
+    said = capsys.readouterr().err
+    assert "cannot be written" in said and "[1/" not in said

@@ -93,6 +93,18 @@ def markdown(cells: Sequence[Cell]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def make_folder(folder: Path) -> None:
+    """Make the folder of the results, before anything is measured.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {str(folder)!r} cannot be written ({error.strerror}).") from error
+
+
 def write(cells: Sequence[Cell], header: dict[str, Any], folder: Path) -> list[Path]:
     """Write ``bench.json``, ``bench.md`` and ``bench.png``.
 
@@ -102,7 +114,6 @@ def write(cells: Sequence[Cell], header: dict[str, Any], folder: Path) -> list[P
     data = {**header, "cells": [asdict(cell) for cell in cells]}
     paths = [folder / f"bench.{ending}" for ending in ("json", "md", "png")]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         paths[0].write_text(json.dumps(data, indent=2) + "\n", "utf-8")
         paths[1].write_text(markdown(cells), "utf-8")
         draw(cells, str(header.get("title", "")), paths[2])

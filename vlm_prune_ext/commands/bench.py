@@ -66,19 +66,28 @@ def run(args: argparse.Namespace) -> int:
     quiet_transformers()
     subject = _subject(args)
     wanted = _cases(subject, ways, methods, args)
+    report.make_folder(Path(args.out))
     ceilings = measure_ceilings(subject.device, subject.dtype)
-    cells, header = [], _header(subject, ceilings, args)
+    cells: list[Any] = []
+    header = _header(subject, ceilings, args)
+    failed = 0
     for number, case in enumerate(wanted, 1):
         text = f"[{number}/{len(wanted)}] batch {case.batch}, {case.way}, {case.label}"
         print(text, file=sys.stderr, flush=True)
-        cells.append(
-            cases.measure_case(
+        try:
+            cell = cases.measure_case(
                 subject, case, ceilings, new_tokens=args.new_tokens, repeat=args.repeat
             )
-        )
+        except (InputError, RuntimeError) as error:  # RuntimeError: memory, CUDA
+            failed += 1
+            print(f"Failed: {text}: {str(error).splitlines()[0]}", file=sys.stderr)
+            continue
+        cells.append(cell)
         report.write(cells, header, Path(args.out))  # nothing measured is lost
+    if not cells:
+        raise InputError(f"--methods {' '.join(args.methods)}: no case could be measured.")
     _print(cells, header, args)
-    return 0
+    return 1 if failed else 0
 
 
 def _ways(args: argparse.Namespace) -> list[str]:
@@ -193,7 +202,7 @@ def _print(cells: list[Any], header: dict[str, Any], args: argparse.Namespace) -
 
     from vlm_prune_ext.bench import report
 
-    Console(width=None if sys.stdout.isatty() else 190).print(report.table(cells, header["title"]))
+    Console(width=None if sys.stdout.isatty() else 230).print(report.table(cells, header["title"]))
     ceilings = header["ceilings"]
     print(
         f"Ceilings: {ceilings['flops'] / 1e12:.3g} TFLOP/s ({ceilings['dtype']}), "

@@ -66,7 +66,10 @@ def run(args: argparse.Namespace) -> int:
         ("Without pruning", seen.answer),
         (f"With {method.label()}", seen.pruned_answer),
     ]
-    missing = draw(seen.picture, panels, texts, out)
+    try:
+        missing = draw(seen.picture, panels, texts, out)
+    except OSError as error:
+        raise InputError(f"--out {str(out)!r} cannot be written ({error.strerror}).") from error
     for label, text in texts:
         print(f"{label}: {text}")
     for panel in panels[1:]:

@@ -100,6 +100,11 @@ def write_reports(out: Path) -> list[Path]:
             pages[-1].write_text(markdown(model), encoding="utf-8")
         (folder / "index.md").write_text(index(models), encoding="utf-8")
         (folder / "index.html").write_text(html_page(models, folder), encoding="utf-8")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{str(out / LOG)!r} has a line that vlm-prune profile did not write ({error!r}): give "
+            "another --out."
+        ) from error
     except OSError as error:
         reason = error.strerror or str(error)
         raise InputError(f"--out {str(folder)!r} cannot be written ({reason}).") from error
