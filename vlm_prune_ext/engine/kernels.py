@@ -80,8 +80,11 @@ def triton_kernels(device: torch.device) -> ModuleType | None:
     try:
         from vlm_prune_ext.engine import triton_kernels
 
-        triton_kernels.silu_times(torch.zeros(1, 32, device=device))
-        torch.cuda.synchronize(device)
+        rows, keys = torch.ones(1, 2, 3, 32, device=device), torch.ones(1, 1, 7, 32, device=device)
+        last = torch.full((1, 3), 6, device=device)
+        received = triton_kernels.received(rows, keys, last, None, 1.0)
+        if not torch.allclose(received, torch.full_like(received, 3 / 7)):
+            raise ValueError("a kernel gives wrong numbers")
     except Exception as error:  # Triton's own errors, a missing C compiler, ...
         said = str(error).strip().split("\n")[0]
         logger.warning("No kernel of this package is used: Triton does not work (%s).", said)

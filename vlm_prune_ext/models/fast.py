@@ -89,12 +89,12 @@ class FastGenerate:
         self._said: set[str] = set()
         self._broken: str | None = None
         self._lock, self._owner = threading.Lock(), 0
-        self._prepare()
+        self._prepare(capture)
 
-    def _prepare(self) -> None:
+    def _prepare(self, capture: bool) -> None:
         """Start with nothing recorded."""
         model: Any = self._model()
-        self.fast = FastDecoder(self._parts, _Head(model), capture=self._capture)
+        self.fast = FastDecoder(self._parts, _Head(model), capture=capture)
         vision = self._parts.vision
         self._tower = _RecordedTower(vision.tower, self.fast.recorder) if vision else None
         self._weights = self._where_weights_are()
@@ -146,13 +146,13 @@ class FastGenerate:
             _NotHere: transformers has to.
         """
         if self._where_weights_are() != self._weights:
-            self._prepare()
+            self._prepare(self._capture)
         for _ in range(2):
             try:
                 with torch.inference_mode():
                     ids = self._generate(model, session, kwargs)
             except _Changed:
-                self._prepare()
+                self._prepare(self._capture)
                 continue
             except RecordingError as error:
                 if self.forced:
@@ -209,6 +209,8 @@ class FastGenerate:
         if model.training:
             return "the model is in training mode"
         if self._capture and next(model.parameters()).device.type != "cuda":
+            if self.fast.recorder.capture:
+                self._prepare(capture=False)  # the GPU's memory is let go of
             return "the model is not on a GPU any more"
         if torch.is_autocast_enabled(mask.device.type):
             return "autocast is on"
