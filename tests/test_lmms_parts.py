@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -404,3 +405,26 @@ def test_a_missing_data_folder_is_named(
     monkeypatch.setenv("VLM_PRUNE_DEMO_DATA", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"mcq\.parquet.*demo-data"):
         task_utils.load_mcq(None)
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("limit=abc", "limit=abc is not valid: a count, or a share under 1."),
+        ("limit=0", "limit=0 is not valid"),
+        ("batch_size=0", "batch_size=0 is not valid: an integer of at least 1."),
+        ("max_batch_size=1.5", "max_batch_size=1.5 is not valid"),
+    ],
+)
+def test_numbers_are_checked_first(word: str, said: str) -> None:
+    with pytest.raises(InputError, match=re.escape(said)):
+        plan("llava_fastv", "shapes_mcq", word)
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_results_need_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    words = ["llava_fastv", "shapes_mcq", f"output_path={tmp_path / 'file' / 'logs'}"]
+    assert lmms_launch.main(words) == 2
+    assert "cannot be written" in capsys.readouterr().err

@@ -102,6 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if words else 2
     try:
         plan = make_plan(words)
+        check_writable(plan.output)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
@@ -131,12 +132,15 @@ def make_plan(words: Sequence[str]) -> Plan:
         raise unknown_name("model", model, MODELS)
     given = parse_pairs(words[2:])
     settings, options, launch = sort_keys(model, given)
+    if settings.get("fast") in (True, "true", "True") and settings.get("device") == "cpu":
+        raise InputError("fast=true is not possible with device=cpu: CUDA graphs need a GPU.")
     if "device_map" in settings:  # one model over all GPUs, so one process
         launch.setdefault("num_processes", "1")
     label = run_label(model, settings)  # checks the method's parameters
     _check_registered(model)
     _check_tasks(tasks, options)
     _check_checkpoint(model, settings)
+    _check_numbers(options)
     output = Path(options.pop("output_path", "") or f"logs/{label}")
     cpu = str(settings.get("device", "")) == "cpu" or not _gpus()
     evaluation = ["--model", model, "--tasks", ",".join(tasks)]
@@ -148,6 +152,35 @@ def make_plan(words: Sequence[str]) -> Plan:
     if "data" in given:
         environment["VLM_PRUNE_DEMO_DATA"] = str(Path(given["data"]).expanduser().resolve())
     return Plan([*command, "-m", "lmms_eval", *evaluation], environment, output)
+
+
+def _check_numbers(options: Mapping[str, str]) -> None:
+    """lmms-eval itself ends in a traceback, after everything is loaded."""
+    for key, whole in (("batch_size", True), ("max_batch_size", True), ("limit", False)):
+        text = options.get(key)
+        if text is None or text == {"limit": "-1"}.get(key) or text.startswith("auto"):
+            continue
+        try:
+            number = int(text) if whole else float(text)
+        except ValueError:
+            number = 0
+        if not number > 0 or number == float("inf"):
+            accepted = "an integer of at least 1" if whole else "a count, or a share under 1"
+            raise InputError(f"{key}={text} is not valid: {accepted}.")
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder of the results before anything runs.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"output_path={str(folder)!r} cannot be written ({error.strerror})."
+        ) from error
 
 
 def parse_pairs(words: Sequence[str]) -> dict[str, str]:
