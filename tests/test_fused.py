@@ -199,7 +199,10 @@ def test_a_layer_on_a_gpu(kind: str, dtype: str, tolerance: float) -> None:
 
 
 @pytest.mark.slow
-def test_kernels_compile_for_a_gpu_that_is_not_here() -> None:
+def test_kernels_compile_for_a_gpu_that_is_not_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 

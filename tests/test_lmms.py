@@ -764,6 +764,7 @@ def test_same_answers_as_in_vlmevalkit(checkpoint: Path, tmp_path: Path, make: M
 def test_sums_of_processes_add_up() -> None:
     one = Sums(samples=4, seconds=2.0, new_tokens=10, timed=4, first_token=2.0, seeing=4, before=64)
     one.after, one.flops, one.whole, one.peak, one.joules = 16, 1.0, 4.0, 2**30, 8.0
+    one.fast = 3
     two = Sums(samples=2, failed=1, seconds=4.0, timed=2, first_token=4.0, decode=2.0, decoded=6)
     two.peak = 2**31
     total, longest = _added([one, two])
@@ -777,6 +778,7 @@ def test_sums_of_processes_add_up() -> None:
             "visual_tokens_before": 16.0,
             "visual_tokens_after": 4.0,
             "flops_ratio": 0.25,
+            "fast_path": 0.5,
             "peak_memory_gib": 2.0,
             "joules_per_sample": 8 / 6,
             "failed_samples": 1,
