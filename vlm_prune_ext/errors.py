@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -28,3 +29,19 @@ def unknown_name(kind: str, value: object, accepted: Iterable[str]) -> InputErro
     near = difflib.get_close_matches(str(value).lower(), by_lower, n=1, cutoff=0.5)
     hint = f" Did you mean {by_lower[near[0]]!r}?" if near else ""
     return InputError(f"Unknown {kind} {value!r}.{hint} Accepted: {', '.join(names)}.")
+
+
+def make_folder(folder: Path, name: str) -> None:
+    """Make the folder of results before anything is computed for it.
+
+    Args:
+        folder: it and its parents; it may be there.
+        name: what stands in front of it in the sentence (``"--out "``, ``"output_path="``).
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{name}{str(folder)!r} cannot be written ({error.strerror}).") from error

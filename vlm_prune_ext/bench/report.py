@@ -93,18 +93,6 @@ def markdown(cells: Sequence[Cell]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def make_folder(folder: Path) -> None:
-    """Make the folder of the results, before anything is measured.
-
-    Raises:
-        InputError: it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {str(folder)!r} cannot be written ({error.strerror}).") from error
-
-
 def write(cells: Sequence[Cell], header: dict[str, Any], folder: Path) -> list[Path]:
     """Write ``bench.json``, ``bench.md`` and ``bench.png``.
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_prune_ext.commands.common import quiet_transformers
-from vlm_prune_ext.errors import InputError, unknown_name
+from vlm_prune_ext.errors import InputError, make_folder, unknown_name
 
 if TYPE_CHECKING:
     from vlm_prune_ext.bench.cases import Case
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     quiet_transformers()
     subject = _subject(args)
     wanted = _cases(subject, ways, methods, args)
-    report.make_folder(Path(args.out))
+    make_folder(Path(args.out), "--out ")
     ceilings = measure_ceilings(subject.device, subject.dtype)
     cells: list[Any] = []
     header = _header(subject, ceilings, args)

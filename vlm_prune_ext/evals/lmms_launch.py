@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from vlm_prune_ext.errors import InputError, unknown_name
+from vlm_prune_ext.errors import InputError, make_folder, unknown_name
 from vlm_prune_ext.evals.lmms_args import (
     accepted_keys,
     class_of,
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if words else 2
     try:
         plan = make_plan(words)
-        check_writable(plan.output)
+        make_folder(plan.output, "output_path=")
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
@@ -167,20 +167,6 @@ def _check_numbers(options: Mapping[str, str]) -> None:
         if not number > 0 or number == float("inf"):
             accepted = "an integer of at least 1" if whole else "a count, or a share under 1"
             raise InputError(f"{key}={text} is not valid: {accepted}.")
-
-
-def check_writable(folder: Path) -> None:
-    """Make the folder of the results before anything runs.
-
-    Raises:
-        InputError: it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"output_path={str(folder)!r} cannot be written ({error.strerror})."
-        ) from error
 
 
 def parse_pairs(words: Sequence[str]) -> dict[str, str]:
