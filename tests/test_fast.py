@@ -226,11 +226,11 @@ def test_nothing_reads_what_a_later_piece_may_overwrite(
     kept: list[torch.Tensor] = []
     plain = Recorded._run
 
-    def run(self: Recorded) -> Any:
+    def run(self: Recorded, work: Any) -> Any:
         for tensor in earlier:
             tensor.fill_(float("nan"))
-        output = plain(self)
-        segment = getattr(self.work, "__self__", None)
+        output = plain(self, work)
+        segment = getattr(work, "__self__", None)
         attended = segment.memory.attended if hasattr(segment, "memory") else None
         earlier[:] = [t for t in (output, attended) if isinstance(t, torch.Tensor)]
         return output
@@ -392,7 +392,7 @@ def test_long_answers_get_room_as_they_grow(
             options = {"max_new_tokens": limit, "eos_token_id": -1, "pad_token_id": 0}
             expected = generate(model.generate, inputs, **options)
             assert torch.equal(generate(fast, inputs, **options), expected)
-    widths = {cache.width for cache in fast.fast._caches._items.values()}
+    widths = {cache.width for cache in fast.fast._shelves.caches._items.values()}
     assert len(widths) > 3
 
 
@@ -437,7 +437,7 @@ def test_many_samples_with_mixed_lengths_and_budgets() -> None:
     first, memory = ask()
     again, later = ask()
     assert again == first and later <= 1.001 * memory
-    pieces = [*_segments(fast), *fast.fast._steps._items.values()]
+    pieces = [*_segments(fast), *fast.fast._shelves.steps._items.values()]
     assert first == len(pieces) + (len(fast._tower._shapes._items) if GPU and fast._tower else 0)
     print(f"{first} recordings in {fast.capture_seconds:.1f} s, {memory / 2**20:.0f} MiB")
     assert fast.capture_seconds < 60
@@ -588,26 +588,70 @@ def test_old_shapes_make_room_for_new_ones(original: Any, monkeypatch: pytest.Mo
             with vp.prune(model, vp.FastV(agg_layer=2, attention_rank=rank)):
                 expected = generate(model.generate, inputs)
                 assert torch.equal(generate(fast, inputs), expected)
-    assert len(fast.fast._caches._items) <= 2
-    assert all(s.cache in fast.fast._caches._items.values() for s in _segments(fast))
+    assert len(fast.fast._shelves.caches._items) <= 2
+    assert all(s.cache in fast.fast._shelves.caches._items.values() for s in _segments(fast))
 
 
 def _segments(fast: FastGenerate) -> Iterator[Any]:
-    return iter(fast.fast._segments._items.values())
+    return iter(fast.fast._shelves.segments._items.values())
 
 
 def test_the_model_is_let_go_of(tmp_path: Path) -> None:
     model, processor = vp.load(makers.tiny_original(tmp_path / "m"), device=DEVICE, fast=False)
     model.generate = make_fast(model)
     generate(model.generate, processor.prompt("Red?", makers.photo()))
-    seen = weakref.ref(model)
+    blocks = model.generate.fast.arena._blocks
+    seen = [weakref.ref(thing) for thing in (model, *model.parameters(), *blocks.values())]
+    del blocks
+    with without_collector():
+        del model
+        assert all(thing() is None for thing in seen)
+
+
+@contextlib.contextmanager
+def without_collector() -> Iterator[None]:
     gc.collect()
     gc.disable()
     try:
-        del model
-        assert seen() is None
+        yield
     finally:
         gc.enable()
+
+
+def test_memory_that_was_too_small_is_let_go_of(original: Any) -> None:
+    model, processor = original
+    fast = make_fast(model)
+
+    def ask(words: int) -> None:
+        generate(fast, processor.prompt("Red? " * words, makers.photo()), max_new_tokens=2)
+
+    ask(1)
+    blocks = fast.fast.arena._blocks
+    seen = {name: weakref.ref(block) for name, block in blocks.items()}
+    with without_collector():
+        ask(200)
+        grown = [name for name, block in blocks.items() if seen[name]() is not block]
+        assert {"hidden", ("keys", 0)} <= set(grown)
+        assert all(seen[name]() is None for name in grown)
+
+
+@pytest.mark.gpu
+def test_recording_while_the_collector_is_busy(original: Any) -> None:
+    """Other recordings become garbage in circles; that must not end one that is being made."""
+    model, processor = original
+    inputs = processor.prompt("Red?", makers.photo())
+    expected = generate(model.generate, inputs)
+    before = gc.get_threshold()
+    for _ in range(5):
+        circle: list[Any] = [make_fast(model)]
+        assert torch.equal(generate(circle[0], inputs), expected)
+        circle.append(circle)
+    try:
+        gc.set_threshold(1, 1, 1)
+        del circle
+        assert torch.equal(generate(make_fast(model, forced=True), inputs), expected)
+    finally:
+        gc.set_threshold(*before)
 
 
 def test_a_copy_of_the_model_is_its_own(original: Any) -> None:
@@ -670,7 +714,7 @@ def test_a_piece_that_cuda_cannot_record(
     inputs = processor.prompt("Red?", makers.photo())
     expected = generate(model.generate, inputs)
 
-    def fail(self: Any) -> None:
+    def fail(self: Any, *_: Any) -> None:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     monkeypatch.setattr(Recorded, "_record", fail)

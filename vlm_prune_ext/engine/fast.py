@@ -29,7 +29,7 @@ from vlm_prune_ext.methods.base import Method, Stage
 # Decoders whose forward does nothing around its layers but embedding, rotary positions and the last
 # norm: what else one did (Granite scales its embeddings) would be passed over.
 KNOWN = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
-PROMPT_STEP = 8  # what a piece holds is filled up to a multiple: few recordings, few tokens more
+PROMPT_STEP = 4  # what a piece holds is filled up to a multiple; fillers stay to the last layer
 CACHE_STEP = 128  # likewise caches, so that many lengths share one decode step
 ROOM = 128  # for decoded tokens at first: limits are high, answers short
 CACHES, SEGMENTS, STEPS = 48, 128, 24  # kept at a time
@@ -143,6 +143,33 @@ class _Note:
     visual: list[int]
 
 
+class _Shelves:
+    """What was made last. Nothing here points back at who made it, so all memory is free as soon
+    as the last user lets go."""
+
+    def __init__(self) -> None:
+        segments: Shelf[Segment] = Shelf(SEGMENTS)
+        steps: Shelf[Step] = Shelf(STEPS)
+
+        def forget(cache: SegmentCache) -> None:
+            """A cache goes, and with it what was recorded on its memory."""
+            segments.drop_where(lambda segment: segment.cache is cache)
+            steps.drop_where(lambda step: cache in step.caches)
+
+        self.segments, self.steps = segments, steps
+        self.caches: Shelf[SegmentCache] = Shelf(CACHES, forget)
+
+    def let_go(self, block: Hashable) -> None:
+        """A block of memory goes, and with it what was recorded on it."""
+        if isinstance(block, tuple):
+            self.caches.drop_where(lambda cache: cache.first <= block[1] < cache.stop)
+            self.steps.drop_where(
+                lambda step: any(cache.first <= block[1] < cache.stop for cache in step.caches)
+            )
+        else:
+            self.segments.drop_where(lambda segment: True)
+
+
 class FastDecoder:
     """Runs one model's decoder on fixed shapes.
 
@@ -159,25 +186,8 @@ class FastDecoder:
         self.dtype = first.dtype
         around = FusedLayers(decoder) if capture else nullcontext
         self.recorder = Recorder(first.device, capture, around)
-        self.arena = Arena(first.device, self._let_go)
-        self._caches: Shelf[SegmentCache] = Shelf(CACHES, self._forget)
-        self._segments: Shelf[Segment] = Shelf(SEGMENTS)
-        self._steps: Shelf[Step] = Shelf(STEPS)
-
-    def _let_go(self, block: Hashable) -> None:
-        """A block of memory goes, and with it what was recorded on it."""
-        if isinstance(block, tuple):
-            self._caches.drop_where(lambda cache: cache.first <= block[1] < cache.stop)
-            self._steps.drop_where(
-                lambda step: any(cache.first <= block[1] < cache.stop for cache in step.caches)
-            )
-        else:
-            self._segments.drop_where(lambda segment: True)
-
-    def _forget(self, cache: SegmentCache) -> None:
-        """A cache goes, and with it what was recorded on its memory."""
-        self._segments.drop_where(lambda segment: segment.cache is cache)
-        self._steps.drop_where(lambda step: cache in step.caches)
+        self._shelves = shelves = _Shelves()
+        self.arena = Arena(first.device, shelves.let_go)
 
     def start(
         self,
@@ -210,8 +220,8 @@ class FastDecoder:
         ``room`` for decoded tokens."""
         batch, tokens = hidden.shape[0], _round_up(hidden.shape[1], PROMPT_STEP)
         key = (first, stop, batch, _round_up(tokens + room, CACHE_STEP))
-        segment = self._segments.get((*key, tokens), lambda: self._make(key, tokens))
-        self._caches.get(key, lambda: segment.cache)  # used just now
+        segment = self._shelves.segments.get((*key, tokens), lambda: self._make(key, tokens))
+        self._shelves.caches.get(key, lambda: segment.cache)  # used just now
         return segment
 
     def _make(self, key: tuple[int, int, int, int], tokens: int) -> Segment:
@@ -221,7 +231,9 @@ class FastDecoder:
 
     def _cache(self, key: tuple[int, int, int, int]) -> SegmentCache:
         config = self.parts.decoder.config  # type: ignore[union-attr]
-        return self._caches.get(key, lambda: SegmentCache(self.arena, config, *key, self.dtype))
+        return self._shelves.caches.get(
+            key, lambda: SegmentCache(self.arena, config, *key, self.dtype)
+        )
 
     def wider(self, old: SegmentCache, more: int) -> SegmentCache:
         """A cache with the same content and at least ``more`` places beside."""
@@ -233,7 +245,9 @@ class FastDecoder:
     def step(self, caches: list[SegmentCache]) -> Step:
         """One decode step over these caches."""
         key = tuple(id(cache) for cache in caches)
-        return self._steps.get(key, lambda: Step(self.parts, self.head, caches, self.recorder))
+        return self._shelves.steps.get(
+            key, lambda: Step(self.parts, self.head, caches, self.recorder)
+        )
 
 
 class Run:

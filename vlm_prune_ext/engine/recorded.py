@@ -6,10 +6,11 @@ stay, and read outputs before the same work is replayed.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
@@ -53,29 +54,34 @@ class Recorder:
 
 
 class Recorded:
-    """Work that is recorded when it is first called.
+    """One piece of work, recorded when it is first called.
+
+    It never holds the work, whose owner holds it: in a circle, both would keep their memory until
+    Python's collector comes by.
 
     Args:
-        work: takes nothing, returns tensors; shapes, and every Python value in it, are fixed.
         recorder: shared by the model's recordings.
-        reset: puts buffers that ``work`` itself changes back as they were.
     """
 
-    def __init__(
-        self, work: Callable[[], Any], recorder: Recorder, reset: Callable[[], None] | None = None
-    ) -> None:
-        self.work, self.recorder, self.reset = work, recorder, reset
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
         self.graph: Any = None
         self.output: Any = None
 
-    def __call__(self) -> Any:
-        """Do the work. What it returns is overwritten by the next call."""
+    def __call__(self, work: Callable[[], Any], reset: Callable[[], None] | None = None) -> Any:
+        """Do the work. What it returns is overwritten by the next call.
+
+        Args:
+            work: always the same; takes nothing, returns tensors; shapes, and every Python value
+                in it, are fixed.
+            reset: puts buffers that ``work`` itself changes back as they were.
+        """
         if not self.recorder.capture:
             self._count()
-            return self._run()
+            return self._run(work)
         if self.graph is None:
             try:
-                self._record()
+                self._record(work, reset)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
@@ -89,32 +95,48 @@ class Recorded:
             self.graph = True
             self.recorder.count += 1
 
-    def _run(self) -> Any:
+    def _run(self, work: Callable[[], Any]) -> Any:
         if not self.recorder.capture:
             with steady_attention():
-                return self.work()
+                return work()
         with fixed_shape_attention(), self.recorder.around():
-            return self.work()
+            return work()
 
-    def _record(self) -> None:
+    def _record(self, work: Callable[[], Any], reset: Callable[[], None] | None) -> None:
         device, aside = self.recorder.device, _side_stream(self.recorder.device)
         began = time.perf_counter()
         aside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(aside):
             for _ in range(WARM_UPS):
-                self._run()
-                if self.reset is not None:
-                    self.reset()
+                self._run(work)
+                if reset is not None:
+                    reset()
         torch.cuda.current_stream(device).wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         # Other threads (of a data loader, say) may use the device meanwhile.
-        with torch.cuda.graph(
-            graph, pool=self.recorder.pool, stream=aside, capture_error_mode="thread_local"
+        with (
+            _no_collection(),
+            torch.cuda.graph(
+                graph, pool=self.recorder.pool, stream=aside, capture_error_mode="thread_local"
+            ),
         ):
-            self.output = self._run()
+            self.output = self._run(work)
         self.graph = graph
         self.recorder.count += 1
         self.recorder.seconds += time.perf_counter() - began
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python's collector keeps out: letting go of somebody's old recording ends the one that is
+    being made."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @lru_cache(maxsize=16)

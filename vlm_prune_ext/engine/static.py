@@ -165,7 +165,12 @@ class Segment:
         self.rows = torch.arange(cache.batch, device=recorder.device)
         self.slot = self.rows.new_zeros(1)
         self.is_last = cache.stop == len(parts.layers)
-        self.run = Recorded(self._work, recorder)
+        self._recorded = Recorded(recorder)
+
+    def run(self) -> torch.Tensor:
+        """Hidden states ``(batch, tokens, hidden)`` for the next segment; behind the last layer
+        logits ``(batch, vocabulary)``. Overwritten by the next run of any segment."""
+        return self._recorded(self._work)
 
     def fill(self, hidden: torch.Tensor, positions: torch.Tensor, last: torch.Tensor) -> None:
         """Before a run: ``(batch, n, hidden)``, ``(batch, n)``, ``(batch,)`` as in
@@ -178,7 +183,6 @@ class Segment:
         memory.last.copy_(last)
 
     def _work(self) -> torch.Tensor:
-        """Hidden states for the next segment; behind the last layer logits ``(batch, vocab)``."""
         decoder: Any = self.parts.decoder
         hidden, memory = self.memory.hidden, self.memory
         rotary = memory.cosines, memory.sines
@@ -232,7 +236,7 @@ class Step:
         self._count = self.token.new_zeros(1)
         self._places = [torch.arange(cache.width, device=device) for cache in caches]
         self._start: tuple[torch.Tensor, ...] | None = None
-        self.run = Recorded(self._work, recorder, self._reset)
+        self._recorded = Recorded(recorder)
 
     def start(
         self, position: torch.Tensor, real: torch.Tensor, room: torch.Tensor, done: int
@@ -248,6 +252,10 @@ class Step:
         self._start = (position, real, room, torch.full_like(self._count, done))
         self._reset()
 
+    def run(self) -> torch.Tensor:
+        """Logits ``(batch, vocabulary)``, overwritten by the next run."""
+        return self._recorded(self._work, self._reset)
+
     def _reset(self) -> None:
         assert self._start is not None
         buffers = (self._position, self._real, self._room, self._count)
@@ -255,7 +263,6 @@ class Step:
             buffer.copy_(value)
 
     def _work(self) -> torch.Tensor:
-        """Logits ``(batch, vocabulary)``."""
         decoder: Any = self.parts.decoder
         hidden = decoder.get_input_embeddings()(self.token)
         rotary = decoder.rotary_emb(hidden, position_ids=self._position)

@@ -396,19 +396,14 @@ class _RecordedTower:
         vars(self._tower()).pop("forward", None)
 
     def _forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> Any:
-        key = (tuple(pixel_values.shape), pixel_values.dtype, tuple(sorted(kwargs.items())))
-        buffer, recorded = self._shapes.get(key, lambda: self._record(pixel_values, kwargs))
-        buffer.copy_(pixel_values)
-        output = recorded()
-        return type(output)(**output)  # models write into what they get
-
-    def _record(
-        self, pixel_values: torch.Tensor, kwargs: dict[str, Any]
-    ) -> tuple[torch.Tensor, Recorded]:
         tower: Any = self._tower()
-        buffer = torch.empty_like(pixel_values)
-        forward = type(tower).forward
-        return buffer, Recorded(lambda: forward(tower, buffer, **kwargs), self.recorder)
+        key = (tuple(pixel_values.shape), pixel_values.dtype, tuple(sorted(kwargs.items())))
+        buffer, recorded = self._shapes.get(
+            key, lambda: (torch.empty_like(pixel_values), Recorded(self.recorder))
+        )
+        buffer.copy_(pixel_values)
+        output = recorded(lambda: type(tower).forward(tower, buffer, **kwargs))
+        return type(output)(**output)  # models write into what they get
 
 
 # -- options -----------------------------------------------------------------------------------
