@@ -16,6 +16,7 @@ from vlm_prune_ext.bench import cases, report, shapes, subject
 from vlm_prune_ext.bench.floors import Ceilings
 from vlm_prune_ext.bench.timing import seconds_of
 from vlm_prune_ext.cli import main
+from vlm_prune_ext.engine.fast import PROMPT_STEP
 from vlm_prune_ext.flops import DecoderShape, decoder_flops
 
 FASTV = "fastv:5,agg_layer=2"
@@ -53,6 +54,7 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         assert cell["prefill"]["median"] > 0 and cell["prefill"]["count"] == 2
         assert cell["joules"] is None and cell["peak_bytes"] is None  # not 0
         assert cell["samples_per_second"] == cell["batch"] / cell["first_token"]["median"]
+        assert cell["unseen_samples_per_second"] > 0
     shape = DecoderShape.from_config(vp.load(folder, device="cpu")[0].config)
     whole = data["prompt"]["text"] + data["prompt"]["visual"]
     pruned = next(c for c in data["cells"] if c["method"] != "none")
@@ -76,6 +78,23 @@ def test_a_fast_case(tiny: subject.Subject, name: Any) -> None:
     assert cell.captures == (2 if name is None else 3)
     assert cell.prefill_floor == pytest.approx(cell.flops / 2e9)
     assert cell.decode_floor == pytest.approx(tiny.weight_bytes / 1e9)
+
+
+@pytest.mark.parametrize(("way", "step"), [("hf", 7), ("fast", PROMPT_STEP)])
+def test_new_lengths_are_new(tiny: subject.Subject, way: str, step: int) -> None:
+    """To transformers' kernels, with every token of an answer; to recorded pieces."""
+    fresh = subject.Subject(tiny.name, tiny.model, tiny.single, tiny.span, tiny.text)
+    lengths = [fresh.batch(2)["input_ids"].shape[1]]
+
+    def generate(**given: Any) -> None:
+        assert given["input_ids"].shape == given["attention_mask"].shape
+        assert given["input_ids"].shape[0] == 2 and given["max_new_tokens"] == 7
+        lengths.append(given["input_ids"].shape[1])
+
+    for _ in range(2):
+        assert cases._unseen_seconds(fresh, cases.Case(way, None, 2), generate, 7) > 0
+    assert lengths == list(range(lengths[0], lengths[0] + 6 * step + 1, step))
+    assert fresh.batch(2)["input_ids"].shape[1] == lengths[0]
 
 
 def test_everything_is_put_back(tiny: subject.Subject) -> None:

@@ -8,9 +8,11 @@ recorded pieces with fixed shapes.
 from __future__ import annotations
 
 import gc
+import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from vlm_prune_ext import measure
 from vlm_prune_ext.bench.floors import Ceilings
 from vlm_prune_ext.bench.subject import Subject
 from vlm_prune_ext.bench.timing import seconds_of
-from vlm_prune_ext.engine.fast import why_not
+from vlm_prune_ext.engine.fast import PROMPT_STEP, why_not
 from vlm_prune_ext.engine.prune import run as prune_parts
 from vlm_prune_ext.engine.trace import Trace
 from vlm_prune_ext.flops import decoder_flops
@@ -29,6 +31,7 @@ from vlm_prune_ext.models.fast import FastGenerate
 from vlm_prune_ext.pruning import prune
 
 WAYS = ("hf", "hf-attentions", "ordinary", "fast")
+NEW_LENGTHS = 3  # tried, for what an answer takes there
 ENERGY_SECONDS = 2.0  # the counter moves every 20 ms or so
 
 
@@ -57,6 +60,8 @@ class Cell:
         first_token: seconds of ``generate`` for one token: tower, prefill, everything around.
         decode: seconds per further token, for the whole batch.
         samples_per_second: of answers of one token; ``long_samples_per_second``: of ``new_tokens``.
+        unseen_samples_per_second: of such answers to prompts of a length that was not seen before,
+            where kernels are planned or recorded first.
         new_tokens: of the long answers.
         flops: of the prefill of the batch; flops_ratio: over the unpruned one.
         prefill_floor: seconds, arithmetic; decode_floor: seconds, reading weights.
@@ -81,6 +86,7 @@ class Cell:
     decode: float | None = None
     samples_per_second: float | None = None
     long_samples_per_second: float | None = None
+    unseen_samples_per_second: float | None = None
     peak_bytes: int | None = None
     joules: float | None = None
     same_kept: float | None = None
@@ -260,6 +266,20 @@ def _answers(
     cell.long_samples_per_second = case.batch / long.median
     if fast is not None:
         cell.captures, cell.capture_seconds = fast.captures, fast.capture_seconds
+    with _as_case(case, lambda: prune(subject.model, case.method)):
+        unseen = _unseen_seconds(subject, case, partial(function, **more), new_tokens)
+    cell.unseen_samples_per_second = case.batch / unseen
+
+
+def _unseen_seconds(subject: Subject, case: Case, generate: Callable[..., Any], new: int) -> float:
+    """Of an answer of ``new`` tokens to a prompt of a new length, median."""
+    # Transformers' kernels meet a new length with every token, recorded pieces with every prompt.
+    step = PROMPT_STEP if case.way == "fast" else new
+    found = []
+    for _ in range(NEW_LENGTHS):
+        answer = partial(generate, **subject.unseen(case.batch, step), max_new_tokens=new)
+        found.append(seconds_of(answer, subject.device, repeat=1, warm_up=0).median)
+    return statistics.median(found)
 
 
 def _joules(answer: Callable[[], Any], device: torch.device, batch: int) -> float | None:

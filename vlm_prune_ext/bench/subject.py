@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -38,6 +39,7 @@ class Subject:
     single: dict[str, torch.Tensor] | None
     span: tuple[int, int]
     text: int
+    _longer: Counter[int] = field(default_factory=Counter, repr=False)
 
     @cached_property
     def parts(self) -> ModelParts:
@@ -80,6 +82,15 @@ class Subject:
         """``generate``'s inputs: the same prompt ``size`` times."""
         assert self.single is not None
         return {name: torch.cat([value] * size) for name, value in self.single.items()}
+
+    def unseen(self, size: int, step: int) -> dict[str, torch.Tensor]:
+        """As :meth:`batch`, with more text: ``step`` tokens longer than the longest before."""
+        self._longer[size] += step
+        inputs = self.batch(size)
+        for name in ("input_ids", "attention_mask"):
+            more = inputs[name][:, -1:].expand(-1, self._longer[size])
+            inputs[name] = torch.cat([inputs[name], more], dim=1)
+        return inputs
 
     @torch.inference_mode()
     def decoder_inputs(self, size: int) -> dict[str, torch.Tensor]:

@@ -207,7 +207,7 @@ def _print(cells: list[Any], header: dict[str, Any], args: argparse.Namespace) -
     print(
         f"Ceilings: {ceilings['flops'] / 1e12:.3g} TFLOP/s ({ceilings['dtype']}), "
         f"{ceilings['bytes'] / 1e12:.3g} TB/s. FLOPs: of the prefill, over the unpruned one. "
-        f"samples/s: answers of one token; long/s: of {args.new_tokens}. decode: per token and "
-        "batch. Medians."
+        f"samples/s: answers of one token; long/s: of {args.new_tokens}; new length/s: these, to "
+        "prompts of a length not seen before. decode: per token and batch. Medians."
     )
     print(f"Written to {args.out}: bench.json, bench.md, bench.png")

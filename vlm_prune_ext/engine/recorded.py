@@ -18,8 +18,6 @@ import torch
 
 from vlm_prune_ext.engine.kernels import fixed_shape_attention, steady_attention
 
-WARM_UPS = 2  # libraries allocate and choose kernels in the first runs
-
 Value = TypeVar("Value")
 
 
@@ -107,10 +105,9 @@ class Recorded:
         began = time.perf_counter()
         aside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(aside):
-            for _ in range(WARM_UPS):
-                self._run(work)
-                if reset is not None:
-                    reset()
+            self._run(work)  # libraries allocate, and choose kernels, in the first run
+            if reset is not None:
+                reset()
         torch.cuda.current_stream(device).wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         # Other threads (of a data loader, say) may use the device meanwhile.
