@@ -25,12 +25,14 @@ from tests.family_makers import KINDS, internvl_chat
 from tests.makers import photo, tiny_hf_llava, tiny_next
 from vlm_prune_ext.cli import main
 from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.profiling import plots
 from vlm_prune_ext.profiling.data import CSV, Entry, read_answers, read_folder, write_folder
 from vlm_prune_ext.profiling.grid import AXES, Cell, Optimization, plan
 from vlm_prune_ext.profiling.loading import check_optimization, language_layers, load_for, quantize
 from vlm_prune_ext.profiling.log import Log
 from vlm_prune_ext.profiling.prompts import Prompter
 from vlm_prune_ext.profiling.report import write_reports
+from vlm_prune_ext.profiling.rows import QUESTIONS, answer_to, rows_of
 from vlm_prune_ext.profiling.runner import LOG, cells_of, resolved, run_cells
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("profile_*.yaml"))
@@ -469,6 +471,28 @@ def test_reports(folder: Path, llava: Path, tmp_path: Path) -> None:
     assert [len(table) - 1 for table in page.tables] == [4, 6, 4, 4, 2, 20]
     for table, heads in zip(page.tables, page.heads, strict=True):
         assert {len(row) for row in table[1:]} == {heads}
+
+
+def test_the_budget_is_answered_for_every_optimisation(
+    folder: Path, llava: Path, tmp_path: Path
+) -> None:
+    names = {"model_name": str(llava), "device": "cpu", "samples": 1, "max_new_tokens": 2}
+    methods = ["none", "fastv:3", "random:3"]
+    measure(folder, tmp_path, **names, optimization=["fp32", "eager"], method=methods)
+    measure(folder, tmp_path, **names, optimization="bf16", method="none")  # no budgets there
+    measure(folder, tmp_path, **names, optimization="fp32", method=methods[:2], batch_size=2)
+    rows = rows_of(Log(tmp_path / LOG).read())
+    question = next(q for q in QUESTIONS if q.axis == "method")
+    chosen = answer_to(question, rows)
+    found = {(row.setting("optimization"), row.line.cell["method"]["name"]) for row in chosen}
+    assert found == {(o, m) for o in ("fp32", "eager") for m in ("none", "fastv", "random")}
+    assert {row.setting("batch_size") for row in chosen} == {1}
+    lines = plots._budget_lines(chosen)
+    assert len(lines) == 4 and {len(line) for line in lines.values()} == {2}
+    write_reports(tmp_path)
+    text = (tmp_path / "pretty_results" / "llava.md").read_text()
+    section = text.split("## Pruning budget")[1].split("## ")[0]
+    assert section.count("\n|") == 2 + 6 and "Everything else: batch 1." in section
 
 
 def test_reports_of_several_models(folder: Path, llava: Path, tmp_path: Path) -> None:

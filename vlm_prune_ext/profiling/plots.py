@@ -87,6 +87,23 @@ def _score_label(rows: Sequence[Row]) -> str:
     return f"{'/'.join(sorted({row.figures['scored by'] for row in rows}))}, %"
 
 
+def _budget_lines(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Name -> rows: a line for each method and optimisation, the baseline at its end."""
+    optimizations = dict.fromkeys(row.shown("optimization") for row in rows)
+    methods = dict.fromkeys(row.line.cell["method"]["name"] for row in rows)
+    lines = {}
+    for optimization in optimizations:
+        for method in [name for name in methods if name != "none"] or methods:
+            name = f"{optimization or 'default'}, {method}" if len(optimizations) > 1 else method
+            lines[name] = [
+                row
+                for row in rows
+                if row.shown("optimization") == optimization
+                and row.line.cell["method"]["name"] in (method, "none")
+            ]
+    return lines
+
+
 def _draw_budgets(rows: Sequence[Row], path: Path) -> None:
     """Everything against the visual tokens that decoder layers hold on average."""
     columns = [("latency ms", "ms per batch"), ("GFLOP", _cost_label("GFLOP"))]
@@ -94,23 +111,19 @@ def _draw_budgets(rows: Sequence[Row], path: Path) -> None:
         columns.insert(1, ("J/example", _cost_label("J/example")))
     columns.append(("score", _score_label(rows)))
     figure, axes = _figure(len(columns))
-    baselines = [row for row in rows if row.line.label == "none"]
-    families = dict.fromkeys(row.line.cell["method"]["name"] for row in rows)
+    lines = _budget_lines(rows)
     for axis, (column, label) in zip(axes, columns, strict=True):
-        for family in families:
-            if family == "none" and len(families) > 1:
-                continue
-            own = [row for row in rows if row.line.cell["method"]["name"] == family]
+        for name, own in lines.items():
             points = sorted(
                 (row.figures["kept"], row.figures[column])
-                for row in {id(row): row for row in (*own, *baselines)}.values()
+                for row in own
                 if row.figures[column] is not None
             )
             if points:
-                axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=family)
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
         axis.set_xlabel("visual tokens held, mean over layers")
         axis.set_ylabel(label)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, axis.get_ylim()[1])  # with the margin above that plot leaves
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     figure.suptitle("Pruning budget", fontsize=11)

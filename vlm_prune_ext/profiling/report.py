@@ -167,10 +167,8 @@ def markdown(model: ModelReport) -> str:
 
 
 def columns_of(section: Section) -> list[Question]:
-    """The axis, and the method where there are several."""
-    methods = next(question for question in QUESTIONS if question.axis == "method")
-    several = len({row.line.label for row in section.rows}) > 1
-    return list(dict.fromkeys([section.question, *([methods] if several else [])]))
+    """The axis, and what else differs among the rows."""
+    return list(dict.fromkeys([section.question, *varying(section.rows)]))
 
 
 def table(rows: Sequence[Row], axes: Sequence[Question]) -> str:

@@ -166,19 +166,35 @@ def answer_to(question: Question, rows: Sequence[Row]) -> list[Row]:
     """Rows that differ in this axis (and in the method) only.
 
     Of the groups of cells that share everything else, the one with the most values of the axis is
-    taken; of equals, the first.
+    taken; of equals, the first. The pruning budget is answered for every optimisation: what it
+    saves depends on that most.
     """
     free = {question.axis, "method"}
+    best = max(_alike(rows, free), key=lambda group: _values(question, group), default=[])
+    if question.axis == "method" and best:
+        inside = _but(best[0], free | {"optimization"})
+        near = [row for row in rows if _but(row, free | {"optimization"}) == inside]
+        groups = [group for group in _alike(near, free) if _values(question, group) > 1]
+        best = [row for group in groups for row in group]
+        return sorted(best, key=lambda r: (order(r, "optimization")[:2], order(r, "method")))
+    return sorted(best, key=lambda row: order(row, question.axis))
+
+
+def _but(row: Row, axes: set[str]) -> str:
+    """A cell without some of its axes."""
+    return repr({k: v for k, v in row.line.cell.items() if k not in axes})
+
+
+def _alike(rows: Sequence[Row], free: set[str]) -> list[list[Row]]:
+    """Groups of rows that share everything but some axes."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        rest = {k: v for k, v in row.line.cell.items() if k not in free}
-        groups.setdefault(repr(rest), []).append(row)
+        groups.setdefault(_but(row, free), []).append(row)
+    return list(groups.values())
 
-    def values(group: list[Row]) -> int:
-        return len({repr(row.setting(question.axis)) for row in group})
 
-    best = max(groups.values(), key=values, default=[])
-    return sorted(best, key=lambda row: order(row, question.axis))
+def _values(question: Question, group: Sequence[Row]) -> int:
+    return len({repr(row.setting(question.axis)) for row in group})
 
 
 def order(row: Row, axis: str) -> tuple[Any, ...]:
@@ -198,7 +214,7 @@ def held_fixed(question: Question, rows: Sequence[Row], all_rows: Sequence[Row])
     said = [
         f"{other.column} {rows[0].shown(other.axis)}"
         for other in varying(all_rows)
-        if other.axis not in (question.axis, "method")
+        if other.axis not in (question.axis, "method") and other not in varying(rows)
     ]
     return ", ".join(said)
 
