@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every figure of docs/speed.md and the GPU figures of the README, again:
 #   scripts/gpu_figures.sh OUT tests bench hooks families ablation profile gpus
-# One H200 needs about 100 s, 150 s, 200 s, 45 s, 110 s (20 GB of disk) and 3 min; the last wants two GPUs.
+# One H200 needs about 150, 220, 230, 45, 110 (20 GB of disk) and 320 s; the last wants two, and 180 s.
 set -uo pipefail  # a stage that fails does not end the others
 cd "$(dirname "$0")/.."
 out=$1
@@ -53,26 +53,27 @@ ablation() {
 }
 
 profile() {
-    local common again
-    common=(--src-folder "$out/demo" --model-name random:llava-1.5-7b --device cuda
-        --max-new-tokens 4 --energy-seconds 2)
+    local common again budgets=(none fastv:288 fastv:100 fastv:32)
+    common=(--src-folder "$out/demo" --model-name random:llava-1.5-7b --device cuda --max-new-tokens 4)
     prune profile-data --from demo:vqa --samples 2 --out "$out/demo" >/dev/null
-    for again in 1 2 3; do
-        prune profile "${common[@]}" --optimization bf16+fast --method none fastv:288 fastv:100 \
-            fastv:32 --out "$out/profile$again" 2>&1 | tail -n 1
+    for again in 1 2 3; do  # how steady the figures are
+        prune profile "${common[@]}" --energy-seconds 2 --repeat 25 --optimization bf16+fast \
+            --method "${budgets[@]}" --out "$out/profile$again" 2>&1 | tail -n 1
     done
-    prune profile "${common[@]}" --optimization bf16 fp16 int8 int4 --method none fastv:100 \
-        --out "$out/profile1" 2>&1 | tail -n 1
+    common+=(--energy-seconds 5 --repeat 10 --out "$out/profile")
+    prune profile "${common[@]}" --optimization bf16+fast bf16 --method "${budgets[@]}" 2>&1 | tail -n 1
+    prune profile "${common[@]}" --optimization fp16 int8 int4 --method none fastv:100 2>&1 | tail -n 1
 }
 
 gpus() {
     local fast count
     export OMP_NUM_THREADS=8  # torchrun says 1 for several processes only
-    for fast in --fast --no-fast; do
+    for fast in "--fast --samples 512" "--no-fast --samples 256"; do
         for count in 1 2; do
+            # shellcheck disable=SC2086
             "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node $count \
-                scripts/gpus.py share --samples 256 --batch-size 8 --method fastv:100 \
-                --max-new-tokens 16 $fast 2>"$out/gpus.err" | tee -a "$out/gpus.jsonl"
+                scripts/gpus.py share $fast --batch-size 8 --method fastv:100 \
+                --max-new-tokens 16 2>>"$out/gpus.err" | tee -a "$out/gpus.jsonl"
         done
     done
     "$PYTHON" scripts/gpus.py split 2>>"$out/gpus.err" | tee -a "$out/gpus.jsonl"

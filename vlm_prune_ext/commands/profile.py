@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "warmup": "runs in front of the first batch (default: 1)",
         "max-new-tokens": "limit of an answer (default: 32)",
         "seed": "default: 0",
-        "energy-seconds": "least time that energy is measured over (default: 3; 0: not at all)",
+        "energy-seconds": "least time that energy is measured over (default: 5; 0: not at all)",
     }
     for name, text in numbers.items():
         parser.add_argument(f"--{name}", metavar="N", help=text)

@@ -192,7 +192,7 @@ DEFAULTS: Mapping[str, Any] = {
     "warmup": 1,
     "max_new_tokens": 32,
     "seed": 0,
-    "energy_seconds": 3.0,
+    "energy_seconds": 5.0,
 }
 """Settings of a grid, in a file under these names and on the command line with dashes."""
 
