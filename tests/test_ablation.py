@@ -313,6 +313,8 @@ def test_bad_data(
         (["--models", "demo", "--max-new-tokens", "0"], "--max-new-tokens 0"),
         (["--models", "demo", "--lang", "kr"], "Accepted: en, ko"),
         (["--models", "demo", "--dtype", "float23"], "Did you mean 'float32'?"),
+        (["--models", "demo", "--device", "cuda:99"], "'cuda:99' is not there"),
+        (["--models", "demo", "--device", "cpu", "--fast"], "CUDA graphs need a GPU"),
         (["--models", "demo", "--image-column", "imge"], "Did you mean 'image'?"),
         (["--models", "demo", "--image-folder", "gone"], "is not a folder"),
         (["--models", "demo", "--prompt", " "], "--prompt"),

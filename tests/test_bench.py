@@ -194,6 +194,14 @@ def test_bad_input(
     assert not (tmp_path / "out").exists()
 
 
+def test_the_stored_type(tmp_path: Path) -> None:
+    folder = makers.tiny_hf_llava(tmp_path / "m")
+    vp.load(folder, dtype="bfloat16", fast=False)[0].save_pretrained(folder)
+    given = ["--ways", "hf", "--methods", "none", "--batch-sizes", "1", "--dtype", "auto"]
+    assert run(folder, tmp_path / "out", *given) == 0
+    assert json.loads((tmp_path / "out" / "bench.json").read_text())["title"].count("bfloat16") == 1
+
+
 def test_an_unknown_shape(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--shape", "llava-1.5-8b"]) == 2
     assert "llava-1.5-7b" in capsys.readouterr().err

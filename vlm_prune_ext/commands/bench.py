@@ -44,7 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--new-tokens", type=int, default=32, metavar="N", help="of long answers; default: 32")
     add("--repeat", type=int, default=15, metavar="N", help="timed prefills; default: 15")
     add("--visual", type=int, metavar="N", help="visual tokens, for shapes that are free")
-    add("--dtype", default=None, help="default: bfloat16 on a GPU, float32 on a CPU")
+    add(
+        "--dtype",
+        default=None,
+        help="default: bfloat16 on a GPU, float32 on a CPU; auto: as stored",
+    )
     add("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 (default: as found)")
     add("--out", default="bench", metavar="DIR", help="default: bench")
 
@@ -117,7 +121,6 @@ def _check_shape(args: argparse.Namespace) -> None:
 
 
 def _subject(args: argparse.Namespace) -> Subject:
-    import torch
 
     from vlm_prune_ext.bench.subject import of_checkpoint, of_shape
     from vlm_prune_ext.demo import CHECKPOINT
@@ -126,16 +129,17 @@ def _subject(args: argparse.Namespace) -> Subject:
     device = device_of(args.device)
     if args.fast and device.type != "cuda":
         raise InputError("--fast is not possible: CUDA graphs need a GPU.")
-    stated = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    dtype: torch.dtype = dtype_of(stated)
+    usual = "bfloat16" if device.type == "cuda" else "float32"
     if args.shape is not None:
         from vlm_prune_ext.bench.shapes import random_model
 
-        model = random_model(args.shape, dtype=dtype, device=device)
-        return of_shape(args.shape, model, args.visual)
+        dtype = dtype_of(usual if args.dtype in (None, "auto") else args.dtype)
+        return of_shape(
+            args.shape, random_model(args.shape, dtype=dtype, device=device), args.visual
+        )
     path = args.model_path or str(CHECKPOINT)
     model, processor = load(
-        path, dtype=dtype, device=device, attn_implementation="sdpa", fast=False
+        path, dtype=args.dtype or usual, device=device, attn_implementation="sdpa", fast=False
     )
     return of_checkpoint(args.model_path or "demo model", model, processor, QUESTION, _picture())
 
