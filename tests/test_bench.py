@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import vlm_prune_ext as vp
-from tests import makers
+from tests import family_makers, makers
 from vlm_prune_ext.bench import cases, report, shapes, subject
 from vlm_prune_ext.bench.floors import Ceilings
 from vlm_prune_ext.bench.timing import seconds_of
@@ -80,9 +80,10 @@ def test_a_fast_case(tiny: subject.Subject, name: Any) -> None:
     assert cell.decode_floor == pytest.approx(tiny.weight_bytes / 1e9)
 
 
-@pytest.mark.parametrize(("way", "step"), [("hf", 7), ("fast", PROMPT_STEP)])
+@pytest.mark.parametrize(("way", "step"), [("hf", 7), ("ordinary", 1), ("fast", PROMPT_STEP)])
 def test_new_lengths_are_new(tiny: subject.Subject, way: str, step: int) -> None:
-    """To transformers' kernels, with every token of an answer; to recorded pieces."""
+    """To transformers' kernels, with every token of an answer; to recorded pieces. What other ways
+    have tried does not matter."""
     fresh = subject.Subject(tiny.name, tiny.model, tiny.single, tiny.span, tiny.text)
     lengths = [fresh.batch(2)["input_ids"].shape[1]]
 
@@ -91,10 +92,31 @@ def test_new_lengths_are_new(tiny: subject.Subject, way: str, step: int) -> None
         assert given["input_ids"].shape[0] == 2 and given["max_new_tokens"] == 7
         lengths.append(given["input_ids"].shape[1])
 
-    for _ in range(2):
-        assert cases._unseen_seconds(fresh, cases.Case(way, None, 2), generate, 7) > 0
-    assert lengths == list(range(lengths[0], lengths[0] + 6 * step + 1, step))
+    for size in (1, 2, 3):
+        fresh.unseen(size, "other", 100)
+    seconds = cases._unseen_seconds(fresh, cases.Case(way, None, 2), generate, 7)
+    assert seconds is not None and seconds > 0
+    assert len(lengths) == 4 + (way == "fast")
+    assert lengths == list(range(lengths[0], lengths[-1] + 1, step))
     assert fresh.batch(2)["input_ids"].shape[1] == lengths[0]
+
+
+def test_no_room_for_a_longer_prompt(tiny: subject.Subject) -> None:
+    def generate(**given: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    assert cases._unseen_seconds(tiny, cases.Case("hf", None, 1), generate, 2) is None
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "gemma3"])
+def test_checkpoints_of_other_families(kind: str, tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    family_makers.KINDS[kind].make(folder)
+    more = ["--batch-sizes", "2", "--methods", "none", "random:0.5,layer=1"]
+    assert run(folder, tmp_path / "out", *more) == 0
+    found = json.loads((tmp_path / "out" / "bench.json").read_text())["cells"]
+    assert {cell["way"] for cell in found} == {"hf", "hf-attentions", "ordinary"}
+    assert all(cell["unseen_samples_per_second"] > 0 for cell in found)
 
 
 def test_everything_is_put_back(tiny: subject.Subject) -> None:

@@ -443,6 +443,25 @@ def test_many_samples_with_mixed_lengths_and_budgets() -> None:
     assert fast.capture_seconds < 60
 
 
+def test_calls_that_go_to_transformers_wait_too(original: Any) -> None:
+    """While something is recorded, layers are not what transformers expects."""
+    model, processor = original
+    fast = make_fast(model)
+    inputs = processor.prompt("Red?", makers.photo())
+    expected = generate(model.generate, inputs, max_new_tokens=1)
+    found: list[tuple[bool, bool]] = []
+
+    class Look(LogitsProcessor):
+        def __call__(self, input_ids: Any, scores: Any) -> Any:
+            own = generate(fast, inputs, max_new_tokens=1)  # a call inside must not wait
+            found.append((fast._lock.locked(), torch.equal(own, expected)))
+            return scores
+
+    generate(fast, inputs, num_beams=2, logits_processor=[Look()], max_new_tokens=2)
+    assert found == [(True, True)] * 2
+    assert not fast._lock.locked()
+
+
 def test_what_is_no_number_does_not_stay(original: Any) -> None:
     model, processor = original
     fast = make_fast(model)

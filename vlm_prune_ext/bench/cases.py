@@ -268,18 +268,27 @@ def _answers(
         cell.captures, cell.capture_seconds = fast.captures, fast.capture_seconds
     with _as_case(case, lambda: prune(subject.model, case.method)):
         unseen = _unseen_seconds(subject, case, partial(function, **more), new_tokens)
-    cell.unseen_samples_per_second = case.batch / unseen
+    cell.unseen_samples_per_second = case.batch / unseen if unseen is not None else None
 
 
-def _unseen_seconds(subject: Subject, case: Case, generate: Callable[..., Any], new: int) -> float:
-    """Of an answer of ``new`` tokens to a prompt of a new length, median."""
-    # Transformers' kernels meet a new length with every token, recorded pieces with every prompt.
-    step = PROMPT_STEP if case.way == "fast" else new
-    found = []
-    for _ in range(NEW_LENGTHS):
-        answer = partial(generate, **subject.unseen(case.batch, step), max_new_tokens=new)
-        found.append(seconds_of(answer, subject.device, repeat=1, warm_up=0).median)
-    return statistics.median(found)
+def _unseen_seconds(
+    subject: Subject, case: Case, generate: Callable[..., Any], new: int
+) -> float | None:
+    """Of an answer of ``new`` tokens to a prompt of a new length, median; ``None``: no room."""
+
+    def answer() -> float:
+        # New to transformers' kernels with every token, to recorded pieces with every few.
+        step = {"hf": new, "fast": PROMPT_STEP}.get(case.way, 1)
+        inputs = subject.unseen(case.batch, case.way, step)
+        call = partial(generate, **inputs, max_new_tokens=new)
+        return seconds_of(call, subject.device, repeat=1, warm_up=0).median
+
+    try:
+        if case.way == "fast":
+            answer()  # memory grows for the first longer prompt, with room for the next
+        return statistics.median(answer() for _ in range(NEW_LENGTHS))
+    except torch.OutOfMemoryError:
+        return None
 
 
 def _joules(answer: Callable[[], Any], device: torch.device, batch: int) -> float | None:

@@ -39,7 +39,7 @@ class Subject:
     single: dict[str, torch.Tensor] | None
     span: tuple[int, int]
     text: int
-    _longer: Counter[int] = field(default_factory=Counter, repr=False)
+    _longer: Counter[tuple[str, int]] = field(default_factory=Counter, repr=False)
 
     @cached_property
     def parts(self) -> ModelParts:
@@ -83,14 +83,17 @@ class Subject:
         assert self.single is not None
         return {name: torch.cat([value] * size) for name, value in self.single.items()}
 
-    def unseen(self, size: int, step: int) -> dict[str, torch.Tensor]:
-        """As :meth:`batch`, with more text: ``step`` tokens longer than the longest before."""
-        self._longer[size] += step
-        inputs = self.batch(size)
-        for name in ("input_ids", "attention_mask"):
-            more = inputs[name][:, -1:].expand(-1, self._longer[size])
-            inputs[name] = torch.cat([inputs[name], more], dim=1)
-        return inputs
+    def unseen(self, size: int, way: str, step: int) -> dict[str, torch.Tensor]:
+        """As :meth:`batch`, with more text: ``step`` tokens longer than before in that ``way``."""
+        self._longer[way, size] += step
+        longer, inputs = self._longer[way, size], self.batch(size)
+        per_token = inputs["input_ids"].shape
+        return {
+            name: torch.cat([value, value[:, -1:].expand(-1, longer)], dim=1)
+            if value.shape == per_token
+            else value
+            for name, value in inputs.items()
+        }
 
     @torch.inference_mode()
     def decoder_inputs(self, size: int) -> dict[str, torch.Tensor]:

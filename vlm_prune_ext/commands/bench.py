@@ -82,9 +82,11 @@ def run(args: argparse.Namespace) -> int:
             cell = cases.measure_case(
                 subject, case, ceilings, new_tokens=args.new_tokens, repeat=args.repeat
             )
-        except (InputError, RuntimeError) as error:  # RuntimeError: memory, CUDA
+        except Exception as error:  # whatever it is, the other cases are still to be measured
             failed += 1
-            print(f"Failed: {text}: {str(error).splitlines()[0]}", file=sys.stderr)
+            kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+            said = (str(error).strip() or "?").splitlines()[0]
+            print(f"Failed: {text}: {kind}{said}", file=sys.stderr)
             continue
         cells.append(cell)
         report.write(cells, header, Path(args.out))  # nothing measured is lost
@@ -121,7 +123,6 @@ def _check_shape(args: argparse.Namespace) -> None:
 
 
 def _subject(args: argparse.Namespace) -> Subject:
-
     from vlm_prune_ext.bench.subject import of_checkpoint, of_shape
     from vlm_prune_ext.demo import CHECKPOINT
     from vlm_prune_ext.models import device_of, dtype_of, load

@@ -31,22 +31,23 @@ class Arena:
         """A tensor of this shape at the start of the block. It holds what was there before; zeros
         at first."""
         size = math.prod(shape)
-        block = self._blocks.get(name)
-        if block is None or block.numel() < size or block.dtype != dtype:
-            block = self._grow(name, size, dtype)
-        return block[:size].view(*shape)
+        if not self._fits(name, size, dtype):
+            self._grow(name, size, dtype)
+        return self._blocks[name][:size].view(*shape)
 
-    def _grow(self, name: Hashable, size: int, dtype: torch.dtype) -> torch.Tensor:
+    def _fits(self, name: Hashable, size: int, dtype: torch.dtype) -> bool:
+        block = self._blocks.get(name)
+        return block is not None and block.numel() >= size and block.dtype == dtype
+
+    def _grow(self, name: Hashable, size: int, dtype: torch.dtype) -> None:
         before = self._blocks.pop(name, None)
         if before is not None:
             size = max(size, before.numel() * 5 // 4)  # or every longer prompt would come here
-            del before
+            del before  # free before the larger one is made
             self.on_growth(name)
         # Blocks outlive the call that needs them first, which may be in inference mode.
         with torch.inference_mode(False):
-            block = torch.zeros(size, dtype=dtype, device=self.device)
-        self._blocks[name] = block
-        return block
+            self._blocks[name] = torch.zeros(size, dtype=dtype, device=self.device)
 
     def wipe(self) -> None:
         """Zeros everywhere: masks hide old numbers, but not what is no number."""

@@ -7,6 +7,7 @@ stay, and read outputs before the same work is replayed.
 from __future__ import annotations
 
 import gc
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
@@ -19,6 +20,8 @@ import torch
 from vlm_prune_ext.engine.kernels import fixed_shape_attention, steady_attention
 
 Value = TypeVar("Value")
+# Models record on one stream per device, with one collector and one choice of attention kernels.
+_recording = threading.Lock()
 
 
 class RecordingError(RuntimeError):
@@ -79,7 +82,8 @@ class Recorded:
             return self._run(work)
         if self.graph is None:
             try:
-                self._record(work, reset)
+                with _recording:
+                    self._record(work, reset)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:

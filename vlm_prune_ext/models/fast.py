@@ -122,17 +122,23 @@ class FastGenerate:
         model: Any = self._model()
         if self._owner == threading.get_ident():  # a processor of the running call asks
             return type(model).generate(model, inputs, **kwargs)
+        with self._lock:
+            # What is recorded works for one call at a time, and while something is recorded the
+            # layers are not what transformers expects: its calls wait, too.
+            self._owner = threading.get_ident()
+            try:
+                return self._here_or_there(model, inputs, kwargs)
+            finally:
+                self._owner = 0
+
+    def _here_or_there(self, model: Any, inputs: Any, kwargs: Mapping[str, Any]) -> Any:
         session = session_on(self._decoder())  # type: ignore[arg-type]
         reason = self._why_not_this_call(model, session, inputs, kwargs)
         if reason is None:
-            with self._lock:  # what is recorded works for one call at a time
-                self._owner = threading.get_ident()
-                try:
-                    return self._answer(model, session, kwargs)
-                except _NotHere as not_here:
-                    reason = str(not_here)
-                finally:
-                    self._owner = 0
+            try:
+                return self._answer(model, session, kwargs)
+            except _NotHere as not_here:
+                reason = str(not_here)
         self.took = False
         if reason not in self._said:
             self._said.add(reason)
@@ -372,8 +378,12 @@ class _Watch:
         self.call = self.pruner.call if self.pruner is not None else None
         if self.call is not None:
             real = self.call.state.prefill.real
+        elif isinstance(mask, torch.Tensor) and not bool(mask.all()):
+            real = mask.bool()
         else:
-            real = None if mask is None or bool(mask.all()) else mask.bool()
+            # Also where a model passes a mask for each kind of layer (Gemma 3): it has no fast
+            # path, and comes here for its embeddings only.
+            real = None
         self.prompt = Prompt(embeds, real, kwargs["position_ids"])
         raise _Reached
 

@@ -95,12 +95,14 @@ def _budget_lines(rows: Sequence[Row]) -> dict[str, list[Row]]:
     for optimization in optimizations:
         for method in [name for name in methods if name != "none"] or methods:
             name = f"{optimization or 'default'}, {method}" if len(optimizations) > 1 else method
-            lines[name] = [
+            own = [
                 row
                 for row in rows
                 if row.shown("optimization") == optimization
                 and row.line.cell["method"]["name"] in (method, "none")
             ]
+            if any(row.line.cell["method"]["name"] == method for row in own):
+                lines[name] = own
     return lines
 
 
