@@ -62,7 +62,9 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert pruned["lengths"] == lengths
     ratio = decoder_flops(shape, lengths) / decoder_flops(shape, [whole] * shape.layers)
     assert pruned["flops_ratio"] == pytest.approx(ratio)
-    assert (out / "bench.md").read_text().count("\n") == 2 + len(data["cells"])
+    text = (out / "bench.md").read_text()
+    assert text.splitlines()[0] == data["title"] and "TFLOP/s (float32)" in text.splitlines()[-1]
+    assert text.count("\n|") == 2 + len(data["cells"])
     with Image.open(out / "bench.png") as picture:
         assert picture.size[0] > 300
 
@@ -199,7 +201,11 @@ def test_inputs_of_named_shapes(tmp_path: Path) -> None:
         (["--methods", "fastw:3"], "fastv"),
         (["--methods", "fastv:5,agg_layer=77"], "agg_layer=77"),
         (["--fast"], "CUDA graphs need a GPU"),
-        (["--ways", "fast", "--methods", "none"], "leaves nothing to measure"),
+        (["--fast", "--ways", "hf"], "--fast and --ways exclude each other"),
+        (["--ways", "fast", "--methods", "none"], "leaves nothing to measure: CUDA graphs need a"),
+        (["--ways", "hf", "--methods", FASTV], "transformers does not prune"),
+        (["--visual", "100"], "--visual 100 is not possible"),
+        (["--dtype", " "], "--dtype ' ' is not valid: it is empty"),
         (["--dtype", "float8"], "float8"),
     ],
 )
@@ -222,6 +228,27 @@ def test_the_stored_type(tmp_path: Path) -> None:
     given = ["--ways", "hf", "--methods", "none", "--batch-sizes", "1", "--dtype", "auto"]
     assert run(folder, tmp_path / "out", *given) == 0
     assert json.loads((tmp_path / "out" / "bench.json").read_text())["title"].count("bfloat16") == 1
+
+
+def test_an_earlier_bench_is_kept(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    more = ["--ways", "hf", "hf", "--methods", "none", "none", "--batch-sizes", "1", "1"]
+    texts = []
+    for _ in range(3):
+        assert run(folder, tmp_path, *more) == 0
+        texts.append((tmp_path / "bench.json").read_text())
+        assert len(json.loads(texts[-1])["cells"]) == 1  # what was said twice is measured once
+    assert [(tmp_path / f"bench-{n}.json").read_text() for n in (1, 2)] == texts[:2]
+    assert len(list(tmp_path.iterdir())) == 9
+    assert run(folder, tmp_path, "--ways", "hf", "--methods", "none", FASTV + "9") == 2
+    assert (tmp_path / "bench.json").read_text() == texts[2]
+    assert "is now bench-2.*" in capsys.readouterr().err
+
+
+def test_visual_tokens_of_a_shape(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--shape", "llava-1.5-7b", "--visual", "9"]) == 2
+    assert "llava-1.5-7b itself says" in capsys.readouterr().err
+    assert main(["bench", "--shape", "qwen2.5-vl-3b", "--visual", "0"]) == 2
+    assert "--visual 0 is not valid" in capsys.readouterr().err
 
 
 def test_an_unknown_shape(capsys: pytest.CaptureFixture[str]) -> None:
@@ -250,6 +277,7 @@ def test_a_folder_that_cannot_be_written(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "out").write_text("a file")
-    assert run(folder, tmp_path / "out", "--ways", "hf", "--methods", "none") == 2
-    said = capsys.readouterr().err
-    assert "cannot be written" in said and "[1/" not in said
+    for out, why in (("out", "is a file: a folder is needed"), ("out/inside", "cannot be written")):
+        assert run(folder, tmp_path / out, "--ways", "hf", "--methods", "none") == 2
+        said = capsys.readouterr().err
+        assert why in said and "[1/" not in said

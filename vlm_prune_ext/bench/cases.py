@@ -99,7 +99,7 @@ def possible(subject: Subject, case: Case) -> str | None:
     if case.way in ("hf", "hf-attentions") and case.method is not None:
         return "transformers does not prune"
     if case.way == "ordinary" and case.method is None and subject.device.type != "cuda":
-        return "the baseline attaches nothing: it is the row above"
+        return "the baseline attaches nothing: it would be hf again"
     if case.way != "fast":
         return None
     if subject.device.type != "cuda":

@@ -13,6 +13,7 @@ from rich.table import Table
 from vlm_prune_ext.bench.cases import Cell
 from vlm_prune_ext.errors import InputError
 
+ENDINGS = ("json", "md", "png")
 COLUMNS = (
     "batch",
     "way",
@@ -20,10 +21,11 @@ COLUMNS = (
     "FLOPs ratio",
     "prefill ms",
     "time ratio",
-    "prefill floor",
+    "time/FLOPs",
+    "floor ms",
     "first token ms",
     "decode ms",
-    "decode floor",
+    "decode floor ms",
     "samples/s",
     "long/s",
     "new length/s",
@@ -67,6 +69,7 @@ def row(cells: Sequence[Cell], cell: Cell) -> list[str]:
         f"{cell.flops_ratio:.3f}",
         _milliseconds(cell.prefill.median),
         _number(ratio, 3),
+        _number(ratio / cell.flops_ratio if ratio is not None else None, 3),
         _milliseconds(cell.prefill_floor),
         _milliseconds(cell.first_token.median if cell.first_token else None),
         _milliseconds(cell.decode),
@@ -88,11 +91,39 @@ def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def markdown(cells: Sequence[Cell]) -> str:
+def markdown(cells: Sequence[Cell], title: str = "", note: str = "") -> str:
     """The table for a README."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    lines = [title, ""] if title else []
+    lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     lines += ["| " + " | ".join(row(cells, cell)) + " |" for cell in cells]
+    lines += ["", note] if note else []
     return "\n".join(lines) + "\n"
+
+
+def legend(header: dict[str, Any]) -> str:
+    """What the columns are."""
+    ceilings = header["ceilings"]
+    return (
+        f"Ceilings: {ceilings['flops'] / 1e12:.3g} TFLOP/s ({ceilings['dtype']}), "
+        f"{ceilings['bytes'] / 1e12:.3g} TB/s. FLOPs: of the prefill, over the unpruned one; time: "
+        "the same, over the unpruned row of the same way (of hf, where hooks have none). "
+        f"samples/s: answers of one token; long/s: of {header['new_tokens']}; new length/s: these, "
+        "to prompts of a length not seen before. decode: per token and batch. Medians."
+    )
+
+
+def put_aside(folder: Path) -> str:
+    """Rename what an earlier bench left. Returns the new name, empty if there was nothing."""
+    names = [f"bench.{ending}" for ending in ENDINGS]
+    if not any((folder / name).exists() for name in names):
+        return ""
+    number = 1
+    while any((folder / f"bench-{number}.{ending}").exists() for ending in ENDINGS):
+        number += 1
+    for name, ending in zip(names, ENDINGS, strict=True):
+        if (folder / name).exists():
+            (folder / name).rename(folder / f"bench-{number}.{ending}")
+    return f"bench-{number}.*"
 
 
 def write(cells: Sequence[Cell], header: dict[str, Any], folder: Path) -> list[Path]:
@@ -102,11 +133,11 @@ def write(cells: Sequence[Cell], header: dict[str, Any], folder: Path) -> list[P
         InputError: the folder cannot be written.
     """
     data = {**header, "cells": [asdict(cell) for cell in cells]}
-    paths = [folder / f"bench.{ending}" for ending in ("json", "md", "png")]
+    paths = [folder / f"bench.{ending}" for ending in ENDINGS]
     try:
         paths[0].write_text(json.dumps(data, indent=2) + "\n", "utf-8")
-        paths[1].write_text(markdown(cells), "utf-8")
-        draw(cells, str(header.get("title", "")), paths[2])
+        paths[1].write_text(markdown(cells, header["title"], legend(header)), "utf-8")
+        draw(cells, header["title"], paths[2])
     except OSError as error:
         raise InputError(f"--out {str(folder)!r} cannot be written ({error.strerror}).") from error
     return paths

@@ -28,7 +28,12 @@ QUESTION = "Describe this picture."
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--shape", metavar="NAME", help="llava-1.5-7b, ..., with random weights")
+    what.add_argument(
+        "--shape",
+        metavar="NAME",
+        help="published shape with random weights: llava-1.5-7b, llava-1.5-13b, llava-next-7b, "
+        "qwen2.5-vl-3b, gemma-3-4b",
+    )
     what.add_argument("--model-path", metavar="NAME_OR_PATH", help="default: demo model")
     add = parser.add_argument
     add("--batch-sizes", nargs="+", type=int, default=[1, 8], metavar="N", help="default: 1 8")
@@ -39,11 +44,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME:BUDGET",
         help=f"short forms, none is the baseline; default: {' '.join(METHODS)}",
     )
-    add("--ways", nargs="+", metavar="WAY", help="hf, hf-attentions, ordinary, fast")
+    add(
+        "--ways",
+        nargs="+",
+        metavar="WAY",
+        help="hf: transformers; hf-attentions: the same with eager attention maps; ordinary: our "
+        "hooks; fast: CUDA graphs (default: all that can be)",
+    )
     add("--fast", action="store_true", help="the fast path only, and an error where it is not")
     add("--new-tokens", type=int, default=32, metavar="N", help="of long answers; default: 32")
-    add("--repeat", type=int, default=15, metavar="N", help="timed prefills; default: 15")
-    add("--visual", type=int, metavar="N", help="visual tokens, for shapes that are free")
+    add(
+        "--repeat",
+        type=int,
+        default=15,
+        metavar="N",
+        help="timed prefills, and a third as many answers; default: 15",
+    )
+    add(
+        "--visual",
+        type=int,
+        metavar="N",
+        help="visual tokens of qwen2.5-vl-3b, gemma-3-4b; default: 576",
+    )
     add(
         "--dtype",
         default=None,
@@ -55,22 +77,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and report."""
+    _check(args)
     from vlm_prune_ext.bench import cases, report
     from vlm_prune_ext.bench.floors import measure_ceilings
 
-    for name, values in (("--batch-sizes", args.batch_sizes), ("--repeat", [args.repeat])):
-        for value in values:
-            if value < 1:
-                raise InputError(f"{name} {value} is not valid: an integer of at least 1.")
-    if args.new_tokens < 2:
-        raise InputError(f"--new-tokens {args.new_tokens} is not valid: at least 2.")
     ways = _ways(args)
-    methods = [_method(text) for text in args.methods]
+    methods = list(dict.fromkeys(_method(text) for text in args.methods))
     _check_shape(args)
     quiet_transformers()
     subject = _subject(args)
     wanted = _cases(subject, ways, methods, args)
-    make_folder(Path(args.out), "--out ")
+    folder = Path(args.out)
+    make_folder(folder, "--out ")
     ceilings = measure_ceilings(subject.device, subject.dtype)
     cells: list[Any] = []
     header = _header(subject, ceilings, args)
@@ -88,12 +106,33 @@ def run(args: argparse.Namespace) -> int:
             said = (str(error).strip() or "?").splitlines()[0]
             print(f"Failed: {text}: {kind}{said}", file=sys.stderr)
             continue
+        if not cells and (kept := report.put_aside(folder)):
+            print(f"An earlier bench in {folder} is now {kept}.", file=sys.stderr)
         cells.append(cell)
-        report.write(cells, header, Path(args.out))  # nothing measured is lost
+        report.write(cells, header, folder)  # nothing measured is lost
     if not cells:
         raise InputError(f"--methods {' '.join(args.methods)}: no case could be measured.")
     _print(cells, header, args)
     return 1 if failed else 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """What can be known before anything heavy is imported."""
+    for name, values in (("--batch-sizes", args.batch_sizes), ("--repeat", [args.repeat])):
+        for value in values:
+            if value < 1:
+                raise InputError(f"{name} {value} is not valid: an integer of at least 1.")
+    if args.new_tokens < 2:
+        raise InputError(f"--new-tokens {args.new_tokens} is not valid: at least 2.")
+    if args.fast and args.ways not in (None, ["fast"]):
+        raise InputError(
+            "--fast and --ways exclude each other: --fast is --ways fast, or an error."
+        )
+    for name, text in (("out", args.out), ("model-path", args.model_path), ("dtype", args.dtype)):
+        if text is not None and not text.strip():
+            raise InputError(f"--{name} {text!r} is not valid: it is empty.")
+    if Path(args.out).exists() and not Path(args.out).is_dir():
+        raise InputError(f"--out {args.out!r} is a file: a folder is needed.")
 
 
 def _ways(args: argparse.Namespace) -> list[str]:
@@ -104,7 +143,7 @@ def _ways(args: argparse.Namespace) -> list[str]:
     for way in args.ways or ():
         if way not in WAYS:
             raise unknown_name("--ways", way, WAYS)
-    return list(args.ways or WAYS)
+    return list(dict.fromkeys(args.ways or WAYS))
 
 
 def _method(text: str) -> Method | None:
@@ -114,12 +153,20 @@ def _method(text: str) -> Method | None:
 
 
 def _check_shape(args: argparse.Namespace) -> None:
-    if args.shape is None:
-        return
-    from vlm_prune_ext.bench.shapes import SHAPES
+    if args.shape is not None:
+        from vlm_prune_ext.bench.shapes import SHAPES
 
-    if args.shape not in SHAPES:
-        raise unknown_name("--shape", args.shape, SHAPES)
+        if args.shape not in SHAPES:
+            raise unknown_name("--shape", args.shape, SHAPES)
+    if args.visual is None:
+        return
+    if args.shape is None or args.shape.startswith("llava"):
+        what = args.shape or args.model_path or "the demo model"
+        raise InputError(
+            f"--visual {args.visual} is not possible: {what} itself says how many there are."
+        )
+    if args.visual < 1:
+        raise InputError(f"--visual {args.visual} is not valid: an integer of at least 1.")
 
 
 def _subject(args: argparse.Namespace) -> Subject:
@@ -163,21 +210,26 @@ def _cases(
             pass
     found: list[Case] = []
     left_out: dict[str, set[str]] = {}
-    for batch in args.batch_sizes:
+    reasons = set()
+    for batch in dict.fromkeys(args.batch_sizes):
         for way in ways:
             for method in methods:
                 case = Case(way, method, batch)
                 reason = possible(subject, case)
                 if reason is None:
                     found.append(case)
-                elif args.fast:
+                    continue
+                reasons.add(reason)
+                if args.fast:
                     raise InputError(f"--fast is not possible: {reason}.")
-                elif way in ("fast", "ordinary"):
+                if way in ("fast", "ordinary"):
                     left_out.setdefault(f"{way} ({reason})", set()).add(case.label)
     for what, labels in left_out.items():
         print(f"Left out: {what}: {', '.join(sorted(labels))}", file=sys.stderr)
     if not found:
-        raise InputError(f"--ways {' '.join(ways)} leaves nothing to measure.")
+        raise InputError(
+            f"--ways {' '.join(ways)} leaves nothing to measure: {'; '.join(sorted(reasons))}."
+        )
     return found
 
 
@@ -208,11 +260,5 @@ def _print(cells: list[Any], header: dict[str, Any], args: argparse.Namespace) -
     from vlm_prune_ext.bench import report
 
     Console(width=None if sys.stdout.isatty() else 230).print(report.table(cells, header["title"]))
-    ceilings = header["ceilings"]
-    print(
-        f"Ceilings: {ceilings['flops'] / 1e12:.3g} TFLOP/s ({ceilings['dtype']}), "
-        f"{ceilings['bytes'] / 1e12:.3g} TB/s. FLOPs: of the prefill, over the unpruned one. "
-        f"samples/s: answers of one token; long/s: of {args.new_tokens}; new length/s: these, to "
-        "prompts of a length not seen before. decode: per token and batch. Medians."
-    )
+    print(report.legend(header))
     print(f"Written to {args.out}: bench.json, bench.md, bench.png")

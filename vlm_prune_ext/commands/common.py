@@ -92,6 +92,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def model_name(args: argparse.Namespace) -> str:
     """What the model is called in files and messages."""
+    if args.model_path is not None and not args.model_path.strip():
+        raise InputError(f"--model-path {args.model_path!r} is not valid: it is empty.")
     return args.model_path or "demo"
 
 
@@ -101,6 +103,7 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
     from vlm_prune_ext.models import load
 
     quiet_transformers()
+    model_name(args)  # refuses an empty one
     model, processor = load(
         args.model_path or str(CHECKPOINT),
         dtype=args.dtype,

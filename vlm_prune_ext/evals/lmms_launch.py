@@ -132,8 +132,7 @@ def make_plan(words: Sequence[str]) -> Plan:
         raise unknown_name("model", model, MODELS)
     given = parse_pairs(words[2:])
     settings, options, launch = sort_keys(model, given)
-    if settings.get("fast") in (True, "true", "True") and settings.get("device") == "cpu":
-        raise InputError("fast=true is not possible with device=cpu: CUDA graphs need a GPU.")
+    _check_device(settings)
     if "device_map" in settings:  # one model over all GPUs, so one process
         launch.setdefault("num_processes", "1")
     label = run_label(model, settings)  # checks the method's parameters
@@ -258,6 +257,16 @@ def _count(name: str, value: str) -> int:
     if not value.isdecimal() or int(value) < 1:
         raise InputError(f"{name}={value!r} is not valid: an integer of at least 1.")
     return int(value)
+
+
+def _check_device(settings: Mapping[str, Any]) -> None:
+    from vlm_prune_ext.models import device_of
+
+    device = settings.get("device")
+    kind = device_of(str(device) if device else None).type
+    if settings.get("fast") in (True, "true", "True") and kind != "cuda":
+        where = f"with device={device}" if device else "without a GPU"
+        raise InputError(f"fast=true is not possible {where}: CUDA graphs need a GPU.")
 
 
 def _gpus() -> int:

@@ -117,6 +117,7 @@ def load_for(
     Raises:
         InputError: whatever :func:`vlm_prune_ext.load` refuses.
     """
+    check_name(name)
     if name.startswith(RANDOM):
         return _finished(*_random(name.removeprefix(RANDOM), device, optimization), optimization)
     more: dict[str, Any] = {"fast": optimization.form == "fast"}
@@ -132,13 +133,16 @@ def load_for(
     return _finished(model, processor, optimization)
 
 
+def check_name(name: str) -> None:
+    """Raise InputError where a model with random weights has a shape that is not known."""
+    names = [f"{RANDOM}{shape}" for shape in SHAPES if shape.startswith("llava-1.5")]
+    if name.startswith(RANDOM) and name not in names:
+        raise unknown_name("model", name, names)
+
+
 def _random(shape: str, device: str, optimization: Optimization) -> tuple[Any, Any]:
     """A LLaVA-1.5 of a published shape with random weights, for speed and energy: its answers mean
     nothing. Prompts and pictures are made by the demo's tokenizer and image processor."""
-    config = SHAPES[shape]() if shape in SHAPES else None
-    if config is None or config.model_type != "llava":
-        names = [f"{RANDOM}{name}" for name in SHAPES if name.startswith("llava-1.5")]
-        raise unknown_name("model", f"{RANDOM}{shape}", names)
     half = torch.float32 if device == "cpu" else torch.bfloat16
     model = random_model(
         shape,

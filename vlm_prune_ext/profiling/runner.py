@@ -18,6 +18,7 @@ from vlm_prune_ext.profiling.data import Folder
 from vlm_prune_ext.profiling.grid import Cell, Optimization, Plan, groups, method_label
 from vlm_prune_ext.profiling.loading import (
     Loaded,
+    check_name,
     check_optimization,
     load_for,
     resolve_device,
@@ -50,13 +51,15 @@ def resolved(plan: Plan) -> Plan:
     """A plan with devices that are there.
 
     Raises:
-        InputError: a device that is not there, an optimisation that one of them cannot do, or a
-            package that is not installed.
+        InputError: a device that is not there, an optimisation that one of them cannot do, a
+            random model of an unknown shape, or a package that is not installed.
     """
     devices = list(dict.fromkeys(resolve_device(name) for name in plan.axes["device"]))
     for device in devices:
         for optimization in plan.axes["optimization"]:
             check_optimization(optimization, device)
+    for name in plan.axes["model_name"]:
+        check_name(name)
     require_scorers()
     return Plan({**plan.axes, "device": devices}, plan.shared)
 
