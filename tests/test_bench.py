@@ -200,13 +200,14 @@ def test_inputs_of_named_shapes(tmp_path: Path) -> None:
         (["--ways", "fats"], "fast"),
         (["--methods", "fastw:3"], "fastv"),
         (["--methods", "fastv:5,agg_layer=77"], "agg_layer=77"),
-        (["--fast"], "CUDA graphs need a GPU"),
+        (["--methods", "none", "fastv:99999"], "attention_rank=99999 is not valid: at most 16"),
+        (["--fast", "--methods", "none"], "CUDA graphs need a GPU"),
         (["--fast", "--ways", "hf"], "--fast and --ways exclude each other"),
         (["--ways", "fast", "--methods", "none"], "leaves nothing to measure: CUDA graphs need a"),
         (["--ways", "hf", "--methods", FASTV], "transformers does not prune"),
         (["--visual", "100"], "--visual 100 is not possible"),
         (["--dtype", " "], "--dtype ' ' is not valid: it is empty"),
-        (["--dtype", "float8"], "float8"),
+        (["--dtype", "float8", "--methods", "none"], "float8"),
     ],
 )
 def test_bad_input(
@@ -262,13 +263,22 @@ def test_no_such_gpu(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_case_that_fails_costs_no_other(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
+    plain = cases.measure_case
+
+    def measure(subject: Any, case: cases.Case, *more: Any, **options: Any) -> cases.Cell:
+        if case.label == "fastv_rank3":
+            raise RuntimeError("CUDA error: an illegal something\nand much more")
+        return plain(subject, case, *more, **options)
+
+    monkeypatch.setattr(cases, "measure_case", measure)
     out = tmp_path / "out"
-    more = ["--ways", "hf", "ordinary", "--methods", "none", "fastv:99999", "fastv:2"]
-    folder = makers.tiny_hf_llava(tmp_path / "m")
+    more = ["--ways", "hf", "ordinary", "--methods", "none", "fastv:3", "fastv:2"]
     assert run(folder, out, *more) == 1
-    assert "attention_rank=99999 is not valid" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "fastv_rank3: RuntimeError: CUDA error: an illegal something" in said
+    assert "much more" not in said
     found = json.loads((out / "bench.json").read_text())["cells"]
     assert {cell["method"] for cell in found} == {"none", "fastv_rank2"}
 

@@ -85,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
     methods = list(dict.fromkeys(_method(text) for text in args.methods))
     _check_shape(args)
     quiet_transformers()
+    _check_methods(args, methods)
     subject = _subject(args)
     wanted = _cases(subject, ways, methods, args)
     folder = Path(args.out)
@@ -167,6 +168,20 @@ def _check_shape(args: argparse.Namespace) -> None:
         )
     if args.visual < 1:
         raise InputError(f"--visual {args.visual} is not valid: an integer of at least 1.")
+
+
+def _check_methods(args: argparse.Namespace, methods: list[Method | None]) -> None:
+    """Layers and budgets, before there are any weights."""
+    from vlm_prune_ext.bench.shapes import SHAPES
+    from vlm_prune_ext.demo import CHECKPOINT
+    from vlm_prune_ext.evals.precheck import check_config, check_fit
+    from vlm_prune_ext.models.checkpoint import Checkpoint
+
+    for method in methods:
+        if args.shape is not None:
+            check_config(SHAPES[args.shape](), method)
+        else:
+            check_fit(Checkpoint(args.model_path or CHECKPOINT), method)
 
 
 def _subject(args: argparse.Namespace) -> Subject:

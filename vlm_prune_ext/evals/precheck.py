@@ -25,6 +25,13 @@ def check_fit(source: Checkpoint, method: Method | None) -> None:
         config: Any = _config(source)
     except ValueError:  # no family that is known: loading says so
         return
+    check_config(config, method)
+
+
+def check_config(config: Any, method: Method | None) -> None:
+    """As :func:`check_fit`, from a model's configuration."""
+    if method is None:
+        return
     text: Any = getattr(config, "text_config", config)
     stages = method.stages(text.num_hidden_layers)
     vision: Any = getattr(config, "vision_config", None)
