@@ -23,17 +23,17 @@ tests() {
     tail -n 3 "$out/gpu.log"
 }
 
+methods=(none fastv:100 fastv:288,agg_layer=2 himap fastv:1.0 himap:1.0,attn_img_rank=1.0)
+
 bench() {
     prune bench --shape llava-1.5-7b --batch-sizes 1 8 16 --ways hf hf-attentions fast --repeat 9 \
-        --methods none fastv:100 fastv:288,agg_layer=2 himap fastv:1.0 himap:1.0,attn_img_rank=1.0 \
-        --out "$out/bench" >"$out/bench.log" 2>&1
+        --methods "${methods[@]}" --out "$out/bench" >"$out/bench.log" 2>&1
     cat "$out/bench/bench.md"
 }
 
 hooks() {
-    prune bench --shape llava-1.5-7b --batch-sizes 1 8 16 --ways ordinary --repeat 9 --methods none \
-        fastv:100 fastv:288,agg_layer=2 himap fastv:1.0 himap:1.0,attn_img_rank=1.0 saint \
-        --out "$out/hooks" >"$out/hooks.log" 2>&1
+    prune bench --shape llava-1.5-7b --batch-sizes 1 8 16 --ways ordinary --repeat 9 \
+        --methods "${methods[@]}" saint --out "$out/hooks" >"$out/hooks.log" 2>&1
     cat "$out/hooks/bench.md"
 }
 

@@ -31,6 +31,17 @@ def unknown_name(kind: str, value: object, accepted: Iterable[str]) -> InputErro
     return InputError(f"Unknown {kind} {value!r}.{hint} Accepted: {', '.join(names)}.")
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, without what follows in further lines; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def reason_of(error: BaseException) -> str:
+    """One line that says what went wrong, with the error's type where it is none of ours."""
+    said = first_line(error)
+    return said if isinstance(error, InputError) else f"{type(error).__name__}: {said}"
+
+
 def make_folder(folder: Path, name: str) -> None:
     """Make the folder of results before anything is computed for it.
 

@@ -35,7 +35,7 @@ from vlm_prune_ext.ablation.files import (
 from vlm_prune_ext.ablation.gpu import settled_memory, used_memory
 from vlm_prune_ext.ablation.metrics import Metrics, Scores
 from vlm_prune_ext.ablation.plan import Run
-from vlm_prune_ext.ablation.worker import Job, RunFailed, reason_of
+from vlm_prune_ext.ablation.worker import Job, RunFailed, why_failed
 from vlm_prune_ext.errors import InputError
 
 DONE, FAILED, OPEN = "done", "failed", "open"
@@ -159,7 +159,7 @@ class Study:
             if not isinstance(error, RunFailed):
                 with log.open("a", encoding="utf-8") as file:
                     traceback.print_exc(file=file)
-            entry = self._entry(run, FAILED, reason=reason_of(error), log=log)
+            entry = self._entry(run, FAILED, reason=why_failed(error), log=log)
             self.entries[run.name] = {**entry, "started": started, "seconds": round(spent, 1)}
             said = text(
                 "failed",

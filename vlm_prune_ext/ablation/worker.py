@@ -20,7 +20,7 @@ from typing import Any
 
 from vlm_prune_ext.ablation.data import Row
 from vlm_prune_ext.ablation.files import Lines, Prediction, write_json
-from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.errors import InputError, first_line, reason_of
 
 _SET_PARENT_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
 
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str]) -> int:
         result = run(job)
     except Exception as error:
         traceback.print_exc()
-        write_json(Path(job.result), {"reason": reason_of(error)})
+        write_json(Path(job.result), {"reason": why_failed(error)})
         return 1
     write_json(Path(job.result), result)
     return 0
@@ -167,8 +167,8 @@ class _Batch:
             return self._ask(rows)
         except (InputError, torch.OutOfMemoryError) as error:
             if len(rows) == 1:
-                print(f"row {rows[0].index}: {reason_of(error)}", flush=True)
-                return [Prediction(rows[0].index, "", failed=reason_of(error))]
+                print(f"row {rows[0].index}: {why_failed(error)}", flush=True)
+                return [Prediction(rows[0].index, "", failed=why_failed(error))]
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return [prediction for row in rows for prediction in self.answer([row])]
@@ -202,12 +202,9 @@ class _Batch:
         ]
 
 
-def reason_of(error: BaseException) -> str:
-    """One line that says what went wrong."""
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    if isinstance(error, InputError | RunFailed):
-        return first
-    return f"{type(error).__name__}: {first}"
+def why_failed(error: BaseException) -> str:
+    """One line that says why a run did not end well."""
+    return first_line(error) if isinstance(error, RunFailed) else reason_of(error)
 
 
 if __name__ == "__main__":

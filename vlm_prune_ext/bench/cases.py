@@ -259,15 +259,14 @@ def _answers(
         cell.first_token = seconds_of(lambda: answer(1), device, repeat=repeat, warm_up=0)
         long = seconds_of(lambda: answer(new_tokens), device, repeat=repeat, warm_up=0)
         cell.joules = _joules(lambda: answer(1), device, case.batch)
+        if fast is not None:  # of this prompt, before others come
+            cell.captures, cell.capture_seconds = fast.captures, fast.capture_seconds
+        unseen = _unseen_seconds(subject, case, partial(function, **more), new_tokens)
     cell.new_tokens = new_tokens
     seconds = (long.median - cell.first_token.median) / (new_tokens - 1)
     cell.decode = seconds if seconds > 0 else None  # lost in the noise of a busy machine
     cell.samples_per_second = case.batch / cell.first_token.median
     cell.long_samples_per_second = case.batch / long.median
-    if fast is not None:
-        cell.captures, cell.capture_seconds = fast.captures, fast.capture_seconds
-    with _as_case(case, lambda: prune(subject.model, case.method)):
-        unseen = _unseen_seconds(subject, case, partial(function, **more), new_tokens)
     cell.unseen_samples_per_second = case.batch / unseen if unseen is not None else None
 
 

@@ -91,13 +91,12 @@ def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def markdown(cells: Sequence[Cell], title: str = "", note: str = "") -> str:
-    """The table for a README."""
-    lines = [title, ""] if title else []
+def markdown(cells: Sequence[Cell], header: dict[str, Any]) -> str:
+    """The table for a README, between what it is of and what its columns are."""
+    lines = [header["title"], ""]
     lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     lines += ["| " + " | ".join(row(cells, cell)) + " |" for cell in cells]
-    lines += ["", note] if note else []
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", legend(header), ""])
 
 
 def legend(header: dict[str, Any]) -> str:
@@ -136,7 +135,7 @@ def write(cells: Sequence[Cell], header: dict[str, Any], folder: Path) -> list[P
     paths = [folder / f"bench.{ending}" for ending in ENDINGS]
     try:
         paths[0].write_text(json.dumps(data, indent=2) + "\n", "utf-8")
-        paths[1].write_text(markdown(cells, header["title"], legend(header)), "utf-8")
+        paths[1].write_text(markdown(cells, header), "utf-8")
         draw(cells, header["title"], paths[2])
     except OSError as error:
         raise InputError(f"--out {str(folder)!r} cannot be written ({error.strerror}).") from error

@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from vlm_prune_ext.commands.common import METHOD_HELP
+from vlm_prune_ext.commands.common import METHOD_HELP, device_for
 from vlm_prune_ext.errors import InputError, unknown_name
 
 LANGUAGES = ("en", "ko")
@@ -85,7 +85,6 @@ def run(args: argparse.Namespace) -> int:
         prompt=args.prompt,
         limit=args.limit,
     )
-    _check_device(args)
     from vlm_prune_ext.ablation.files import Folder
     from vlm_prune_ext.ablation.plan import plan, to_redo
     from vlm_prune_ext.ablation.study import Options, Study
@@ -100,6 +99,7 @@ def run(args: argparse.Namespace) -> int:
         redo=frozenset(to_redo(args.rerun, runs)),
         language=args.lang,
     )
+    device_for(args)  # asked here, not by every run's own process, one after the other
     study = Study(runs, data, Folder(Path(args.output_dir)), options)
     with terminable():
         return study.carry_out()
@@ -117,15 +117,6 @@ def _check(args: argparse.Namespace) -> None:
         raise unknown_name("--dtype", args.dtype, DTYPES)
     if args.prompt is not None and not args.prompt.strip():
         raise InputError("--prompt '' is not valid: a text, or leave it out.")
-
-
-def _check_device(args: argparse.Namespace) -> None:
-    """Here rather than by every model's own process, one after the other."""
-    from vlm_prune_ext.models import device_of
-
-    device = device_of(args.device)
-    if args.fast and device.type != "cuda":
-        raise InputError(f"--fast is not possible: CUDA graphs need a GPU, this is {device.type}.")
 
 
 def _models(args: argparse.Namespace) -> list[str]:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_prune_ext.commands.common import quiet_transformers
-from vlm_prune_ext.errors import InputError, make_folder, unknown_name
+from vlm_prune_ext.commands.common import checkpoint_of, device_for, quiet_transformers
+from vlm_prune_ext.errors import InputError, make_folder, reason_of, unknown_name
 
 if TYPE_CHECKING:
     from vlm_prune_ext.bench.cases import Case
@@ -103,9 +105,7 @@ def run(args: argparse.Namespace) -> int:
             )
         except Exception as error:  # whatever it is, the other cases are still to be measured
             failed += 1
-            kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-            said = (str(error).strip() or "?").splitlines()[0]
-            print(f"Failed: {text}: {kind}{said}", file=sys.stderr)
+            print(f"Failed: {text}: {reason_of(error)}", file=sys.stderr)
             continue
         if not cells and (kept := report.put_aside(folder)):
             print(f"An earlier bench in {folder} is now {kept}.", file=sys.stderr)
@@ -129,7 +129,7 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError(
             "--fast and --ways exclude each other: --fast is --ways fast, or an error."
         )
-    for name, text in (("out", args.out), ("model-path", args.model_path), ("dtype", args.dtype)):
+    for name, text in (("out", args.out), ("dtype", args.dtype)):
         if text is not None and not text.strip():
             raise InputError(f"--{name} {text!r} is not valid: it is empty.")
     if Path(args.out).exists() and not Path(args.out).is_dir():
@@ -173,25 +173,24 @@ def _check_shape(args: argparse.Namespace) -> None:
 def _check_methods(args: argparse.Namespace, methods: list[Method | None]) -> None:
     """Layers and budgets, before there are any weights."""
     from vlm_prune_ext.bench.shapes import SHAPES
-    from vlm_prune_ext.demo import CHECKPOINT
     from vlm_prune_ext.evals.precheck import check_config, check_fit
     from vlm_prune_ext.models.checkpoint import Checkpoint
 
+    check: Callable[[Method], None]
+    if args.shape is not None:
+        check = partial(check_config, SHAPES[args.shape]())
+    else:
+        check = partial(check_fit, Checkpoint(checkpoint_of(args)))
     for method in methods:
-        if args.shape is not None:
-            check_config(SHAPES[args.shape](), method)
-        else:
-            check_fit(Checkpoint(args.model_path or CHECKPOINT), method)
+        if method is not None:
+            check(method)
 
 
 def _subject(args: argparse.Namespace) -> Subject:
     from vlm_prune_ext.bench.subject import of_checkpoint, of_shape
-    from vlm_prune_ext.demo import CHECKPOINT
-    from vlm_prune_ext.models import device_of, dtype_of, load
+    from vlm_prune_ext.models import dtype_of, load
 
-    device = device_of(args.device)
-    if args.fast and device.type != "cuda":
-        raise InputError("--fast is not possible: CUDA graphs need a GPU.")
+    device = device_for(args)
     usual = "bfloat16" if device.type == "cuda" else "float32"
     if args.shape is not None:
         from vlm_prune_ext.bench.shapes import random_model
@@ -200,9 +199,12 @@ def _subject(args: argparse.Namespace) -> Subject:
         return of_shape(
             args.shape, random_model(args.shape, dtype=dtype, device=device), args.visual
         )
-    path = args.model_path or str(CHECKPOINT)
     model, processor = load(
-        path, dtype=args.dtype or usual, device=device, attn_implementation="sdpa", fast=False
+        checkpoint_of(args),
+        dtype=args.dtype or usual,
+        device=device,
+        attn_implementation="sdpa",
+        fast=False,
     )
     return of_checkpoint(args.model_path or "demo model", model, processor, QUESTION, _picture())
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from vlm_prune_ext.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
+
     from vlm_prune_ext.methods.base import Method
 
 METHOD_HELP = (
@@ -92,20 +94,45 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def model_name(args: argparse.Namespace) -> str:
     """What the model is called in files and messages."""
-    if args.model_path is not None and not args.model_path.strip():
+    return "demo" if args.model_path is None else checkpoint_of(args)
+
+
+def checkpoint_of(args: argparse.Namespace) -> str:
+    """What is loaded: the demo's checkpoint where nothing is said.
+
+    Raises:
+        InputError: an empty text is (from a shell variable that was not set).
+    """
+    from vlm_prune_ext.demo import CHECKPOINT
+
+    if args.model_path is None:
+        return str(CHECKPOINT)
+    if not args.model_path.strip():
         raise InputError(f"--model-path {args.model_path!r} is not valid: it is empty.")
-    return args.model_path or "demo"
+    return args.model_path
+
+
+def device_for(args: argparse.Namespace) -> torch.device:
+    """The device that is meant, before anything is loaded.
+
+    Raises:
+        InputError: it is not there, or ``--fast`` cannot be on it.
+    """
+    from vlm_prune_ext.models import device_of
+
+    device = device_of(args.device)
+    if args.fast and device.type != "cuda":
+        raise InputError(f"--fast is not possible: CUDA graphs need a GPU, this is {device.type}.")
+    return device
 
 
 def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
     """``(model, processor)`` as :func:`add_model_arguments`'s arguments say."""
-    from vlm_prune_ext.demo import CHECKPOINT
     from vlm_prune_ext.models import load
 
     quiet_transformers()
-    model_name(args)  # refuses an empty one
     model, processor = load(
-        args.model_path or str(CHECKPOINT),
+        checkpoint_of(args),
         dtype=args.dtype,
         device=args.device,
         attn_implementation=args.attn_implementation,

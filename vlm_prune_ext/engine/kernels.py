@@ -21,6 +21,8 @@ from types import ModuleType
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from vlm_prune_ext.errors import first_line
+
 logger = logging.getLogger("vlm_prune_ext")
 
 _LOCK = threading.Lock()
@@ -86,7 +88,7 @@ def triton_kernels(device: torch.device) -> ModuleType | None:
         if not torch.allclose(received, torch.full_like(received, 3 / 7)):
             raise ValueError("a kernel gives wrong numbers")
     except Exception as error:  # Triton's own errors, a missing C compiler, ...
-        said = str(error).strip().split("\n")[0]
+        said = first_line(error)
         logger.warning("No kernel of this package is used: Triton does not work (%s).", said)
         return None
     return triton_kernels

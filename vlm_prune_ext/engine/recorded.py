@@ -18,6 +18,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from vlm_prune_ext.engine.kernels import fixed_shape_attention, steady_attention
+from vlm_prune_ext.errors import first_line
 
 Value = TypeVar("Value")
 # Models record on one stream per device, with one collector and one choice of attention kernels.
@@ -87,7 +88,7 @@ class Recorded:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                said = str(error).strip().split("\n")[0]
+                said = first_line(error)
                 raise RecordingError(f"CUDA could not record it ({said})") from error
         self.graph.replay()
         return self.output

@@ -157,7 +157,7 @@ def _check_numbers(options: Mapping[str, str]) -> None:
     """lmms-eval itself ends in a traceback, after everything is loaded."""
     for key, whole in (("batch_size", True), ("max_batch_size", True), ("limit", False)):
         text = options.get(key)
-        if text is None or text == {"limit": "-1"}.get(key) or text.startswith("auto"):
+        if text is None or text.startswith("auto") or (key, text) == ("limit", "-1"):
             continue
         try:
             number = int(text) if whole else float(text)
@@ -264,7 +264,7 @@ def _check_device(settings: Mapping[str, Any]) -> None:
 
     device = settings.get("device")
     kind = device_of(str(device) if device else None).type
-    if settings.get("fast") in (True, "true", "True") and kind != "cuda":
+    if value_of(settings.get("fast")) is True and kind != "cuda":
         where = f"with device={device}" if device else "without a GPU"
         raise InputError(f"fast=true is not possible {where}: CUDA graphs need a GPU.")
 

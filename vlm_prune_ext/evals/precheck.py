@@ -28,10 +28,8 @@ def check_fit(source: Checkpoint, method: Method | None) -> None:
     check_config(config, method)
 
 
-def check_config(config: Any, method: Method | None) -> None:
+def check_config(config: Any, method: Method) -> None:
     """As :func:`check_fit`, from a model's configuration."""
-    if method is None:
-        return
     text: Any = getattr(config, "text_config", config)
     stages = method.stages(text.num_hidden_layers)
     vision: Any = getattr(config, "vision_config", None)

@@ -19,7 +19,7 @@ import pandas as pd
 import vlmeval.dataset
 from vlmeval.dataset.image_base import ImageBaseDataset
 
-from vlm_prune_ext.errors import InputError, unknown_name
+from vlm_prune_ext.errors import InputError, reason_of, unknown_name
 from vlm_prune_ext.evals.shapes import LMUDATA
 
 # A cell of the image column that is shorter refers to the row that has the image.
@@ -123,9 +123,8 @@ def open_table(name: str) -> Table:
     except InputError:
         raise
     except Exception as error:  # downloads, archives and parsers fail in many ways
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"Data of {name} cannot be had ({type(error).__name__}: {said}): put the right "
+            f"Data of {name} cannot be had ({reason_of(error)}): put the right "
             f"{name}.tsv into {str(data_root())!r}, or let VLMEvalKit download it."
         ) from error
     if dataset is None or not len(dataset):

@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import Image
 
-from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.errors import InputError, first_line
 
 CSV = "data.csv"
 IMAGES = "images"
@@ -155,12 +155,8 @@ def _example(path: Path, number: int, row: dict[str, str]) -> Example | Failure:
     try:
         example.picture()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return Failure(number, name, f"the picture does not decode ({_first_line(error)})")
+        return Failure(number, name, f"the picture does not decode ({first_line(error)})")
     return example
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def read_answers(text: str) -> tuple[str, ...]:

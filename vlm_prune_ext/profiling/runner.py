@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.errors import InputError, reason_of
 from vlm_prune_ext.measure import commit, cpu_name, hardware, idle_power, versions
 from vlm_prune_ext.profiling.data import Folder
 from vlm_prune_ext.profiling.grid import Cell, Optimization, Plan, groups, method_label
@@ -144,7 +144,7 @@ class _Bench:
         except InputError as error:
             why = str(error)
         except Exception as error:  # whatever it is, the other cells are still to be measured
-            why = f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
+            why = reason_of(error)
         line = Line(
             key=cell.key,
             cell=cell.as_json(),

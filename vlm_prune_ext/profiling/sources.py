@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import Image
 
-from vlm_prune_ext.errors import InputError, unknown_name
+from vlm_prune_ext.errors import InputError, first_line, unknown_name
 from vlm_prune_ext.profiling.data import Entry, Failure, read_answers
 
 LETTERS = "ABCDEFGHIJ"
@@ -196,7 +196,7 @@ def _tsv_rows(path: Path) -> list[Row]:
     try:
         table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
     except (ValueError, OSError) as error:
-        said = str(error).strip().splitlines()[0]
+        said = first_line(error)
         raise InputError(f"--from {str(path)!r} is not a TSV file: {said}.") from error
     _require(path, table.columns, ("image",))
     rows = table.to_dict("records")
@@ -214,7 +214,7 @@ def _parquet_rows(paths: Sequence[Path]) -> list[Row]:
     try:
         table = pa.concat_tables([parquet.read_table(path) for path in paths])
     except (pa.ArrowException, OSError) as error:
-        said = str(error).strip().splitlines()[0]
+        said = first_line(error)
         raise InputError(f"--from {str(paths[0])!r} is not a parquet file: {said}.") from error
     names = {"images": "image"} if "image" not in table.column_names else {}
     table = table.rename_columns([names.get(name, name) for name in table.column_names])
