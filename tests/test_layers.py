@@ -64,7 +64,8 @@ def test_imports_point_down(path: Path) -> None:
 
 
 def test_methods_do_not_import_each_other() -> None:
-    files = {p.stem for p in (PACKAGE / "methods").glob("*.py")} - {"base", "registry", "__init__"}
+    shared = {"base", "evidence", "registry", "__init__"}
+    files = {p.stem for p in (PACKAGE / "methods").glob("*.py")} - shared
     for name in files:
         tree = ast.parse((PACKAGE / "methods" / f"{name}.py").read_text())
         modules = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
