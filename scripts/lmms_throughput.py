@@ -26,7 +26,7 @@ from lmms_eval.tasks import TaskManager, get_task_dict
 
 from vlm_prune_ext.demo import CHECKPOINT
 from vlm_prune_ext.evals.lmms_launch import TASKS
-from vlm_prune_ext.models import convert_to_hf
+from vlm_prune_ext.models.convert import convert_to_hf
 
 RUNS = (
     ("llava_hf", "", 1),

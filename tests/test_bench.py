@@ -16,7 +16,7 @@ from vlm_prune_ext.bench import cases, report, shapes, subject
 from vlm_prune_ext.bench.floors import Ceilings
 from vlm_prune_ext.bench.timing import seconds_of
 from vlm_prune_ext.cli import main
-from vlm_prune_ext.engine.fast import PROMPT_STEP
+from vlm_prune_ext.fast.pieces import PROMPT_STEP
 from vlm_prune_ext.flops import DecoderShape, decoder_flops
 
 FASTV = "fastv:5,agg_layer=2"

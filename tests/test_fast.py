@@ -26,14 +26,14 @@ from tests import family_makers, makers
 from tests.pruning_checks import fingerprint
 from vlm_prune_ext.cli import main
 from vlm_prune_ext.demo import CHECKPOINT, questions, report
-from vlm_prune_ext.engine import fast as fast_engine
 from vlm_prune_ext.engine import kernels
-from vlm_prune_ext.engine.recorded import Recorded, RecordingError
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.evals.answer import Answerer, Query
+from vlm_prune_ext.fast import pieces, run
+from vlm_prune_ext.fast.generate import FastGenerate
+from vlm_prune_ext.fast.graphs import Recorded, RecordingError
 from vlm_prune_ext.models import families, parts_of
 from vlm_prune_ext.models.catalogue import CATALOGUE
-from vlm_prune_ext.models.fast import FastGenerate
 
 SAMPLES = int(os.environ.get("VLM_PRUNE_FAST_SAMPLES", "8"))
 SEED = 71  # fresh scenes
@@ -368,7 +368,7 @@ def test_few_recordings_for_many_lengths(original: Any) -> None:
     prompts = [processor.prompt(" ".join(words[:n]), makers.photo()) for n in range(1, len(words))]
     lengths = [inputs["input_ids"].shape[1] for inputs in prompts]
     lost = 16 - 6  # 0.4 of 16
-    buckets = [{-(-(n - gone) // fast_engine.PROMPT_STEP) for n in lengths} for gone in (0, lost)]
+    buckets = [{-(-(n - gone) // pieces.PROMPT_STEP) for n in lengths} for gone in (0, lost)]
     expected = sum(map(len, buckets)) + int(GPU)  # and the tower
     # Each bucket once; one step, or two where a cache of 128 places is too short.
     first = fast.captures
@@ -382,8 +382,8 @@ def test_few_recordings_for_many_lengths(original: Any) -> None:
 def test_long_answers_get_room_as_they_grow(
     original: Any, name: str, batch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fast_engine, "ROOM", 3)
-    monkeypatch.setattr(fast_engine, "CACHE_STEP", 4)
+    monkeypatch.setattr(run, "ROOM", 3)
+    monkeypatch.setattr(pieces, "CACHE_STEP", 4)
     model, processor = original
     fast = make_fast(model)
     inputs = processor.batch(*BATCHES[batch](makers.photos(3)))
@@ -392,14 +392,14 @@ def test_long_answers_get_room_as_they_grow(
             options = {"max_new_tokens": limit, "eos_token_id": -1, "pad_token_id": 0}
             expected = generate(model.generate, inputs, **options)
             assert torch.equal(generate(fast, inputs, **options), expected)
-    widths = {cache.width for cache in fast.fast._shelves.caches._items.values()}
+    widths = {cache.width for cache in fast.pieces._shelves.caches._items.values()}
     assert len(widths) > 3
 
 
 def test_memory_grows_with_the_longest_prompt_alone(original: Any) -> None:
     model, processor = original
     fast = make_fast(model)
-    blocks = fast.fast.arena._blocks
+    blocks = fast.pieces.arena._blocks
 
     def ask(words: int, photos: int) -> int:
         inputs = processor.batch(["Red? " * words] * photos, [[p] for p in makers.photos(photos)])
@@ -432,12 +432,12 @@ def test_many_samples_with_mixed_lengths_and_budgets() -> None:
                 answerer.answer(queries[start + 4 : start + 5])
         gc.collect()
         taken = torch.cuda.memory_allocated() if GPU else 0
-        return fast.captures, taken + sum(b.nbytes for b in fast.fast.arena._blocks.values())
+        return fast.captures, taken + sum(b.nbytes for b in fast.pieces.arena._blocks.values())
 
     first, memory = ask()
     again, later = ask()
     assert again == first and later <= 1.001 * memory
-    pieces = [*_segments(fast), *fast.fast._shelves.steps._items.values()]
+    pieces = [*_segments(fast), *fast.pieces._shelves.steps._items.values()]
     assert first == len(pieces) + (len(fast._tower._shapes._items) if GPU and fast._tower else 0)
     print(f"{first} recordings in {fast.capture_seconds:.1f} s, {memory / 2**20:.0f} MiB")
     assert fast.capture_seconds < 60
@@ -492,7 +492,7 @@ def test_whatever_is_changed_is_noticed(tmp_path: Path, part: str) -> None:
     fast = make_fast(model)
     inputs = processor.prompt("Red?", makers.photo())
     generate(fast, inputs)
-    before = fast.fast
+    before = fast.pieces
     parts = parts_of(model)
     if part == "layer":
         old = parts.layers[2].self_attn.q_proj
@@ -509,10 +509,10 @@ def test_whatever_is_changed_is_noticed(tmp_path: Path, part: str) -> None:
         weight = parts.vision.layers[1].self_attn.k_proj.weight
         weight.data = -weight.data
     assert torch.equal(generate(fast, inputs), generate(model.generate, inputs))
-    assert fast.fast is not before  # recorded anew
-    before = fast.fast
+    assert fast.pieces is not before  # recorded anew
+    before = fast.pieces
     generate(fast, inputs)
-    assert fast.fast is before
+    assert fast.pieces is before
 
 
 def test_threads_take_turns(original: Any) -> None:
@@ -598,7 +598,7 @@ def test_hooks_of_others_are_called(original: Any) -> None:
 
 
 def test_old_shapes_make_room_for_new_ones(original: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast_engine, "CACHES", 2)
+    monkeypatch.setattr(pieces, "CACHES", 2)
     model, processor = original
     fast = make_fast(model)
     for rank in (2, 3, 4, 2):
@@ -607,19 +607,19 @@ def test_old_shapes_make_room_for_new_ones(original: Any, monkeypatch: pytest.Mo
             with vp.prune(model, vp.FastV(agg_layer=2, attention_rank=rank)):
                 expected = generate(model.generate, inputs)
                 assert torch.equal(generate(fast, inputs), expected)
-    assert len(fast.fast._shelves.caches._items) <= 2
-    assert all(s.cache in fast.fast._shelves.caches._items.values() for s in _segments(fast))
+    assert len(fast.pieces._shelves.caches._items) <= 2
+    assert all(s.cache in fast.pieces._shelves.caches._items.values() for s in _segments(fast))
 
 
 def _segments(fast: FastGenerate) -> Iterator[Any]:
-    return iter(fast.fast._shelves.segments._items.values())
+    return iter(fast.pieces._shelves.segments._items.values())
 
 
 def test_the_model_is_let_go_of(tmp_path: Path) -> None:
     model, processor = vp.load(makers.tiny_original(tmp_path / "m"), device=DEVICE, fast=False)
     model.generate = make_fast(model)
     generate(model.generate, processor.prompt("Red?", makers.photo()))
-    blocks = model.generate.fast.arena._blocks
+    blocks = model.generate.pieces.arena._blocks
     seen = [weakref.ref(thing) for thing in (model, *model.parameters(), *blocks.values())]
     del blocks
     with without_collector():
@@ -645,7 +645,7 @@ def test_memory_that_was_too_small_is_let_go_of(original: Any) -> None:
         generate(fast, processor.prompt("Red? " * words, makers.photo()), max_new_tokens=2)
 
     ask(1)
-    blocks = fast.fast.arena._blocks
+    blocks = fast.pieces.arena._blocks
     seen = {name: weakref.ref(block) for name, block in blocks.items()}
     with without_collector():
         ask(200)
@@ -739,7 +739,7 @@ def test_a_piece_that_cuda_cannot_record(
     monkeypatch.setattr(Recorded, "_record", fail)
     for forced in (False, True):
         fast = make_fast(model, forced=forced)
-        fast.fast.recorder.capture = True
+        fast.pieces.recorder.capture = True
         fast._tower = None
         if forced:
             with pytest.raises(RecordingError, match="could not record"):

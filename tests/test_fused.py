@@ -21,15 +21,16 @@ from torch import nn
 
 import vlm_prune_ext as vp
 from tests import makers
-from vlm_prune_ext.engine.fused import FusedLayers, pack
-from vlm_prune_ext.engine.static import run_layer
+from vlm_prune_ext.fast.fused import FusedLayers, pack
+from vlm_prune_ext.fast.segments import run_layer
 
 pytest.importorskip("triton")
 
 CHECK = """
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
-from vlm_prune_ext.engine import scores, triton_kernels as kernels
+from vlm_prune_ext.engine import scores, triton_kernels
+from vlm_prune_ext.fast import kernels
 
 def same(found, expected):
     torch.testing.assert_close(found, expected, rtol=RTOL[expected.dtype], atol=1e-6)
@@ -72,7 +73,7 @@ for dtype in map(lambda name: getattr(torch, name), DTYPES):
         allowed = torch.arange(count, device=DEVICE) <= limits[..., None]
         for weight in (None, weights):
             expected = scores.received(queries.float(), keys.float(), allowed, weight, 0.2)
-            found = kernels.received(queries, keys, limits, weight, 0.2)
+            found = triton_kernels.received(queries, keys, limits, weight, 0.2)
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 print("the same")
 """
@@ -206,7 +207,8 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from vlm_prune_ext.engine import triton_kernels as kernels
+    from vlm_prune_ext.engine import triton_kernels
+    from vlm_prune_ext.fast import kernels
 
     ints, strides = ["i32"] * 4, ["i32"] * 6
     block = {"DIM": 128, "ROWS": 64, "KEYS": 64}
@@ -216,8 +218,8 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(
         (kernels._rms_norm, [kind] * 3 + ["i32", "fp32"], {"BLOCK": 4096}),
         (kernels._silu_times, [kind] * 2 + ["i32"], {"BLOCK": 1024}),
         (kernels._rotate_and_keep, [kind] * 5 + ["*i64", *ints], {"HALF": 64, "HEADS": 16}),
-        (kernels._row_sums, [kind] * 2 + ["*i64", "*fp32", "fp32", *ints, *strides], block),
-        (kernels._key_sums, sums, {"WEIGHTED": True, **block}),
+        (triton_kernels._row_sums, [kind] * 2 + ["*i64", "*fp32", "fp32", *ints, *strides], block),
+        (triton_kernels._key_sums, sums, {"WEIGHTED": True, **block}),
     ]
     for kernel, types, constants in cases:
         waiting = iter(types)

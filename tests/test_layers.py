@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ LAYERS = [
     {"select", "jsonl"},
     {"methods"},
     {"flops", "engine"},
+    {"fast"},
     {"models"},
     {"pruning", "resets", "measure", "settings", "demo"},
     {"evals"},
@@ -28,29 +30,35 @@ LAYERS = [
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 
 
+FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py" or p.parent != PACKAGE)
+MODULES = {
+    ".".join(p.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): p
+    for p in PACKAGE.rglob("*.py")
+}
+NAMES = {path: name for name, path in MODULES.items()}
+
+
 def part_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imports_of(path: Path) -> set[str]:
-    """Parts of this package that a file imports, wherever in the file."""
-    parts = set()
+@cache
+def imports_of(path: Path) -> frozenset[Path]:
+    """Files of this package that a file imports, wherever in it, also inside functions.
+
+    ``from folder import file`` is an import of the file alone, though Python runs the folder's
+    ``__init__`` on the way to it.
+    """
+    found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        names: list[str] = []
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module]
-            if node.module == "vlm_prune_ext":
-                names = [f"vlm_prune_ext.{alias.name}" for alias in node.names]
-        for name in names:
-            pieces = name.split(".")
-            if pieces[0] == "vlm_prune_ext" and len(pieces) > 1:
-                parts.add(pieces[1])
-    return parts
-
-
-FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py" or p.parent != PACKAGE)
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(path.relative_to(PACKAGE.parent).parts[: -node.level or None])
+            module = ".".join(filter(None, (base if node.level else "", node.module)))
+            inside = [f"{module}.{alias.name}" for alias in node.names]
+            found |= {name if name in MODULES else module for name in inside}
+    return frozenset({MODULES[name] for name in found if name in MODULES} - {path})
 
 
 @pytest.mark.parametrize("path", FILES, ids=[str(p.relative_to(PACKAGE)) for p in FILES])
@@ -58,9 +66,28 @@ def test_imports_point_down(path: Path) -> None:
     mine = part_of(path)
     if mine == "demo" and path.stem == "report":
         mine = "evals"  # a program that measures the demo model
-    for other in imports_of(path):
+    for other in {part_of(found) for found in imports_of(path)}:
         if other in RANK and other != part_of(path):
             assert RANK[other] < RANK[mine], f"{mine} imports {other}"
+
+
+def test_no_circles() -> None:
+    """Files can be read one after the other: none imports, by way of others, itself."""
+    above: list[Path] = []
+    done: set[Path] = set()
+
+    def visit(path: Path) -> None:
+        assert path not in above, " -> ".join(NAMES[p] for p in [*above, path])
+        if path in done:
+            return
+        above.append(path)
+        for other in sorted(imports_of(path)):
+            visit(other)
+        above.pop()
+        done.add(path)
+
+    for path in FILES:
+        visit(path)
 
 
 def test_methods_do_not_import_each_other() -> None:

@@ -704,7 +704,7 @@ def test_saint_from_model_args_alone(checkpoint: Path) -> None:
 @pytest.mark.usefixtures("shapes")
 def test_baseline_answers_as_lmms_evals_own_llava_hf(checkpoint: Path, tmp_path: Path) -> None:
     """Sample by sample, on the Hugging Face conversion of the same checkpoint."""
-    from vlm_prune_ext.models import convert_to_hf
+    from vlm_prune_ext.models.convert import convert_to_hf
 
     converted = convert_to_hf(checkpoint, tmp_path / "converted")
     tasks = ["shapes_mcq", "shapes_vqa"]

@@ -22,7 +22,8 @@ from transformers import (
 import vlm_prune_ext as vp
 from tests import makers
 from vlm_prune_ext.errors import InputError
-from vlm_prune_ext.models import PromptProcessor, convert_to_hf, load, parts_of
+from vlm_prune_ext.models import PromptProcessor, load, parts_of
+from vlm_prune_ext.models.convert import convert_to_hf
 from vlm_prune_ext.models.images import open_image
 from vlm_prune_ext.models.prompts import STYLES
 

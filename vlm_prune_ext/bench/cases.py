@@ -21,13 +21,14 @@ from vlm_prune_ext import measure
 from vlm_prune_ext.bench.floors import Ceilings
 from vlm_prune_ext.bench.subject import Subject
 from vlm_prune_ext.bench.timing import seconds_of
-from vlm_prune_ext.engine.fast import PROMPT_STEP, why_not
 from vlm_prune_ext.engine.prune import run as prune_parts
 from vlm_prune_ext.engine.trace import Trace
+from vlm_prune_ext.fast.generate import FastGenerate
+from vlm_prune_ext.fast.pieces import PROMPT_STEP
+from vlm_prune_ext.fast.possible import why_not
 from vlm_prune_ext.flops import decoder_flops
 from vlm_prune_ext.measure import Spread
 from vlm_prune_ext.methods.base import Method
-from vlm_prune_ext.models.fast import FastGenerate
 from vlm_prune_ext.pruning import prune
 
 WAYS = ("hf", "hf-attentions", "ordinary", "fast")

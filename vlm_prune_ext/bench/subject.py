@@ -11,9 +11,9 @@ import torch
 
 from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.fast.reach import reach
 from vlm_prune_ext.flops import DecoderShape
 from vlm_prune_ext.models import parts_of
-from vlm_prune_ext.models.fast import reach
 
 FRONT, BEHIND = 35, 32
 """Text tokens of a named shape's prompt in front of the picture (as in LLaVA-1.5's) and behind."""

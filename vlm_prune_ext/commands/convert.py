@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
 
     from vlm_prune_ext.commands.common import quiet_transformers
     from vlm_prune_ext.demo import CHECKPOINT
-    from vlm_prune_ext.models import convert_to_hf
+    from vlm_prune_ext.models.convert import convert_to_hf
 
     quiet_transformers()
     # Beside its place, then moved there: no half-written folder, whatever happens.

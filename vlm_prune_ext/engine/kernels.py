@@ -3,10 +3,6 @@
 PyTorch may hand scaled-dot-product attention to cuDNN, which plans anew for every new shape. A
 growing KV cache has a new shape at every token: 65 to 96 ms each on an H200, where the other
 kernels need 21 (LLaVA-1.5-7B, bf16, batch 1). So cuDNN is left out, and let in again afterwards.
-
-Work that is recorded has one shape, and plans once. There cuDNN comes first: prefills of
-LLaVA-1.5-7B in bf16 take 3 to 6 % less time than with FlashAttention-2 on an H200, and decode steps
-5 to 15 % less than with the kernel that else takes their masks.
 """
 
 from __future__ import annotations
@@ -19,7 +15,6 @@ from functools import cache
 from types import ModuleType
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vlm_prune_ext.errors import first_line
 
@@ -58,19 +53,6 @@ def steady_attention() -> Iterator[None]:
         yield
     finally:
         let_in_cudnn()
-
-
-@contextmanager
-def fixed_shape_attention() -> Iterator[None]:
-    """cuDNN first, where it can, for work whose shapes stay as they are."""
-    order = [
-        SDPBackend.CUDNN_ATTENTION,
-        SDPBackend.FLASH_ATTENTION,
-        SDPBackend.EFFICIENT_ATTENTION,
-        SDPBackend.MATH,
-    ]
-    with sdpa_kernel(order, set_priority=True):
-        yield
 
 
 @cache

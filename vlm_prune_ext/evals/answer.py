@@ -17,11 +17,11 @@ from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteria
 
 from vlm_prune_ext.engine.trace import Trace
 from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.fast.generate import FastGenerate
 from vlm_prune_ext.measure import TokenClock
 from vlm_prune_ext.methods.base import Method
 from vlm_prune_ext.models import parts_of
 from vlm_prune_ext.models.base import starts_with
-from vlm_prune_ext.models.fast import FastGenerate
 from vlm_prune_ext.models.images import ImageLike
 from vlm_prune_ext.pruning import prune
 

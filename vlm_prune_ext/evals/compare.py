@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.evals.console import console, tokens
 from vlm_prune_ext.evals.interrupt import terminable
 from vlm_prune_ext.evals.record import Record
 from vlm_prune_ext.methods.base import Method
@@ -183,8 +184,6 @@ def _stop(pool: ProcessPoolExecutor) -> None:
 # -- what is shown -------------------------------------------------------------------------------
 def _print(rows: Sequence[Sequence[Record]], settings: Settings, start: float) -> None:
     from rich.table import Table
-
-    from vlm_prune_ext.evals.vlmeval_cli import console, tokens
 
     table = Table(title="Visual tokens kept against scores", title_justify="left")
     table.add_column("setting", no_wrap=True)

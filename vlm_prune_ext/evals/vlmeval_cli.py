@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from vlm_prune_ext.errors import InputError, unknown_name
+from vlm_prune_ext.evals.console import console, tokens
 from vlm_prune_ext.settings import (
     DTYPES,
     MODES,
@@ -277,26 +278,9 @@ def _score(record: Record) -> str:
     return f"{record.score.name} {record.score.value:.2f}{spread}"
 
 
-def tokens(record: Record) -> str:
-    """Visual tokens of a sample on their way through the layers: ``576 → 100``."""
-    steps = [f"{record.visual_tokens[0].before:.0f}"] if record.visual_tokens else []
-    steps += [f"{group.after:.0f}" for group in record.visual_tokens]
-    different = [step for i, step in enumerate(steps) if i == 0 or step != steps[i - 1]]
-    if len(different) > 4:
-        different = [different[0], "…", different[-1]]
-    return " → ".join(different) or "-"
-
-
 def _milliseconds(record: Record) -> str:
     spread = record.seconds.prefill if record.seconds else None
     return f"{1000 * spread.median:.0f} ms" if spread else "-"
-
-
-def console() -> Any:
-    """Where tables go: as wide as the terminal, wide enough without one."""
-    from rich.console import Console
-
-    return Console() if sys.stdout.isatty() else Console(width=120)
 
 
 if __name__ == "__main__":

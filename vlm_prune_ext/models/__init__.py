@@ -19,7 +19,6 @@ from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.models.base import Family, LoadOptions, PromptProcessor, check_keywords
 from vlm_prune_ext.models.catalogue import check_versions
 from vlm_prune_ext.models.checkpoint import FETCHING, Checkpoint
-from vlm_prune_ext.models.convert import convert_to_hf
 from vlm_prune_ext.models.fields import check_fields, check_flash_attention
 
 logger = logging.getLogger("vlm_prune_ext")
@@ -28,7 +27,6 @@ __all__ = [
     "Family",
     "LoadOptions",
     "PromptProcessor",
-    "convert_to_hf",
     "device_of",
     "dtype_of",
     "families",
@@ -141,7 +139,7 @@ def load(
 def _turn_on_fast(model: Any, wanted: bool | None) -> None:
     if wanted is False or (wanted is None and next(model.parameters()).device.type != "cuda"):
         return
-    from vlm_prune_ext.models.fast import turn_on_fast
+    from vlm_prune_ext.fast.generate import turn_on_fast
 
     family = next((family for family in families() if family.owns(model)), None)
     try:

@@ -27,8 +27,8 @@ from torch import nn
 from vlm_prune_ext.bench.shapes import SHAPES, random_model
 from vlm_prune_ext.demo import CHECKPOINT
 from vlm_prune_ext.errors import InputError, unknown_name
+from vlm_prune_ext.fast.generate import turn_on_fast
 from vlm_prune_ext.models import load, parts_of
-from vlm_prune_ext.models.fast import turn_on_fast
 from vlm_prune_ext.models.llava import LlavaProcessor, visual_tokens
 from vlm_prune_ext.profiling.grid import Optimization
 

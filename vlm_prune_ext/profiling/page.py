@@ -6,7 +6,7 @@ import base64
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vlm_prune_ext.profiling.rows import (
     FIGURES,
@@ -17,9 +17,7 @@ from vlm_prune_ext.profiling.rows import (
     shared_settings,
     varying,
 )
-
-if TYPE_CHECKING:
-    from vlm_prune_ext.profiling.report import ModelReport, Section
+from vlm_prune_ext.profiling.sections import ModelReport, Section, columns_of, failed_text
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --head: #8882; }
@@ -104,16 +102,12 @@ def _model(model: ModelReport, folder: Path) -> str:
         parts.append("<h3>All cells</h3>")
         parts.append(_table(model.rows, varying(model.rows)))
     if model.failed:
-        from vlm_prune_ext.profiling.report import failed_text
-
         lines = "".join(f"<li>{escape(failed_text(line))}</li>" for line in model.failed)
         parts.append(f"<h3>Failed</h3><ul>{lines}</ul>")
     return "\n".join(parts)
 
 
 def _section(section: Section, folder: Path) -> str:
-    from vlm_prune_ext.profiling.report import columns_of
-
     parts = [f"<h3>{escape(section.question.title)}</h3>"]
     notes = [f"Everything else: {section.fixed}." if section.fixed else "", section.note]
     parts += [f"<p>{escape(note)}</p>" for note in notes if note]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.profiling.log import Line, Log
+from vlm_prune_ext.profiling.page import html_page
 from vlm_prune_ext.profiling.plots import draw
 from vlm_prune_ext.profiling.rows import (
     FIGURES,
@@ -28,48 +28,9 @@ from vlm_prune_ext.profiling.rows import (
     shared_settings,
     varying,
 )
+from vlm_prune_ext.profiling.sections import ModelReport, Section, columns_of, failed_text
 
 FOLDER = "pretty_results"
-
-
-@dataclass(frozen=True)
-class Section:
-    """One question's table.
-
-    Attributes:
-        question: the axis.
-        rows: of the table.
-        fixed: what the other axes are.
-        note: what a reader must know.
-        plot: file name of the PNG.
-    """
-
-    question: Question
-    rows: list[Row]
-    fixed: str
-    note: str
-    plot: str
-
-
-@dataclass(frozen=True)
-class ModelReport:
-    """All about one model.
-
-    Attributes:
-        name: as it was given.
-        stem: of file names.
-        rows: all cells that are done.
-        sections: a question each.
-        failed: cells that failed.
-        hosts: hardware and software.
-    """
-
-    name: str
-    stem: str
-    rows: list[Row]
-    sections: list[Section]
-    failed: list[Line]
-    hosts: list[str] = field(default_factory=list)
 
 
 def write_reports(out: Path) -> list[Path]:
@@ -84,7 +45,6 @@ def write_reports(out: Path) -> list[Path]:
     Raises:
         InputError: no log, or nothing in it.
     """
-    from vlm_prune_ext.profiling.page import html_page
     from vlm_prune_ext.profiling.runner import LOG
 
     lines = Log(out / LOG).read()
@@ -166,11 +126,6 @@ def markdown(model: ModelReport) -> str:
     return "\n".join(parts)
 
 
-def columns_of(section: Section) -> list[Question]:
-    """The axis, and what else differs among the rows."""
-    return list(dict.fromkeys([section.question, *varying(section.rows)]))
-
-
 def table(rows: Sequence[Row], axes: Sequence[Question]) -> str:
     """Rows as a Markdown table."""
     heads = [question.column for question in axes] + [column.name for column in FIGURES]
@@ -189,20 +144,6 @@ def _escaped(text: str) -> str:
 def legend() -> str:
     """What the columns are."""
     return "; ".join(f"*{column.name}*: {column.note}" for column in FIGURES) + "."
-
-
-def failed_text(line: Line) -> str:
-    """A failed cell in a line."""
-    cell = line.cell
-    settings = [
-        f"optimisation {cell['optimization'] or 'default'}",
-        f"image {cell['img_size'] or 'as is'}",
-        f"batch {cell['batch_size']}",
-        f"text limit {cell['max_input_len'] or 'as is'}",
-        f"KV cache {'yes' if cell['cached'] else 'no'}",
-        line.label,
-    ]
-    return f"{', '.join(settings)}: {line.why}"
 
 
 def index(models: Sequence[ModelReport]) -> str:

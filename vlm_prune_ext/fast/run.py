@@ -7,75 +7,19 @@ piece before. So every rule that keeps a fixed number of tokens works here as it
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from vlm_prune_ext.engine import masks
-from vlm_prune_ext.engine.arena import Arena
 from vlm_prune_ext.engine.decoder import Call, DecoderPruner
 from vlm_prune_ext.engine.evidence import AttentionReader, Looker, read
-from vlm_prune_ext.engine.fused import FusedLayers
 from vlm_prune_ext.engine.layout import Layout, iota, sent, take
-from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.engine.prefill import Group, Prefill
-from vlm_prune_ext.engine.recorded import Recorder, Shelf
-from vlm_prune_ext.engine.static import Activations, Head, Segment, SegmentCache, Step, widen
-from vlm_prune_ext.methods.base import Method, Stage
+from vlm_prune_ext.fast.pieces import Pieces
+from vlm_prune_ext.fast.segments import Segment, SegmentCache, Step
+from vlm_prune_ext.methods.base import Stage
 
-# Decoders whose forward does nothing around its layers but embedding, rotary positions and the last
-# norm: what else one did (Granite scales its embeddings) would be passed over.
-KNOWN = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
-PROMPT_STEP = 4  # what a piece holds is filled up to a multiple; fillers stay to the last layer
-CACHE_STEP = 128  # likewise caches, so that many lengths share one decode step
 ROOM = 128  # for decoded tokens at first: limits are high, answers short
-CACHES, SEGMENTS, STEPS = 48, 128, 24  # kept at a time
-
-
-def why_not(parts: ModelParts, method: Method | None) -> str | None:
-    """Why a model with a method cannot run on fixed shapes; ``None`` if it can."""
-    decoder: Any = parts.decoder
-    if decoder is None:
-        return "the model has no language model whose layers are known"
-    name = type(decoder).__name__
-    if name not in KNOWN or not type(decoder).__module__.startswith("transformers.models."):
-        return f"{name} is not one of {', '.join(KNOWN)}"
-    config = getattr(decoder, "config", None)
-    if not parts.plain_rotary or parts.counts_real or not hasattr(decoder, "rotary_emb"):
-        return f"{name} does not have one rotary position per token"
-    if any(masks.sliding_windows(config, len(parts.layers))):
-        return f"{name} has sliding windows"
-    if getattr(decoder.rotary_emb, "rope_type", "default") in ("dynamic", "longrope"):
-        return f"{name}'s rotary embedding depends on the length"
-    if len({parameter.device for parameter in decoder.parameters()}) > 1:
-        return "the model is spread over several devices"
-    if getattr(parts.model, "hf_quantizer", None) is not None:
-        return "the weights are quantised"
-    return why_not_now(parts, method)
-
-
-def why_not_now(parts: ModelParts, method: Method | None) -> str | None:
-    """The part of :func:`why_not` that may change while a model lives."""
-    attention = getattr(getattr(parts.decoder, "config", None), "_attn_implementation", None)
-    if attention != "sdpa":
-        return f"attn_implementation={attention!r} (sdpa is needed)"
-    return None if method is None else _why_not_method(method, len(parts.layers))
-
-
-def _why_not_method(method: Method, layers: int) -> str | None:
-    for stage in method.stages(layers):
-        if stage.mode == "mask":
-            return f"{method.name} with mode='mask' drops nothing"
-        if stage.budget is None:
-            return f"{method.name} keeps a number of tokens that depends on the picture"
-        if stage.layer == layers:
-            return f"{method.name} drops behind the last layer"
-    if any(method.decode_position_shift(layer) for layer in range(layers)):
-        return f"{method.name} with reference_positions=True shifts decode positions"
-    return None
 
 
 @dataclass
@@ -143,113 +87,6 @@ class _Note:
     visual: list[int]
 
 
-class _Shelves:
-    """What was made last. Nothing here points back at who made it, so all memory is free as soon
-    as the last user lets go."""
-
-    def __init__(self) -> None:
-        segments: Shelf[Segment] = Shelf(SEGMENTS)
-        steps: Shelf[Step] = Shelf(STEPS)
-
-        def forget(cache: SegmentCache) -> None:
-            """A cache goes, and with it what was recorded on its memory."""
-            segments.drop_where(lambda segment: segment.cache is cache)
-            steps.drop_where(lambda step: cache in step.caches)
-
-        self.segments, self.steps = segments, steps
-        self.caches: Shelf[SegmentCache] = Shelf(CACHES, forget)
-
-    def let_go(self, block: Hashable) -> None:
-        """A block of memory goes, and with it what was recorded on it."""
-        if isinstance(block, tuple):
-            self.caches.drop_where(lambda cache: cache.first <= block[1] < cache.stop)
-            self.steps.drop_where(
-                lambda step: any(cache.first <= block[1] < cache.stop for cache in step.caches)
-            )
-        else:
-            self.segments.drop_where(lambda segment: True)
-
-
-class FastDecoder:
-    """Runs one model's decoder on fixed shapes.
-
-    Args:
-        parts: where things are in the model.
-        head: see :data:`vlm_prune_ext.engine.static.Head`.
-        capture: record CUDA graphs; without them the same pieces run one by one.
-    """
-
-    def __init__(self, parts: ModelParts, head: Head, *, capture: bool) -> None:
-        self.parts, self.head = parts, head
-        decoder: Any = parts.decoder
-        first = next(decoder.parameters())
-        self.dtype = first.dtype
-        around = FusedLayers(decoder) if capture else nullcontext
-        self.recorder = Recorder(first.device, capture, around)
-        self._shelves = shelves = _Shelves()
-        self.arena = Arena(first.device, shelves.let_go)
-
-    def start(
-        self,
-        prompt: Prompt,
-        max_new_tokens: int,
-        pruner: DecoderPruner | None = None,
-        call: Call | None = None,
-    ) -> Run:
-        """Prefill.
-
-        Args:
-            prompt: as it would enter layer 0.
-            max_new_tokens: how many tokens will be decoded at most.
-            pruner, call: the method that is attached, and what it made of the prompt so far.
-        """
-        aligned = _Aligned.of(prompt)
-        stages: dict[int, Stage] = {}
-        state = aligned.prefill([])
-        if pruner is not None and call is not None:
-            stages = {layer: stage for layer, stage in pruner.stages.items() if layer > 0}
-            state = aligned.prefill(call.state.prefill.groups)
-        run = Run(self, aligned, state, max_new_tokens)
-        run.prefill(aligned(prompt.embeds, -2), aligned(prompt.positions, -1), stages)
-        if pruner is not None and call is not None:
-            run.write_trace(pruner, call)
-        return run
-
-    def segment(self, first: int, stop: int, hidden: torch.Tensor, room: int) -> Segment:
-        """The layers ``first`` ... ``stop - 1`` for prompts of up to a bucket's length, with
-        ``room`` for decoded tokens."""
-        batch, tokens = hidden.shape[0], _round_up(hidden.shape[1], PROMPT_STEP)
-        key = (first, stop, batch, _round_up(tokens + room, CACHE_STEP))
-        segment = self._shelves.segments.get((*key, tokens), lambda: self._make(key, tokens))
-        self._shelves.caches.get(key, lambda: segment.cache)  # used just now
-        return segment
-
-    def _make(self, key: tuple[int, int, int, int], tokens: int) -> Segment:
-        config = self.parts.decoder.config  # type: ignore[union-attr]
-        memory = Activations.of(self.arena, config, key[2], tokens, self.dtype)
-        return Segment(self.parts, self.head, self._cache(key), memory, self.recorder)
-
-    def _cache(self, key: tuple[int, int, int, int]) -> SegmentCache:
-        config = self.parts.decoder.config  # type: ignore[union-attr]
-        return self._shelves.caches.get(
-            key, lambda: SegmentCache(self.arena, config, *key, self.dtype)
-        )
-
-    def wider(self, old: SegmentCache, more: int) -> SegmentCache:
-        """A cache with the same content and at least ``more`` places beside."""
-        width = _round_up(old.width + more, CACHE_STEP)
-        new = self._cache((old.first, old.stop, old.batch, width))
-        widen(old, new)
-        return new
-
-    def step(self, caches: list[SegmentCache]) -> Step:
-        """One decode step over these caches."""
-        key = tuple(id(cache) for cache in caches)
-        return self._shelves.steps.get(
-            key, lambda: Step(self.parts, self.head, caches, self.recorder)
-        )
-
-
 class Run:
     """One prompt, and what is decoded after it.
 
@@ -258,9 +95,9 @@ class Run:
     """
 
     def __init__(
-        self, decoder: FastDecoder, aligned: _Aligned, state: Prefill, max_new_tokens: int
+        self, pieces: Pieces, aligned: _Aligned, state: Prefill, max_new_tokens: int
     ) -> None:
-        self.decoder, self.aligned, self.state = decoder, aligned, state
+        self.pieces, self.aligned, self.state = pieces, aligned, state
         self.limit = max_new_tokens
         self.done = 0  # tokens that were decoded
         self.caches: list[SegmentCache] = []
@@ -278,11 +115,11 @@ class Run:
         counts = self.aligned.counts[:, None]
         self._position = positions.expand(len(counts), -1).gather(1, counts - 1) + 1
         starts = [0, *sorted(stages)]
-        stops = [*starts[1:], len(self.decoder.parts.layers)]
+        stops = [*starts[1:], len(self.pieces.parts.layers)]
         for first, stop in zip(starts, stops, strict=True):
             if first in stages:
                 hidden, positions = self._drop(stages[first], hidden, positions)
-            segment = self.decoder.segment(first, stop, hidden, min(self.limit, ROOM))
+            segment = self.pieces.segment(first, stop, hidden, min(self.limit, ROOM))
             real = self._real_tokens()
             segment.fill(hidden, positions, real - 1)
             self.segments.append(segment)
@@ -331,8 +168,8 @@ class Run:
         segment, count = self.segments[-1], hidden.shape[1]
         before, memory = segment.cache.stop - 1, segment.memory
         reader = AttentionReader(
-            self.decoder.parts,
-            self.decoder.parts.layers[before].self_attn,  # type: ignore[arg-type]
+            self.pieces.parts,
+            self.pieces.parts.layers[before].self_attn,  # type: ignore[arg-type]
             memory.attended[:, :count],
             self.state,
             self.state.layout,
@@ -388,12 +225,36 @@ class Run:
             self.caches = [segment.cache for segment in self.segments]
         if self.done == self._room():  # as much again, but never past the limit
             more = min(self.done, self.limit - self.done)
-            self.caches = [self.decoder.wider(cache, more) for cache in self.caches]
-        self._step = self.decoder.step(self.caches)
+            self.caches = [self.pieces.wider(cache, more) for cache in self.caches]
+        self._step = self.pieces.step(self.caches)
         room = [[segment.tokens] for segment in self.segments]
         real = torch.stack(self.real)[..., None]
         self._step.start(self._position + self.done, real, sent(room, real.device), self.done)
 
 
-def _round_up(number: int, step: int) -> int:
-    return -(-number // step) * step
+def start(
+    pieces: Pieces,
+    prompt: Prompt,
+    max_new_tokens: int,
+    pruner: DecoderPruner | None = None,
+    call: Call | None = None,
+) -> Run:
+    """Prefill.
+
+    Args:
+        pieces: of the decoder.
+        prompt: as it would enter layer 0.
+        max_new_tokens: how many tokens will be decoded at most.
+        pruner, call: the method that is attached, and what it made of the prompt so far.
+    """
+    aligned = _Aligned.of(prompt)
+    stages: dict[int, Stage] = {}
+    state = aligned.prefill([])
+    if pruner is not None and call is not None:
+        stages = {layer: stage for layer, stage in pruner.stages.items() if layer > 0}
+        state = aligned.prefill(call.state.prefill.groups)
+    run = Run(pieces, aligned, state, max_new_tokens)
+    run.prefill(aligned(prompt.embeds, -2), aligned(prompt.positions, -1), stages)
+    if pruner is not None and call is not None:
+        run.write_trace(pruner, call)
+    return run

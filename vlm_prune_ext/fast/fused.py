@@ -36,9 +36,10 @@ class FusedLayers:
     def __init__(self, decoder: nn.Module) -> None:
         self._forwards: list[tuple[nn.Module, Callable[..., Any]]] = []
         device = next(decoder.parameters()).device
-        kernels = triton_kernels(device)
-        if kernels is None:
+        if triton_kernels(device) is None:
             return
+        from vlm_prune_ext.fast import kernels
+
         for module in decoder.modules():
             forward = _forward_for(module, kernels) if "forward" not in vars(module) else None
             if forward is not None:
@@ -47,7 +48,7 @@ class FusedLayers:
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """Use them inside the block. Attention modules must be given the KV caches of
-        :mod:`vlm_prune_ext.engine.static`."""
+        :mod:`vlm_prune_ext.fast.segments`."""
         try:
             for module, forward in self._forwards:
                 module.forward = forward  # type: ignore[method-assign]

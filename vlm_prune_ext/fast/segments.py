@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm_prune_ext.engine.arena import Arena
 from vlm_prune_ext.engine.parts import ModelParts
-from vlm_prune_ext.engine.recorded import Recorded, Recorder
+from vlm_prune_ext.fast.arena import Arena
+from vlm_prune_ext.fast.graphs import Recorded, Recorder
 
 Head = Any
 """``head(hidden (batch, n, hidden)) -> logits (batch, n, vocabulary)``."""

@@ -1,0 +1,104 @@
+"""The recorded pieces of one decoder, and the memory they share."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from vlm_prune_ext.engine.parts import ModelParts
+from vlm_prune_ext.fast.arena import Arena
+from vlm_prune_ext.fast.fused import FusedLayers
+from vlm_prune_ext.fast.graphs import Recorder, Shelf
+from vlm_prune_ext.fast.segments import Activations, Head, Segment, SegmentCache, Step, widen
+
+PROMPT_STEP = 4  # what a piece holds is filled up to a multiple; fillers stay to the last layer
+CACHE_STEP = 128  # likewise caches, so that many lengths share one decode step
+CACHES, SEGMENTS, STEPS = 48, 128, 24  # kept at a time
+
+
+class _Shelves:
+    """What was made last. Nothing here points back at who made it, so all memory is free as soon
+    as the last user lets go."""
+
+    def __init__(self) -> None:
+        segments: Shelf[Segment] = Shelf(SEGMENTS)
+        steps: Shelf[Step] = Shelf(STEPS)
+
+        def forget(cache: SegmentCache) -> None:
+            """A cache goes, and with it what was recorded on its memory."""
+            segments.drop_where(lambda segment: segment.cache is cache)
+            steps.drop_where(lambda step: cache in step.caches)
+
+        self.segments, self.steps = segments, steps
+        self.caches: Shelf[SegmentCache] = Shelf(CACHES, forget)
+
+    def let_go(self, block: Hashable) -> None:
+        """A block of memory goes, and with it what was recorded on it."""
+        if isinstance(block, tuple):
+            self.caches.drop_where(lambda cache: cache.first <= block[1] < cache.stop)
+            self.steps.drop_where(
+                lambda step: any(cache.first <= block[1] < cache.stop for cache in step.caches)
+            )
+        else:
+            self.segments.drop_where(lambda segment: True)
+
+
+class Pieces:
+    """What is recorded of one model's decoder, by shape.
+
+    Args:
+        parts: where things are in the model.
+        head: see :data:`vlm_prune_ext.fast.segments.Head`.
+        capture: record CUDA graphs; without them the same pieces run one by one.
+    """
+
+    def __init__(self, parts: ModelParts, head: Head, *, capture: bool) -> None:
+        self.parts, self.head = parts, head
+        decoder: Any = parts.decoder
+        first = next(decoder.parameters())
+        self.dtype = first.dtype
+        around = FusedLayers(decoder) if capture else nullcontext
+        self.recorder = Recorder(first.device, capture, around)
+        self._shelves = shelves = _Shelves()
+        self.arena = Arena(first.device, shelves.let_go)
+
+    def segment(self, first: int, stop: int, hidden: torch.Tensor, room: int) -> Segment:
+        """The layers ``first`` ... ``stop - 1`` for prompts of up to a bucket's length, with
+        ``room`` for decoded tokens."""
+        batch, tokens = hidden.shape[0], _round_up(hidden.shape[1], PROMPT_STEP)
+        key = (first, stop, batch, _round_up(tokens + room, CACHE_STEP))
+        segment = self._shelves.segments.get((*key, tokens), lambda: self._make(key, tokens))
+        self._shelves.caches.get(key, lambda: segment.cache)  # used just now
+        return segment
+
+    def _make(self, key: tuple[int, int, int, int], tokens: int) -> Segment:
+        config = self.parts.decoder.config  # type: ignore[union-attr]
+        memory = Activations.of(self.arena, config, key[2], tokens, self.dtype)
+        return Segment(self.parts, self.head, self._cache(key), memory, self.recorder)
+
+    def _cache(self, key: tuple[int, int, int, int]) -> SegmentCache:
+        config = self.parts.decoder.config  # type: ignore[union-attr]
+        return self._shelves.caches.get(
+            key, lambda: SegmentCache(self.arena, config, *key, self.dtype)
+        )
+
+    def wider(self, old: SegmentCache, more: int) -> SegmentCache:
+        """A cache with the same content and at least ``more`` places beside."""
+        width = _round_up(old.width + more, CACHE_STEP)
+        new = self._cache((old.first, old.stop, old.batch, width))
+        widen(old, new)
+        return new
+
+    def step(self, caches: list[SegmentCache]) -> Step:
+        """One decode step over these caches."""
+        key = tuple(id(cache) for cache in caches)
+        return self._shelves.steps.get(
+            key, lambda: Step(self.parts, self.head, caches, self.recorder)
+        )
+
+
+def _round_up(number: int, step: int) -> int:
+    return -(-number // step) * step

@@ -1,0 +1,123 @@
+"""What can run on fixed shapes: models, methods, and calls of ``generate``.
+
+Each answer is a reason in words that fit behind "fast=True is not possible", or ``None``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+from transformers import GenerationConfig
+
+from vlm_prune_ext.engine import masks
+from vlm_prune_ext.engine.parts import ModelParts
+from vlm_prune_ext.methods.base import Method
+
+# Decoders whose forward does nothing around its layers but embedding, rotary positions and the last
+# norm: what else one did (Granite scales its embeddings) would be passed over.
+KNOWN = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
+# Arguments of greedy decoding, and those that do not matter to it.
+INPUTS = frozenset({"input_ids", "attention_mask", "pixel_values", "image_sizes"})
+_GREEDY: dict[str, tuple[Any, ...]] = {
+    "do_sample": (False, None),
+    "num_beams": (1, None),
+    "use_cache": (True, None),
+    "return_dict_in_generate": (False, None),
+}
+_FREE = frozenset({"temperature", "top_p", "top_k", "max_new_tokens", "pad_token_id"})
+_OWN = frozenset({"eos_token_id", "logits_processor", "stopping_criteria"})
+# Fields of a model's generation_config that greedy decoding does not read, or that are read here.
+_HARMLESS = _FREE | {
+    "do_sample",
+    "bos_token_id",
+    "eos_token_id",
+    "max_length",
+    "transformers_version",
+    "use_cache",
+}
+
+
+def why_not(parts: ModelParts, method: Method | None) -> str | None:
+    """Why a model with a method cannot run on fixed shapes; ``None`` if it can."""
+    decoder: Any = parts.decoder
+    if decoder is None:
+        return "the model has no language model whose layers are known"
+    name = type(decoder).__name__
+    if name not in KNOWN or not type(decoder).__module__.startswith("transformers.models."):
+        return f"{name} is not one of {', '.join(KNOWN)}"
+    config = getattr(decoder, "config", None)
+    if not parts.plain_rotary or parts.counts_real or not hasattr(decoder, "rotary_emb"):
+        return f"{name} does not have one rotary position per token"
+    if any(masks.sliding_windows(config, len(parts.layers))):
+        return f"{name} has sliding windows"
+    if getattr(decoder.rotary_emb, "rope_type", "default") in ("dynamic", "longrope"):
+        return f"{name}'s rotary embedding depends on the length"
+    if len({parameter.device for parameter in decoder.parameters()}) > 1:
+        return "the model is spread over several devices"
+    if getattr(parts.model, "hf_quantizer", None) is not None:
+        return "the weights are quantised"
+    return why_not_now(parts, method)
+
+
+def why_not_now(parts: ModelParts, method: Method | None) -> str | None:
+    """The part of :func:`why_not` that may change while a model lives."""
+    attention = getattr(getattr(parts.decoder, "config", None), "_attn_implementation", None)
+    if attention != "sdpa":
+        return f"attn_implementation={attention!r} (sdpa is needed)"
+    return None if method is None else _why_not_method(method, len(parts.layers))
+
+
+def _why_not_method(method: Method, layers: int) -> str | None:
+    for stage in method.stages(layers):
+        if stage.mode == "mask":
+            return f"{method.name} with mode='mask' drops nothing"
+        if stage.budget is None:
+            return f"{method.name} keeps a number of tokens that depends on the picture"
+        if stage.layer == layers:
+            return f"{method.name} drops behind the last layer"
+    if any(method.decode_position_shift(layer) for layer in range(layers)):
+        return f"{method.name} with reference_positions=True shifts decode positions"
+    return None
+
+
+def why_not_options(model: Any, kwargs: Mapping[str, Any]) -> str | None:
+    """What of the call asks for more than greedy decoding from a plain prompt."""
+    for name, value in kwargs.items():
+        if name in _GREEDY:
+            if value not in _GREEDY[name]:
+                return f"generate was asked for {name}={value!r}"
+        elif name not in INPUTS | _FREE | _OWN and value is not None:
+            return f"generate was given {name}"
+    if not INPUTS & set(kwargs) <= _accepted(type(model).forward):
+        return "generate was given inputs that the model does not take"
+    config = model.generation_config
+    if config.do_sample and "do_sample" not in kwargs:
+        return "the model's generation_config samples"
+    usual = _usual_config()
+    said = {name for name, value in vars(config).items() if value and value != usual.get(name)}
+    odd = sorted(name for name in said - _HARMLESS if not name.startswith("_"))
+    if odd:
+        return f"the model's generation_config sets {odd[0]}"
+    if token_limit(model, kwargs) < 1:
+        return "max_new_tokens is not stated"
+    return None
+
+
+@lru_cache
+def _accepted(forward: Callable[..., Any]) -> frozenset[str]:
+    """Names of a model's inputs."""
+    return frozenset(inspect.signature(forward).parameters)
+
+
+@lru_cache
+def _usual_config() -> dict[str, Any]:
+    return dict(vars(GenerationConfig()))
+
+
+def token_limit(model: Any, kwargs: Mapping[str, Any]) -> int:
+    """``max_new_tokens`` of a call or of the model's generation_config; 0: not stated."""
+    limit = kwargs.get("max_new_tokens")
+    return int(limit if limit is not None else model.generation_config.max_new_tokens or 0)

@@ -1,0 +1,70 @@
+"""The decoder's input, made by the model's own code: tower, projector, merging text and images."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlm_prune_ext.engine.decoder import Call, DecoderPruner
+from vlm_prune_ext.fast.run import Prompt
+
+
+class _Reached(Exception):
+    """The model has made the decoder's input; the rest of its forward is not wanted."""
+
+
+def reach(
+    decoder: nn.Module, forward: Callable[[], Any], pruner: DecoderPruner | None = None
+) -> tuple[Prompt, Call | None]:
+    """Run a model up to its decoder.
+
+    Args:
+        decoder: where to stop.
+        forward: calls the model, ``position_ids`` included.
+        pruner: the attached method, which has its say on the prompt first.
+
+    Returns:
+        the decoder's input, and what the method made of it (``None``: no visual tokens).
+    """
+    watch = _Watch(pruner)
+    handle = decoder.register_forward_pre_hook(watch, with_kwargs=True)
+    try:
+        forward()
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    assert watch.prompt is not None
+    return watch.prompt, watch.call
+
+
+class _Watch:
+    """A hook behind the pruner's own on the decoder: takes its input and ends the forward."""
+
+    def __init__(self, pruner: DecoderPruner | None) -> None:
+        self.pruner = pruner
+        self.prompt: Prompt | None = None
+        self.call: Call | None = None
+        self.thread = threading.get_ident()
+
+    def __call__(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        if threading.get_ident() != self.thread:
+            return
+        embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+        if embeds is None:
+            embeds = module.get_input_embeddings()(args[0] if args else kwargs["input_ids"])
+        self.call = self.pruner.call if self.pruner is not None else None
+        if self.call is not None:
+            real = self.call.state.prefill.real
+        elif isinstance(mask, torch.Tensor) and not bool(mask.all()):
+            real = mask.bool()
+        else:
+            # Also where a model passes a mask for each kind of layer (Gemma 3): it has no fast
+            # path, and comes here for its embeddings only.
+            real = None
+        self.prompt = Prompt(embeds, real, kwargs["position_ids"])
+        raise _Reached
