@@ -17,6 +17,7 @@ LAYERS = [
     {"errors"},
     {"select", "jsonl"},
     {"methods"},
+    {"experiment"},
     {"flops", "engine"},
     {"fast"},
     {"models"},

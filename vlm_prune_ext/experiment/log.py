@@ -1,0 +1,176 @@
+"""What runs write while they work: one append-only log of JSON lines, and files written whole.
+
+A process may be killed between any two instructions. What it had appended stays readable, a line it
+left unfinished costs that line only, and files that are written whole are the old or the new one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vlm_prune_ext.errors import InputError
+
+LOCK = ".lock"
+ASIDE = "previous"
+
+
+class Log:
+    """A file of JSON objects, one a line, that is only ever added to.
+
+    Args:
+        path: the file; made at the first line, in a folder that is there (see :func:`lock`).
+
+    Attributes:
+        broken: numbers (from 1) of lines that the last :meth:`read` could not use.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.broken: list[int] = []
+
+    def append(self, *entries: Mapping[str, Any]) -> None:
+        """Add entries with a single write; an unfinished line before them is closed first.
+
+        Raises:
+            InputError: the file cannot be written (a full disk, a folder that is gone).
+        """
+        data = "".join(f"{_line(entry)}\n" for entry in entries).encode()
+        with _says_why(self.path):
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            try:
+                size = os.fstat(file).st_size
+                if size and os.pread(file, 1, size - 1) != b"\n":
+                    data = b"\n" + data
+                while data:
+                    data = data[os.write(file, data) :]
+            finally:
+                os.close(file)
+
+    def read(self) -> list[dict[str, Any]]:
+        """Entries of all whole lines, in order; other lines are left out, and named in
+        :attr:`broken`."""
+        entries, self.broken = [], []
+        for number, line in enumerate(self._lines(), 1):
+            try:
+                entry = json.loads(line)
+            except (ValueError, RecursionError):
+                entry = None
+            if isinstance(entry, dict):
+                entries.append(entry)
+            else:
+                self.broken.append(number)
+        return entries
+
+    def _lines(self) -> list[bytes]:
+        # Split at line ends only: texts may hold any of Unicode's other line separators.
+        try:
+            lines = self.path.read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise InputError(
+                f"{str(self.path)!r} cannot be read ({error.strerror or error})."
+            ) from error
+        return lines[:-1] if not lines[-1] else lines
+
+    def replace(self, entries: Iterable[Mapping[str, Any]]) -> None:
+        """Write the whole file anew."""
+        write_whole(self.path, "".join(f"{_line(entry)}\n" for entry in entries))
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    return json.dumps(entry, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
+
+
+@contextmanager
+def _says_why(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{str(path)!r} cannot be written ({error.strerror or error}): a folder with room for "
+            "it is accepted; what was written before is kept."
+        ) from error
+
+
+# -- files written whole ---------------------------------------------------------------------------
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Replace a file by new content; it is the old or the new one, never half of it.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with _says_why(path):
+        try:
+            with part.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, indented; not-a-number is refused, since JSON has none."""
+    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any | None:
+    """What a JSON file holds; ``None`` where there is no such file, or something else in it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+# -- folders -------------------------------------------------------------------------------------
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder while this one writes to it. The system lets go of the lock
+    when the process ends, however that happens.
+
+    Raises:
+        InputError: another run has it, or the folder cannot be made.
+    """
+    import fcntl
+
+    with _says_why(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("w")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(
+                f"{str(folder)!r} is in use by another run: wait for it, or give another folder."
+            ) from error
+        yield
+
+
+def put_aside(folder: Path) -> Path | None:
+    """Move what an earlier run left in a folder into a subfolder of it: ``previous``, or, where
+    there is one, ``previous-2`` and so on. Nothing is deleted.
+
+    Returns:
+        the subfolder; ``None`` if there was nothing to move.
+    """
+    old = [p for p in folder.iterdir() if p.name != LOCK and not p.name.startswith(ASIDE)]
+    if not old:
+        return None
+    number, aside = 1, folder / ASIDE
+    while aside.exists():
+        number += 1
+        aside = folder / f"{ASIDE}-{number}"
+    with _says_why(aside):
+        aside.mkdir()
+        for path in old:
+            path.rename(aside / path.name)
+    return aside

@@ -1,0 +1,384 @@
+"""Tables and pictures of results, in every form that a command writes: console, Markdown, CSV,
+HTML, JSON and PNG.
+
+A command states columns and rows once. What stands in a cell may come from anywhere (an answer, a
+row's name, a file), so each form escapes it here: Markdown and HTML show it as it is, no escape
+sequence reaches a terminal, and a spreadsheet takes it for text whatever it begins with.
+"""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import json
+import sys
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vlm_prune_ext.experiment.log import write_whole
+
+FORMATS = ("md", "csv", "html", "json")
+
+
+# -- escaping --------------------------------------------------------------------------------------
+class Markup(str):
+    """A cell that this package wrote as Markdown (a link, code) and that is not to be escaped."""
+
+
+def terminal_text(value: object) -> str:
+    """One line without anything that a terminal would obey: control characters, line ends and
+    marks that turn the direction of text are written out (``\\x1b``)."""
+    return "".join(_shown(c) for c in str(value))
+
+
+def _shown(character: str) -> str:
+    if unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp", "Cs"):
+        return character.encode("unicode_escape", "backslashreplace").decode()
+    return character
+
+
+def markdown_cell(value: object) -> str:
+    """A cell of a Markdown table that reads as the value."""
+    if isinstance(value, Markup):
+        return str(value)
+    text = terminal_text(value)
+    for sign in "\\`*[]|":
+        text = text.replace(sign, f"\\{sign}")
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def html_cell(value: object) -> str:
+    """A cell of an HTML table that reads as the value."""
+    return html.escape(terminal_text(value))
+
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "'")
+
+
+def sheet_cell(text: str) -> str:
+    """A text that spreadsheets take for text: with an apostrophe in front where they might see a
+    formula. :func:`plain_cell` takes it off again."""
+    return f"'{text}" if text.startswith(_FORMULA) else text
+
+
+def plain_cell(text: str) -> str:
+    """What :func:`sheet_cell` was given."""
+    return text[1:] if text[:1] == "'" and text[1:].startswith(_FORMULA) else text
+
+
+def csv_text(rows: Iterable[Sequence[object]]) -> str:
+    """Rows as CSV; texts by :func:`sheet_cell`, numbers as they are, ``None`` empty."""
+    out = io.StringIO()
+    table = csv.writer(out, lineterminator="\n")
+    for row in rows:
+        table.writerow([sheet_cell(cell) if isinstance(cell, str) else cell for cell in row])
+    return out.getvalue()
+
+
+# -- tables ----------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Column:
+    """A column.
+
+    Attributes:
+        name: heading, and key in JSON.
+        digits: behind the point, for numbers.
+        note: what it is, for the legend.
+        left: whether it is text, flush left.
+        key: its name in CSV and JSON, where that is another.
+        unit: written behind numbers.
+    """
+
+    name: str
+    digits: int = 1
+    note: str = ""
+    left: bool = False
+    key: str = ""
+    unit: str = ""
+
+    def text(self, value: object) -> object:
+        """A value as people read it: numbers rounded, ``-`` where there is none."""
+        if value is None:
+            return "-"
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return value
+        return f"{value:.{self.digits}f}{self.unit}"
+
+
+@dataclass
+class Table:
+    """Columns, rows, and what to say about them.
+
+    Attributes:
+        columns: in order.
+        rows: of values (numbers, texts, ``None``), one per column.
+        title: above.
+        notes: sentences below.
+    """
+
+    columns: Sequence[Column]
+    rows: list[Sequence[Any]] = field(default_factory=list)
+    title: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    def cells(self) -> list[list[object]]:
+        """Rows as people read them."""
+        return [
+            [column.text(value) for column, value in zip(self.columns, row, strict=True)]
+            for row in self.rows
+        ]
+
+    def keys(self) -> list[str]:
+        """Names of the columns in CSV and JSON."""
+        return [column.key or column.name for column in self.columns]
+
+    def legend(self) -> str:
+        """What the columns are, where their names do not say it."""
+        return "; ".join(f"{c.name}: {c.note}" for c in self.columns if c.note)
+
+    def markdown(self) -> str:
+        """As a Markdown page's part."""
+        rules = ["---" if column.left else "---:" for column in self.columns]
+        lines = [[column.name for column in self.columns], *self.cells()]
+        shown = [f"| {' | '.join(map(markdown_cell, line))} |" for line in lines]
+        shown.insert(1, f"| {' | '.join(rules)} |")
+        parts = [f"## {markdown_cell(self.title)}", ""] if self.title else []
+        parts += shown
+        for note in (self.legend(), *self.notes):
+            parts += ["", markdown_cell(note)] if note else []
+        return "\n".join(parts) + "\n"
+
+    def csv(self) -> str:
+        """As CSV: values in full, a header of keys."""
+        return csv_text([self.keys(), *self.rows])
+
+    def html(self) -> str:
+        """As an HTML page without anything from elsewhere."""
+        head = "".join(f"<th>{html_cell(column.name)}</th>" for column in self.columns)
+        aligned = [' class="t"' if column.left else "" for column in self.columns]
+        body = "".join(
+            "<tr>"
+            + "".join(f"<td{a}>{html_cell(c)}</td>" for a, c in zip(aligned, row, strict=True))
+            + "</tr>\n"
+            for row in self.cells()
+        )
+        said = "".join(
+            f"<p>{html_cell(note)}</p>\n" for note in (self.legend(), *self.notes) if note
+        )
+        return _PAGE.format(title=html_cell(self.title), head=head, body=body, notes=said)
+
+    def records(self) -> list[dict[str, Any]]:
+        """Rows as objects."""
+        return [dict(zip(self.keys(), row, strict=True)) for row in self.rows]
+
+    def json(self) -> str:
+        """As JSON: a list of objects."""
+        return json.dumps(self.records(), indent=2, ensure_ascii=False, default=str) + "\n"
+
+    def show(self, *, boxed: bool = False) -> None:
+        """Print it: as a table of lines on a terminal (or anywhere, ``boxed``), in plain columns
+        when piped."""
+        if boxed or sys.stdout.isatty():
+            console().print(self.rich())
+        else:
+            print(plain_columns([[c.name for c in self.columns], *self.cells()]))
+
+    def rich(self) -> Any:
+        """As rich draws it; texts are shown as they are, not read as markup."""
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        drawn = RichTable(title=Text(terminal_text(self.title)) if self.title else None)
+        drawn.title_justify = "left"
+        for place, column in enumerate(self.columns):
+            last = column.left and place == len(self.columns) - 1
+            drawn.add_column(
+                column.name,
+                justify="left" if column.left else "right",
+                no_wrap=not last,
+                overflow="fold",
+                ratio=1 if last and place else None,
+            )
+        for row in self.cells():
+            drawn.add_row(*(Text(terminal_text(cell)) for cell in row))
+        return drawn
+
+
+def plain_columns(lines: Sequence[Sequence[object]]) -> str:
+    """Left-aligned columns, two spaces apart, no line broken: easy to grep and cut."""
+    shown = [[terminal_text(cell) for cell in line] for line in lines]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    padded = [[cell.ljust(w) for cell, w in zip(line, widths, strict=True)] for line in shown]
+    return "\n".join("  ".join(line).rstrip() for line in padded)
+
+
+def console() -> Any:
+    """Where tables go: as wide as the terminal, wide enough without one."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=120)
+
+
+def write_table(folder: Path, stem: str, table: Table, formats: Iterable[str] = FORMATS) -> None:
+    """Write a table in several forms: ``<stem>.md`` and so on.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    made = {"md": table.markdown, "csv": table.csv, "html": table.html, "json": table.json}
+    for name in formats:
+        write_whole(folder / f"{stem}.{name}", made[name]())
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
+th, td {{ padding: .25em .7em; border-bottom: 1px solid #ddd; text-align: right }}
+th, .t {{ text-align: left }}
+</style></head><body>
+<h1>{title}</h1>
+<table><thead><tr>{head}</tr></thead><tbody>
+{body}</tbody></table>
+{notes}</body></html>
+"""
+
+
+# -- pictures --------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Line:
+    """A line of a plot.
+
+    Attributes:
+        name: in the legend; empty: not in it.
+        points: ``(x, y)``, drawn in the order of x.
+        style: matplotlib's format.
+        color: number of a colour; lines of one number share it.
+        low, high: a band around it, per point.
+    """
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    style: str = "o-"
+    color: int = 0
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+
+
+def line_plot(
+    panels: Mapping[str, Sequence[Line]],
+    path: Path,
+    *,
+    x: str,
+    y: str,
+    log_x: bool = False,
+    ticks: Sequence[float] | None = None,
+    limits: tuple[float, float] | None = None,
+    title: str = "",
+) -> None:
+    """Lines, a panel per entry, one legend beside the last.
+
+    Args:
+        panels: title of a panel -> its lines.
+        path: PNG (or PDF, SVG: by the name's ending).
+        x, y: labels of the axes.
+        log_x: whether the x axis is logarithmic, base 2.
+        ticks: places on the x axis that are marked.
+        limits: of the y axis.
+        title: above all.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    colors = mpl.color_sequences["tab10"]
+    size = (3.4 + 3.8 * len(panels), 4.2)
+    figure = Figure(figsize=size, dpi=130, layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axis, (name, lines) in zip(axes, panels.items(), strict=True):
+        for line in lines:
+            order = sorted(range(len(line.points)), key=lambda i: line.points[i])
+            xs, ys = ([line.points[i][k] for i in order] for k in (0, 1))
+            color = colors[line.color % len(colors)]
+            axis.plot(xs, ys, line.style, color=color, label=_plain(line.name) or None)
+            if line.low is not None and line.high is not None:
+                band = ([line.low[i] for i in order], [line.high[i] for i in order])
+                axis.fill_between(xs, *band, alpha=0.15, color=color)
+        if log_x:
+            axis.set_xscale("log", base=2)
+        if ticks:
+            axis.set_xticks(list(ticks), [f"{tick:g}" for tick in ticks])
+            axis.minorticks_off()
+        if limits:
+            axis.set_ylim(*limits)
+        axis.set_title(_plain(name), fontsize=10)
+        axis.set_xlabel(x)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel(y)
+    handles, _ = axes[-1].get_legend_handles_labels()
+    if handles:
+        axes[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
+    if title:
+        figure.suptitle(_plain(title), fontsize=9)
+    save(figure, path)
+
+
+def bar_plot(
+    panels: Mapping[str, Sequence[float | None]],
+    names: Sequence[str],
+    path: Path,
+    *,
+    digits: int = 3,
+    floors: Mapping[str, Sequence[float]] | None = None,
+    title: str = "",
+) -> None:
+    """Horizontal bars, a panel per figure, the same rows in each, the first on top.
+
+    Args:
+        panels: title of a panel -> a value per row; ``None`` has no bar.
+        names: of the rows.
+        path: PNG.
+        digits: of the numbers behind the bars.
+        floors: title of a panel -> a mark per row (what a device allows).
+        title: above all.
+    """
+    from matplotlib.figure import Figure
+
+    height = 1.2 + 0.32 * max(len(names), 2)
+    figure = Figure(figsize=(2.2 + 2.3 * len(panels), height), layout="constrained", dpi=150)
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    places = range(len(names))
+    for axis, (name, values) in zip(axes, panels.items(), strict=True):
+        bars = axis.barh(places, [value or 0.0 for value in values], color="#4c78a8")
+        said = ["–" if value is None else f"{value:.{digits}f}" for value in values]
+        axis.bar_label(bars, said, padding=2, fontsize=8)
+        if floors and name in floors:
+            axis.plot(floors[name], places, "|", color="black", ms=11, mew=2)
+        axis.set_title(_plain(name), fontsize=10)
+        axis.set_xlim(0, 1.3 * max([value for value in values if value], default=1.0))
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(places, [_plain(name) for name in names], fontsize=8)
+    axes[0].set_ylim(len(names) - 0.4, -0.6)
+    if title:
+        figure.suptitle(_plain(title), fontsize=9)
+    save(figure, path)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure whole, in the form that the file's name says."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure)
+    out = io.BytesIO()
+    figure.savefig(out, format=path.suffix.lstrip(".") or "png")
+    write_whole(path, out.getvalue())
+
+
+def _plain(text: str) -> str:
+    """A text that matplotlib does not read as mathematics."""
+    return terminal_text(text).replace("$", r"\$")
