@@ -557,6 +557,22 @@ def test_decoding_takes_prompt_or_new_tokens_only(original: Loaded) -> None:
     assert processor.decode(inputs["input_ids"], inputs) == [""]
 
 
+def test_decoding_takes_what_generate_returns_however_asked(original: Loaded) -> None:
+    model, processor = original
+    inputs = processor.batch(["What?", "What is it?"], [makers.photo()] * 2)
+    options = {"max_new_tokens": 4, "do_sample": False, "num_beams": 3, "num_return_sequences": 3}
+    plain = model.generate(**inputs, **options)
+    width = inputs["input_ids"].shape[1]
+    texts = processor.decode(plain[:, width:], {})
+    assert len(texts) == 6
+    assert processor.decode(plain, inputs) == texts
+    dict_output = model.generate(**inputs, **options, return_dict_in_generate=True)
+    assert processor.decode(dict_output, inputs) == texts
+    for wrong in ("text", {"logits": plain}, plain[0]):
+        with pytest.raises(InputError, match="what generate"):
+            processor.decode(wrong, inputs)
+
+
 def test_images_from_files_bytes_and_odd_modes(original: Loaded, tmp_path: Path) -> None:
     image = makers.photo()
     path = tmp_path / "a.png"

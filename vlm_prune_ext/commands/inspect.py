@@ -53,7 +53,9 @@ def run(args: argparse.Namespace) -> int:
     question = args.question.encode("utf-8", "replace").decode()
     if not question.strip():
         raise InputError("--question is empty: give the text of a question.")
-    image = read_image(args.image)
+    from vlm_prune_ext.models.images import open_image
+
+    image = open_image(args.image)
     out = check_out(args.out or f"{Path(args.image).stem}_{method.label()}.png")
     model, processor = load_model(args)
     seen = look(model, processor, method, image, question, args.max_new_tokens)
@@ -78,21 +80,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"No installed font has {' '.join(missing)}: boxes in the picture.")
     print(f"Written: {out}")
     return 0
-
-
-def read_image(path: str) -> Image.Image:
-    """Open a picture as RGB.
-
-    Raises:
-        InputError: no such file, or not a picture.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except FileNotFoundError as error:
-        raise InputError(f"IMAGE {path!r} does not exist.") from error
-    except Exception as error:  # decoders raise whatever they like on damaged files
-        raise InputError(f"IMAGE {path!r} cannot be read as a picture: {error}.") from error
 
 
 def check_out(text: str) -> Path:

@@ -293,10 +293,9 @@ def _answer_all(
 
 
 def _images(question: Question) -> list[Image.Image]:
-    if question.image is None:
-        return []
-    with Image.open(question.image) as image:
-        return [image.convert("RGB")]
+    from vlm_prune_ext.models.images import open_image
+
+    return [] if question.image is None else [open_image(question.image)]
 
 
 def _answer(

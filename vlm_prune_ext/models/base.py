@@ -360,13 +360,19 @@ class PromptProcessor:
         raise NotImplementedError
 
     # -- outputs to text ---------------------------------------------------------------------
-    def decode(self, output_ids: torch.Tensor, inputs: Mapping[str, Any]) -> list[str]:
+    def decode(self, output_ids: Any, inputs: Mapping[str, Any]) -> list[str]:
         """Answers in plain text: new tokens only, no special tokens, no blanks at the ends.
 
         Args:
-            output_ids: what ``generate`` returned, ``(batch, n)``, with the prompt or without it.
+            output_ids: what ``generate`` returned: ids, ``(batch * num_return_sequences, n)``, with
+                the prompt or without it, or the mapping of ``return_dict_in_generate`` that has
+                them as ``sequences``.
             inputs: what it was called with.
+
+        Raises:
+            InputError: neither ids nor such a mapping.
         """
+        output_ids = sequences_of(output_ids)
         prompt = inputs.get("input_ids")
         if prompt is not None and starts_with(output_ids, prompt):
             output_ids = output_ids[:, prompt.shape[1] :]
@@ -378,12 +384,31 @@ class PromptProcessor:
         return (inputs["input_ids"] == self.image_token_id).sum(dim=1).tolist()
 
 
+def sequences_of(output: Any) -> torch.Tensor:
+    """Token ids, ``(rows, n)``, of what ``generate`` returned.
+
+    Raises:
+        InputError: it has none.
+    """
+    ids = output.get("sequences") if isinstance(output, Mapping) else output
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
+        raise InputError(
+            f"output of type {type(output).__name__} is not valid: what generate() returned is, "
+            "ids of (batch, n) or a mapping with 'sequences'."
+        )
+    return ids
+
+
 def starts_with(output_ids: torch.Tensor, prompt: torch.Tensor) -> bool:
-    """Whether generated ids repeat the prompt, ``(batch, n)`` and ``(batch, seq)``."""
+    """Whether generated ids repeat the prompt, ``(batch * n, length)`` and ``(batch, seq)``: the
+    ``n`` sequences of a sample stand one after the other, as ``num_return_sequences`` gives them.
+    """
     width = prompt.shape[1]
-    if output_ids.shape[1] < width:
+    copies, rest = divmod(output_ids.shape[0], max(prompt.shape[0], 1))
+    if output_ids.shape[1] < width or rest:
         return False
-    return bool(torch.equal(output_ids[:, :width], prompt.to(output_ids.device)))
+    prompts = prompt.repeat_interleave(copies, dim=0).to(output_ids.device)
+    return bool(torch.equal(output_ids[:, :width], prompts))
 
 
 def _as_list(images: Any) -> list[Any]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
+from PIL import Image, ImageCms, ImageFile
 
 from vlm_prune_ext.errors import InputError
 
@@ -17,35 +20,144 @@ ImageLike: TypeAlias = "Image.Image | str | os.PathLike[str] | bytes"
 Size = tuple[int, int]
 
 
+MAX_PIXELS = 89_478_485
+"""Pixels of a picture at most: a quarter GiB of RGB, where Pillow begins to warn of decompression
+bombs. Said here, because other packages lift Pillow's own limit for the whole process."""
+
+_MOST = f"{MAX_PIXELS} are accepted at most"
+_WHITE_16 = 65535
+
+
 def open_image(image: Any) -> Image.Image:
-    """An RGB image.
+    """An RGB image of 8 bits per channel.
+
+    Grey values of more bits are scaled so that white stays white; LAB goes through sRGB's profile.
 
     Args:
         image: PIL image, path of a file, or the bytes of one.
 
     Raises:
-        InputError: missing file, or one that does not decode.
+        InputError: missing file, one that does not decode, more than :data:`MAX_PIXELS`, or
+            pixels that do not say which value is white (32-bit integers beyond 16 bits, floats).
     """
+    name = f"image {_shown(image)}" if isinstance(image, str | os.PathLike) else "image"
     source = image
-    name = f"image {str(image)!r}" if isinstance(image, str | os.PathLike) else "image"
     if isinstance(image, bytes):
         source = io.BytesIO(image)
     elif isinstance(image, str | os.PathLike):
         source = Path(image)
-        if not source.is_file():
+        if not _is_file(source):
             raise InputError(f"{name} does not exist: give the path of an image file.")
     elif not isinstance(image, Image.Image):
         raise InputError(
             f"image of type {type(image).__name__} is not valid: give a PIL image, a path or bytes."
         )
     try:
-        opened = source if isinstance(source, Image.Image) else Image.open(source)
-        return opened.convert("RGB")
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, EOFError) as error:
+        return _decode(source, name)
+    except InputError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{name} has too many pixels: {_MOST}.") from error
+    except Exception as error:  # decoders raise whatever they like on damaged files
         raise InputError(
             f"{name} does not decode ({type(error).__name__}): a complete file in a format that "
             "Pillow reads is needed."
         ) from error
+
+
+def _decode(source: Any, name: str) -> Image.Image:
+    if isinstance(source, Image.Image):
+        _check_pixels(source, name)
+        with _own_limits():
+            return _rgb(source, name)
+    with _own_limits(), Image.open(source) as opened:
+        if opened.format in _REFUSED:
+            raise InputError(f"{name} is {opened.format}, {_REFUSED[opened.format]}.")
+        _check_pixels(opened, name)
+        opened.load()
+        _check_pixels(opened, name)  # ICO and ICNS know their size only now
+        return _rgb(opened, name)
+
+
+_REFUSED = {"EPS": "which only another program (Ghostscript) can draw: convert it to PNG"}
+_GUARD = threading.Lock()
+_inside: list[tuple[Any, bool]] = []
+
+
+@contextmanager
+def _own_limits() -> Iterator[None]:
+    """Pillow's two switches as they should be, whatever other packages set for the process: large
+    pictures inside pictures are errors, and so are files cut short, which both evaluation
+    frameworks have Pillow fill with grey. Threads may be in here together."""
+    with _GUARD:
+        _inside.append((Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES))
+        Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = MAX_PIXELS, False
+    try:
+        yield
+    finally:
+        with _GUARD:
+            before = _inside.pop()  # the last one out finds what the first one in left
+            if not _inside:
+                Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
+def _check_pixels(image: Image.Image, name: str) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise InputError(f"{name} has too many pixels ({image.width} x {image.height}): {_MOST}.")
+
+
+def _rgb(image: Image.Image, name: str) -> Image.Image:
+    """The picture in RGB; what Pillow's ``convert`` would cut off at 255 is scaled first."""
+    if image.mode == "F":
+        raise InputError(
+            f"{name} has floating-point pixels, which do not say which value is white: convert it "
+            "to 8 or 16 bits."
+        )
+    if image.mode == "LAB":
+        to_rgb = ImageCms.buildTransformFromOpenProfiles(
+            ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB"
+        )
+        return cast(Image.Image, ImageCms.applyTransform(image, to_rgb))
+    if image.mode == "I" or image.mode.startswith("I;"):
+        return _grey(image, name).convert("RGB")
+    return image.convert("RGB")
+
+
+def _grey(image: Image.Image, name: str) -> Image.Image:
+    """8 bits of a grey picture with more."""
+    values = np.asarray(image).astype(np.int64)
+    tags = getattr(image, "tag_v2", {})
+    white = _WHITE_16
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):  # these two are always 16 bits
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high > _WHITE_16:
+            raise InputError(
+                f"{name} has 32-bit pixels from {low} to {high}, which do not say which value is "
+                "white: convert it to 8 or 16 bits."
+            )
+        white = _WHITE_16 if high > 255 else 255
+    elif tags.get(_BITS_PER_SAMPLE) == (12,):
+        white = 4095
+    scaled = (values * 255 + white // 2) // white
+    if image.mode != "I" and tags.get(_PHOTOMETRIC) == 0:  # white is zero, which Pillow leaves so
+        scaled = 255 - scaled
+    return Image.fromarray(scaled.clip(0, 255).astype(np.uint8))
+
+
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF's tags
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file system takes
+        return False
+
+
+def _shown(path: Any) -> str:
+    """A path in quotes; of a very long one, its two ends."""
+    said = repr(os.fspath(path))
+    return said if len(said) <= 200 else f"{said[:100]}...{said[-60:]}"
 
 
 def pad_square(image: Image.Image, color: tuple[int, ...]) -> Image.Image:

@@ -1,0 +1,4 @@
+"""What must not go silently wrong: damaged, hostile and odd input, killed and starved runs.
+
+``make faults`` runs all of it; without ``FAULTS=full`` in the environment each count is small.
+"""
