@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 from vlm_prune_ext.engine import scores
+from vlm_prune_ext.engine.call import Call
 from vlm_prune_ext.engine.kernels import triton_kernels
 from vlm_prune_ext.engine.layout import Layout, take
 from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.engine.prefill import Group, Prefill
+from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.methods.base import Evidence, Need
 
 
@@ -56,6 +58,35 @@ def read(
     rows = [need for need in needs if need.startswith("attention:")]
     attention = reader.attention(rows[-1]) if rows else None
     return attention, reader.keys if "keys" in needs else None
+
+
+def cached_keys(cache: Any, layer: int, queries: int, call: Call) -> torch.Tensor | None:
+    """Keys a layer has just attended to, ``(batch, kv_heads, n, head_dim)``.
+
+    Args:
+        cache: of the whole model, or ``None``.
+        layer: 0-based.
+        queries: tokens of this call.
+        call: the run that it is part of.
+
+    Returns:
+        ``None`` where a prompt's keys are not, or not all, in the cache.
+
+    Raises:
+        InputError: a decode step whose earlier keys the cache has let go of.
+    """
+    if cache is None:
+        return None
+    keys = cache.layers[layer].keys
+    if call.prefill:
+        return keys[..., :queries, :] if keys.shape[-2] >= queries else None
+    if keys.shape[-2] < int(cache.get_seq_length(layer)):
+        raise InputError(
+            f"mode='mask' chooses anew at each decode step from the keys of layer "
+            f"{layer}, but that layer caches only its sliding window: use mode='drop', "
+            "or a layer behind one that sees all tokens."
+        )
+    return keys[..., : int(cache.get_seq_length(layer)), :]
 
 
 class AttentionReader:

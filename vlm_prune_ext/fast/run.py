@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from vlm_prune_ext.engine.decoder import Call, DecoderPruner
+from vlm_prune_ext.engine.call import Call
+from vlm_prune_ext.engine.decoder import DecoderPruner
 from vlm_prune_ext.engine.evidence import AttentionReader, Looker, read
 from vlm_prune_ext.engine.layout import Layout, iota, sent, take
 from vlm_prune_ext.engine.prefill import Group, Prefill
@@ -187,7 +188,7 @@ class Run:
             lost = self._lost(note.held)
             held = [before - n for before, n in zip(origin.held, lost, strict=True)]
             layout, _ = origin.layout.drop(self._still_there(note.layout), held)
-            pruner.write_trace(note.layer, call, layout, note.visual)
+            pruner.selection.write_trace(note.layer, call, layout, note.visual)
 
     def _still_there(self, layout: Layout) -> torch.Tensor:
         """Bool ``(batch, n)`` over the places of the padded prompt."""

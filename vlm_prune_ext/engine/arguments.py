@@ -1,0 +1,189 @@
+"""The mask and the rotary positions of one layer, for the tokens that it holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vlm_prune_ext.engine import masks
+from vlm_prune_ext.engine.call import Call
+from vlm_prune_ext.engine.layout import Layout
+from vlm_prune_ext.engine.parts import ModelParts
+from vlm_prune_ext.errors import InputError
+
+
+class LayerArguments:
+    """Makes a decoder's arguments fit layers that hold only part of the prompt.
+
+    Args:
+        parts: where things are.
+        shift: per layer, what is added to a decode step's position.
+    """
+
+    def __init__(self, parts: ModelParts, shift: list[int]) -> None:
+        self.parts, self.shift = parts, shift
+        # Hybrid models have layers that see only so many tokens back.
+        config = getattr(parts.decoder, "config", None)
+        self.windows = masks.sliding_windows(config, len(shift))
+
+    def __call__(self, index: int, hidden: torch.Tensor, kwargs: dict, call: Call) -> dict:
+        """The keyword arguments of layer ``index`` for the tokens it holds.
+
+        Args:
+            index: 0-based layer.
+            hidden: ``(batch, n, hidden)``, what goes into it.
+            kwargs: what the decoder hands it.
+            call: the run that it is part of.
+        """
+        prefill = call.state.prefill
+        layout = prefill.layout_at(index)
+        cut = layout.count != layout.total or layout.valid is not None
+        hiding = any(first <= index for first in prefill.hidden_keys)
+        changes: dict[str, Any] = {}
+        if cut or hiding or self._windows_gaps(index, call):
+            changes["attention_mask"] = self._mask(index, layout, hidden, kwargs, call)
+        if cut and call.prefill:
+            for name in ("position_embeddings", "position_ids"):
+                if kwargs.get(name) is not None:
+                    changes[name] = call.cut_positions(name, kwargs[name], layout)
+        if call.gaps(cut) and masks.takes_padding_masks(self._attention()):
+            # FlashAttention-2 reads gaps in position ids as the borders of packed prompts.
+            changes["position_ids"] = None
+        if not call.prefill and self.shift[index]:
+            changes["position_embeddings"] = self._shifted(hidden, kwargs, self.shift[index])
+        return {**kwargs, **changes} if changes else kwargs
+
+    def _windows_gaps(self, index: int, call: Call) -> bool:
+        """Does the layer count a sliding window over a prompt that layer 0 dropped tokens of?"""
+        short = call.state.short
+        gaps = short is not None and short.origin is not None and not short.whole
+        return gaps and self.windows[index] is not None
+
+    def _shifted(self, hidden: torch.Tensor, kwargs: dict, shift: int) -> Any:
+        rotary: Any = self.parts.decoder.rotary_emb  # type: ignore[union-attr]
+        return rotary(hidden, position_ids=kwargs["position_ids"] + shift)
+
+    def _attention(self) -> str:
+        return str(self.parts.decoder.config._attn_implementation)  # type: ignore[union-attr]
+
+    def _mask(
+        self, index: int, layout: Layout, hidden: torch.Tensor, kwargs: dict, call: Call
+    ) -> Any:
+        mask = kwargs.get("attention_mask")
+        prefill = call.state.prefill
+        if self._makes_mask(index, call):
+            return self._made_mask(index, layout, hidden, kwargs, call)
+        self._check_window(index, layout, call)
+        whole = layout.count == layout.total and layout.valid is None
+        if call.prefill and whole and not prefill.hidden_keys:
+            return mask  # cut with the prompt, in front of layer 0
+        key = (id(layout), id(mask), tuple(f for f in prefill.hidden_keys if f <= index))
+        if key not in call.masks:
+            width = self._key_width(index, layout, hidden.shape[1], kwargs)
+            made = masks.adapt(
+                mask,
+                layout,
+                queries=hidden.shape[1],
+                prefill=call.prefill,
+                width=width,
+                attention=self._attention(),
+                dtype=hidden.dtype,
+            )
+            made = self._hide_keys(index, made, width, hidden, call)
+            # The original is kept beside it: an id is only unique while its object lives.
+            call.masks[key] = (mask, made)
+        return call.masks[key][1]
+
+    def _makes_mask(self, index: int, call: Call) -> bool:
+        """Is the model's own mask of no use? Hybrid models size theirs by the cache of the first
+        layer of each kind, which may hold fewer tokens, and count windows in tokens that are left.
+        """
+        if not any(self.windows):
+            return False
+        if not call.prefill:
+            return True
+        given = call.state.short.given.mask if call.state.short is not None else None
+        stated = isinstance(given, dict) or (given is not None and given.dim() == 4)
+        return self._windows_gaps(index, call) and not stated
+
+    def _made_mask(
+        self, index: int, layout: Layout, hidden: torch.Tensor, kwargs: dict, call: Call
+    ) -> Any:
+        """The mask from where the tokens stood in the prompt, windows and hidden keys included."""
+        window = self.windows[index]
+        self._check_window(index, layout, call)
+        prefill, cache = call.state.prefill, kwargs.get("past_key_values")
+        key = (id(layout), window, tuple(f for f in prefill.hidden_keys if f <= index))
+        if key in call.masks:
+            return call.masks[key][1]
+        layout = layout.to(hidden.device)
+        queries, device = hidden.shape[1], hidden.device
+        held = int(cache.get_seq_length(index)) if cache is not None else 0
+        width = self._key_width(index, layout, queries, kwargs)
+        slots, valid = masks.key_slots(layout, width, held + queries)
+        allowed = torch.ones_like(slots, dtype=torch.bool) if valid is None else valid
+        allowed = allowed & _pick(prefill.real, slots, True)
+        for first, gone in prefill.hidden_keys.items():
+            if first <= index:
+                allowed = allowed & ~_pick(gone, slots, False)
+        if call.prefill:
+            rows = layout.slots
+        else:
+            first_row = layout.total + held - layout.count
+            rows = torch.arange(first_row, first_row + queries, device=device)[None]
+        short = call.state.short
+        if short is not None:
+            slots, rows = short.places(slots), short.places(rows.expand(len(slots), -1))
+        made = masks.by_place(slots, allowed, rows, window, self._attention(), hidden.dtype)
+        call.masks[key] = (None, made)
+        return made
+
+    def _check_window(self, index: int, layout: Layout, call: Call) -> None:
+        window = self.windows[index]
+        if not call.prefill or window is None:
+            return
+        total = layout.total if call.state.short is None else call.state.short.layout.total
+        if total <= window:
+            return
+        if masks.takes_padding_masks(self._attention()):
+            raise InputError(
+                f"attn_implementation={self._attention()!r} counts the sliding window of layer "
+                f"{index} ({window} tokens) in tokens that are left: use sdpa or eager to prune a "
+                f"prompt of {total} tokens."
+            )
+
+    def _hide_keys(
+        self, index: int, mask: Any, width: int, hidden: torch.Tensor, call: Call
+    ) -> Any:
+        """Mask mode: forbid the keys that are hidden from ``index`` on."""
+        for first, gone in call.state.prefill.hidden_keys.items():
+            if first > index:
+                continue
+            # The model's own mask may still be on the device of its first layers.
+            device = hidden.device if mask is None else mask.device
+            allowed = ~torch.nn.functional.pad(gone, (0, width - gone.shape[1])).to(device)
+            if mask is None:
+                queries = hidden.shape[1]
+                first_query = 0 if call.prefill else width - queries
+                mask = masks.fresh(allowed, queries, first_query, self._attention(), hidden.dtype)
+            else:
+                allowed = allowed if mask.dim() == 2 else allowed[:, None, None, :]
+                mask = masks.hide(mask, allowed)
+        return mask
+
+    def _key_width(self, index: int, layout: Layout, queries: int, kwargs: dict) -> int:
+        """Keys the layer's attention sees in this call."""
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            return queries
+        return int(cache.get_mask_sizes(queries, index)[0])
+
+
+def _pick(flags: torch.Tensor | None, slots: torch.Tensor, otherwise: bool) -> torch.Tensor:
+    """``flags`` ``(batch, n)`` of given slots; ``otherwise`` for slots behind the prompt."""
+    if flags is None:
+        return torch.full_like(slots, otherwise, dtype=torch.bool)
+    flags = flags.to(slots.device)
+    inside = slots < flags.shape[1]
+    return torch.where(inside, flags.gather(1, slots.clamp(max=flags.shape[1] - 1)), otherwise)
