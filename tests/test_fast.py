@@ -134,6 +134,8 @@ def test_tokens_and_trace_are_those_of_the_ordinary_path(tiny: Any, name: str, b
             found = generate(fast, inputs)
             assert torch.equal(expected, found)
             assert_same_trace(ordinary, trace)
+            assert trace.backend == "graphs"
+    assert ordinary.backend == ("transformers" if METHODS[name] is None else "hooks")
     assert fingerprint(model) == before
     assert not found.is_inference()
 
@@ -321,11 +323,11 @@ def test_a_method_without_fixed_counts(
 ) -> None:
     model, processor = original
     inputs = processor.prompt("Red?", makers.photo())
-    with vp.prune(model, NOT_STATIC[name]):
+    with vp.prune(model, NOT_STATIC[name]) as trace:
         expected = generate(model.generate, inputs)
         with caplog.at_level(logging.WARNING, "vlm_prune_ext"):
             assert torch.equal(generate(make_fast(model), inputs), expected)
-        assert "fast path is not taken" in caplog.text
+        assert "fast path is not taken" in caplog.text and trace.backend == "hooks"
         with pytest.raises(InputError, match="fast=True is not possible: "):
             generate(make_fast(model, forced=True), inputs)
     model.generate = make_fast(model, forced=True)
@@ -564,10 +566,12 @@ def test_prompts_that_are_not_padded_in_front_go_to_transformers(original: Any) 
         mask = change(inputs["attention_mask"])
         if mask.shape == inputs["attention_mask"].shape:
             mask[:, -1] = 0
-        fast.took = True
-        with contextlib.suppress(Exception):  # whatever transformers makes of it
-            generate(fast, {**inputs, "attention_mask": mask})
-        assert not fast.took
+        with vp.prune(model, None) as trace:
+            generate(fast, inputs)
+            assert trace.backend == "graphs"
+            with contextlib.suppress(Exception):  # whatever transformers makes of it
+                generate(fast, {**inputs, "attention_mask": mask})
+            assert trace.backend == "transformers"
 
 
 def test_a_decoder_that_does_more_is_refused(tmp_path: Path) -> None:

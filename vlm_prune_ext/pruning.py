@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 
 from torch import nn
 
-from vlm_prune_ext.engine.prune import run
+from vlm_prune_ext.engine.prune import baseline, run
 from vlm_prune_ext.engine.spans import VisualSpan
 from vlm_prune_ext.engine.trace import Trace
 from vlm_prune_ext.errors import InputError
@@ -37,7 +37,7 @@ def prune(
             being pruned already.
     """
     if method is None:
-        return run(None, None)  # type: ignore[arg-type]
+        return baseline(model)
     if not isinstance(method, Method):
         raise InputError(
             f"method={method!r} is not valid: a method such as FastV(attention_rank=100), what "

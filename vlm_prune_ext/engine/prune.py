@@ -20,6 +20,8 @@ from vlm_prune_ext.methods.base import Method
 # Modules that carry hooks of ours at this moment, and whose. A session holds its modules, so it is
 # only referred to here.
 _BUSY: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.WeakKeyDictionary()
+# Traces of models that nothing is attached to, for what else may answer for them.
+_BASELINES: weakref.WeakKeyDictionary[nn.Module, Trace] = weakref.WeakKeyDictionary()
 _RECORDERS = "_output_capturing_hooks_installed"
 
 
@@ -38,7 +40,7 @@ class Session:
     def __init__(
         self, parts: ModelParts, method: Method, visual_span: VisualSpan | None = None
     ) -> None:
-        self.trace = Trace()
+        self.trace = Trace(backend="hooks")
         self.method = method
         self.pruners = pruners = _pruners(parts, method, visual_span, self.trace)
         self._claimed = [m for m in (parts.decoder, parts.vision and parts.vision.tower) if m]
@@ -72,14 +74,34 @@ def session_on(module: nn.Module) -> Session | None:
     return found() if found is not None else None
 
 
+def trace_of(model: nn.Module, decoder: nn.Module) -> Trace | None:
+    """Where to note what answers for a model; ``None`` outside of any ``with`` block."""
+    session = session_on(decoder)
+    return session.trace if session is not None else _BASELINES.get(model)
+
+
+@contextmanager
+def baseline(model: nn.Module) -> Iterator[Trace]:
+    """Nothing is attached; the trace says what answered."""
+    before, trace = _BASELINES.get(model), Trace()
+    _BASELINES[model] = trace
+    try:
+        with kernels.steady_attention():
+            yield trace
+    finally:
+        del _BASELINES[model]
+        if before is not None:
+            _BASELINES[model] = before
+
+
 @contextmanager
 def run(
     parts: ModelParts, method: Method | None, visual_span: VisualSpan | None = None
 ) -> Iterator[Trace]:
     """Prune inside a ``with`` block; ``method=None`` attaches nothing at all."""
     if method is None:
-        with kernels.steady_attention():
-            yield Trace()
+        with baseline(parts.model) as trace:
+            yield trace
         return
     session = Session(parts, method, visual_span)
     try:

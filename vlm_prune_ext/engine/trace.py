@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
+
+Backend = Literal["transformers", "hooks", "graphs"]
+"""What runs a model: transformers as it comes, transformers with this package's hooks, or recorded
+CUDA graphs (:mod:`vlm_prune_ext.fast`)."""
 
 
 @dataclass
@@ -22,6 +27,7 @@ class Trace:
         visual_input: visual tokens of each sample in the prompt, before anything was dropped.
         visual_tokens: layer -> visual tokens of each sample that enter that layer; layer 0 and
             each layer at which a rule ran.
+        backend: what ran the model last.
     """
 
     kept: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -29,9 +35,11 @@ class Trace:
     vision_kept: dict[int, torch.Tensor] = field(default_factory=dict)
     visual_input: list[int] = field(default_factory=list)
     visual_tokens: dict[int, list[int]] = field(default_factory=dict)
+    backend: Backend = "transformers"
 
     def clear_decoder(self) -> None:
-        """Forget the last prefill."""
+        """Forget the last prefill: another begins, and reaches this package's hooks."""
+        self.backend = "hooks"
         self.kept.clear()
         self.lengths.clear()
         self.visual_input.clear()

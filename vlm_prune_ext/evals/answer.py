@@ -17,7 +17,7 @@ from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteria
 
 from vlm_prune_ext.engine.trace import Trace
 from vlm_prune_ext.errors import InputError
-from vlm_prune_ext.fast.generate import FastGenerate
+from vlm_prune_ext.fast.generate import check_method
 from vlm_prune_ext.measure import TokenClock
 from vlm_prune_ext.methods.base import Method
 from vlm_prune_ext.models import parts_of
@@ -108,8 +108,7 @@ class Answerer:
         self.model, self.processor, self.method = model, processor, method
         self.largest: int | None = None
         self._num_layers = _count_layers(model, method)
-        if isinstance(model.generate, FastGenerate):
-            model.generate.check(method)
+        check_method(model, method)
         stages = method.stages(self._num_layers) if method is not None else ()
         self._hiding = {stage.layer for stage in stages if stage.mode == "mask"}
 
@@ -215,7 +214,6 @@ def _costs(who: Answerer, inputs: Any, trace: Trace, clock: TokenClock) -> list[
     pixels = inputs.get("pixel_values")
     towers = math.prod(pixels.shape[:-3]) / batch if pixels is not None else 0.0
     patches = {layer: kept.shape[1] for layer, kept in sorted(trace.vision_kept.items())}
-    generate = who.model.generate
     answers = []
     for row in range(batch):
         counts = {layer: kept[row] for layer, kept in sorted(trace.visual_tokens.items())}
@@ -233,7 +231,7 @@ def _costs(who: Answerer, inputs: Any, trace: Trace, clock: TokenClock) -> list[
                 batch=batch,
                 tower_images=towers,
                 patches_kept=patches,
-                fast=isinstance(generate, FastGenerate) and generate.took,
+                fast=trace.backend == "graphs",
             )
         )
     return answers

@@ -19,7 +19,7 @@ import torch
 
 from vlm_prune_ext.engine.decoder import DecoderPruner
 from vlm_prune_ext.engine.parts import ModelParts
-from vlm_prune_ext.engine.prune import Session, session_on
+from vlm_prune_ext.engine.prune import Session, session_on, trace_of
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.fast.graphs import RecordingError
 from vlm_prune_ext.fast.pieces import Pieces
@@ -48,9 +48,6 @@ class FastGenerate:
         capture: record CUDA graphs; without them (on a CPU) the same pieces run one by one.
         forced: a method that has no fast path is an error instead of a line in the log.
 
-    Attributes:
-        took: whether the last call was answered here, not by transformers.
-
     Raises:
         InputError: the model cannot run on fixed shapes.
         RecordingError: CUDA could not record a piece, and ``forced`` (else it is logged, and
@@ -70,7 +67,6 @@ class FastGenerate:
         # The model holds this object, so nothing here may hold the model: memory would stay taken
         # after its last user let go of it.
         self._parts = replace(parts, model=parts.decoder)
-        self.took = False
         self._said: set[str] = set()
         self._broken: str | None = None
         self._lock, self._owner = threading.Lock(), 0
@@ -117,14 +113,19 @@ class FastGenerate:
                 self._owner = 0
 
     def _here_or_there(self, model: Any, inputs: Any, kwargs: Mapping[str, Any]) -> Any:
-        session = session_on(self._decoder())  # type: ignore[arg-type]
+        decoder: Any = self._decoder()
+        session, trace = session_on(decoder), trace_of(model, decoder)
         reason = self._why_not_this_call(model, session, inputs, kwargs)
         if reason is None:
             try:
-                return self._answer(model, session, kwargs)
+                answer = self._answer(model, session, kwargs)
+                if trace is not None:
+                    trace.backend = "graphs"
+                return answer
             except _NotHere as not_here:
                 reason = str(not_here)
-        self.took = False
+        if trace is not None and session is None:
+            trace.backend = "transformers"
         if reason not in self._said:
             self._said.add(reason)
             logger.warning("The fast path is not taken: %s.", reason)
@@ -153,7 +154,6 @@ class FastGenerate:
             except BaseException:
                 self.pieces.arena.wipe()  # what is no number would spoil the next prompt
                 raise
-            self.took = True
             return ids.clone()  # an ordinary tensor again
         raise _NotHere("the model changes while it answers")
 
@@ -294,6 +294,16 @@ def turn_on_fast(model: Any, parts: ModelParts, *, forced: bool = True) -> None:
     if reason is not None:
         raise InputError(f"fast=True is not possible: {reason}.")
     model.generate = FastGenerate(model, parts, forced=forced)
+
+
+def check_method(model: Any, method: Method | None) -> None:
+    """Say at once that a method has no fast path on a model that was told to take it.
+
+    Raises:
+        InputError: as :meth:`FastGenerate.check`.
+    """
+    if isinstance(model.generate, FastGenerate):
+        model.generate.check(method)
 
 
 class _NotHere(Exception):
