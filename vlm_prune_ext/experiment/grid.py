@@ -169,7 +169,9 @@ class Held:
     """
 
     def __init__(self, load: Callable[[str], Any]) -> None:
-        self._load, self._name, self._thing = load, None, None
+        self._load = load
+        self._name: str | None = None
+        self._thing: Any = None
         self._error: Exception | None = None
 
     def __call__(self, name: str) -> Any:

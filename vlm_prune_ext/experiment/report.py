@@ -143,7 +143,7 @@ class Table:
     def markdown(self) -> str:
         """As a Markdown page's part."""
         rules = ["---" if column.left else "---:" for column in self.columns]
-        lines = [[column.name for column in self.columns], *self.cells()]
+        lines: list[Sequence[object]] = [[c.name for c in self.columns], *self.cells()]
         shown = [f"| {' | '.join(map(markdown_cell, line))} |" for line in lines]
         shown.insert(1, f"| {' | '.join(rules)} |")
         parts = [f"## {markdown_cell(self.title)}", ""] if self.title else []
