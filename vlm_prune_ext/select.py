@@ -7,6 +7,7 @@ come from stable sorts), and every row of a batch is treated as if it were alone
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -26,8 +27,17 @@ def top_k_ascending(scores: torch.Tensor, k: int) -> torch.Tensor:
     Returns:
         int64 ``(batch, k)``.
     """
-    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
-    return order[..., :k].sort(dim=-1).values
+    return falling(scores)[..., :k].sort(dim=-1).values
+
+
+def falling(scores: torch.Tensor) -> torch.Tensor:
+    """Places of each row in order of falling score, ties to the lower place."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices
+
+
+def take_rows(tensor: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """``(batch, n, d)`` and int64 ``(batch, k)`` -> ``(batch, k, d)``."""
+    return tensor.gather(1, places[..., None].expand(-1, -1, tensor.shape[-1]))
 
 
 # -- similarity ------------------------------------------------------------------------------
@@ -184,6 +194,121 @@ def iterative_keep(metric: torch.Tensor, keep_num: int, r: int) -> tuple[torch.T
         alive = alive.scatter(1, top_k_ascending(score, drop), False)
     # A stable sort instead of a bool index: its size is known, so a GPU is not waited for.
     return top_k_ascending(alive.int(), keep_num - 1), rounds
+
+
+# -- merging ----------------------------------------------------------------------------------
+class Merged(NamedTuple):
+    """What merging answers; rows with fewer centres than others are filled up.
+
+    Attributes:
+        centres: int64 ``(images, most)``, patches in the order of their tokens, -1 in the filling.
+        counts: centres of each image, int64 ``(images,)``.
+        tokens: ``(images, most + 1, C)``; token ``counts[i]`` of image i is the extra one, what
+            follows it is filling.
+    """
+
+    centres: torch.Tensor
+    counts: torch.Tensor
+    tokens: torch.Tensor
+
+
+def single_head_attention(
+    keys: torch.Tensor, queries: torch.Tensor, cls: bool = True
+) -> torch.Tensor:
+    """Attention to the patches with all heads taken as one, ``(images, N)`` float32.
+
+    Softmax over all rows of ``keys . query * C^-0.5``, mean over the query rows; the entry of CLS
+    is left out afterwards, without renormalising. This map exists nowhere in the tower's own pass.
+
+    Args:
+        keys: ``(images, rows, C)``, row 0 is CLS if ``cls``; queries: ``(images, q, C)``.
+        cls: whether row 0 is CLS.
+    """
+    scale = keys.shape[-1] ** -0.5
+    logits = queries.float() @ keys.float().transpose(1, 2) * scale
+    return logits.softmax(dim=-1).mean(dim=1)[:, int(cls) :]
+
+
+def outlier_counts(attention: torch.Tensor) -> torch.Tensor:
+    """Patches above Q3 + 1.5 (Q3 - Q1) of each image, int64 ``(images,)``, at least 1.
+
+    Args:
+        attention: ``(images, N)``. Quartiles are interpolated linearly.
+    """
+    low, high = (attention.float().quantile(q, dim=1, keepdim=True) for q in (0.25, 0.75))
+    return (attention > high + 1.5 * (high - low)).sum(dim=1).clamp(min=1)
+
+
+def per_image(
+    attention: torch.Tensor, ratio: float | None, number: Callable[[float], int]
+) -> torch.Tensor:
+    """A number that follows from each image's ratio, int64 ``(images,)``.
+
+    Args:
+        attention: ``(images, N)``.
+        ratio: the same for all; ``None``: each image's share of outliers.
+        number: ratio -> number, in Python's own floating point, as published.
+    """
+    images, n = attention.shape
+    if ratio is not None:
+        return torch.full((images,), number(ratio), device=attention.device)
+    table = [number(max(1, outliers) / n) for outliers in range(n + 1)]
+    return torch.tensor(table, device=attention.device)[outlier_counts(attention)]
+
+
+def centre_counts(attention: torch.Tensor, ratio: float | None) -> torch.Tensor:
+    """How many patches become centres, ``int(N * ratio)`` and at least 1, int64 ``(images,)``.
+
+    The product is a float: with 49 patches some numbers of outliers lose one to rounding.
+    """
+    n = attention.shape[1]
+    return per_image(attention, ratio, lambda share: max(1, int(n * share)))
+
+
+def first_of_each(order: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """The first ``counts`` of each row, -1 behind them. The one transfer: the largest count."""
+    most = int(counts.max())
+    column = torch.arange(most, device=order.device)
+    return order[:, :most].masked_fill(column >= counts[:, None], -1)
+
+
+def merge_around(
+    features: torch.Tensor,
+    keys: torch.Tensor,
+    attention: torch.Tensor,
+    centres: torch.Tensor,
+    counts: torch.Tensor,
+    neighbours: int,
+) -> torch.Tensor:
+    """Tokens of the centres, and one more for what is no centre.
+
+    A centre's token is its row plus the attention-weighted sum, **not normalised**, of the
+    ``neighbours`` other patches (centres or not) with the largest cosine to its key. The extra
+    token is the attention-weighted sum of all patches that are no centres.
+
+    Args:
+        features: ``(images, N, C)``; keys: ``(images, N, d)``; attention: ``(images, N)``.
+        centres, counts: as in :class:`Merged`.
+        neighbours: how many; all others if there are fewer.
+
+    Returns:
+        tokens as in :class:`Merged`.
+    """
+    n, most = attention.shape[1], centres.shape[1]
+    places = centres.clamp(min=0)
+    unit, rows = unit_rows(keys), features.float()
+    cosines = take_rows(unit, places) @ unit.transpose(1, 2)
+    cosines = cosines.scatter(2, places[..., None], -torch.inf)  # never its own neighbour
+    near = falling(cosines)[..., : min(neighbours, n - 1)]
+    weights = torch.zeros_like(cosines).scatter(2, near, 1.0) * attention[:, None]
+    tokens = take_rows(rows, places) + weights @ rows
+    is_centre = torch.zeros_like(attention).scatter_reduce(
+        1, places, (centres >= 0).float(), "amax"
+    )
+    extra = (attention * (1 - is_centre))[:, None] @ rows
+    column = torch.arange(most + 1, device=centres.device)
+    last = (column == counts[:, None])[..., None]
+    return torch.where(last, extra, F.pad(tokens, (0, 0, 0, 1))).to(features.dtype)
 
 
 # -- draws and grids -------------------------------------------------------------------------

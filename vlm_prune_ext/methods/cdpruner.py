@@ -1,0 +1,150 @@
+"""CDPruner: a diverse choice of visual tokens that matter to the question (a DPP).
+
+Paper: Zhang et al., "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token
+Pruning in MLLMs" (arXiv 2506.10967, NeurIPS 2025). Code: ``Theia-4869/CDPruner``. Greedy inference
+for determinantal point processes: Chen, Zhang and Zhou (arXiv 1709.05135).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from vlm_prune_ext.methods.base import (
+    Method,
+    plain_numbers,
+    require_budget,
+    resolve_budget,
+)
+from vlm_prune_ext.methods.evidence import Budget, FeatureEvidence, FeatureStage
+from vlm_prune_ext.select import unit_rows
+
+EXHAUSTED = 1e-5
+"""Share of a token's own diagonal entry below which its gain is rounding noise."""
+
+
+def relevance(
+    image_embeds: torch.Tensor, text_embeds: torch.Tensor, segments: torch.Tensor | None = None
+) -> torch.Tensor:
+    """How much each patch matters to the question, scaled to about 0 ... 1 in each image.
+
+    **Minus** the mean cosine between patch and text segments, as published.
+
+    Args:
+        image_embeds: ``(images, N, P)``; text_embeds: ``(images or 1, M, P)``.
+        segments: bool ``(images or 1, M)``, the segments that count; ``None``: all.
+
+    Returns:
+        float32 ``(images, N)``; ones where all patches of an image matter alike.
+    """
+    cosines = unit_rows(image_embeds) @ unit_rows(text_embeds).transpose(1, 2)
+    if segments is None:
+        raw = -cosines.mean(dim=2)
+    else:
+        raw = -(cosines * segments[:, None]).sum(dim=2) / segments.sum(dim=1, keepdim=True)
+    low, high = raw.amin(dim=1, keepdim=True), raw.amax(dim=1, keepdim=True)
+    return torch.where(high > low, (raw - low + 1e-6) / (high - low), torch.ones_like(raw))
+
+
+def dpp_order(kernel: torch.Tensor, count: int) -> torch.Tensor:
+    """Greedy maximum a posteriori choice of a determinantal point process.
+
+    Where the kernel's rank is exhausted, so that what is left of the gains is rounding noise, the
+    largest diagonal entries follow.
+
+    Args:
+        kernel: float32 ``(images, n, n)``, symmetric, positive semidefinite.
+        count: how many, at most n.
+
+    Returns:
+        int64 ``(images, count)``, all different, in the order of picking.
+    """
+    batch, n = kernel.shape[:2]
+    rows = torch.arange(batch, device=kernel.device)
+    diagonal = kernel.diagonal(dim1=1, dim2=2)
+    gains, picked = diagonal.clone(), torch.zeros_like(diagonal)
+    floor = EXHAUSTED * diagonal
+    # Any gain above its floor comes before any entry of the diagonal.
+    later = diagonal - diagonal.amax(dim=1, keepdim=True) - 1.0
+    factors = kernel.new_zeros(batch, count, n)
+    order = torch.empty(batch, count, dtype=torch.int64, device=kernel.device)
+    for pick in range(count):
+        alive = gains > floor
+        chosen = (torch.where(alive, gains, later) + picked).argmax(dim=1)
+        order[:, pick] = chosen
+        here = factors[rows, :, chosen]
+        rest = kernel[rows, chosen] - (here[:, None] @ factors)[:, 0]
+        scale = gains[rows, chosen].clamp(min=torch.finfo(torch.float32).tiny).rsqrt()
+        factor = rest * (scale * alive[rows, chosen])[:, None]
+        factors[:, pick] = factor
+        gains = gains - factor.square()
+        picked = picked.scatter(1, chosen[:, None], -torch.inf)
+    return order
+
+
+def cdpruner(projected: torch.Tensor, weight: torch.Tensor, budget: int) -> torch.Tensor:
+    """Tokens picked by a DPP with kernel ``r_i * cosine(i, j) * r_j``.
+
+    Args:
+        projected: ``(images, N, D)``, any float dtype (computed in float32).
+        weight: ``(images, N)``, relevance r.
+        budget: how many, at most N.
+
+    Returns:
+        int64 ``(images, budget)`` ascending.
+    """
+    unit = unit_rows(projected)
+    kernel = weight[:, :, None] * (unit @ unit.transpose(1, 2)) * weight[:, None, :]
+    return dpp_order(kernel, budget).sort(dim=1).values
+
+
+@dataclass(frozen=True)
+class CDPruner(Method):
+    """Keep tokens that are diverse given the question, before the language model.
+
+    Relevance compares patches and question in CLIP's joint space, so the text half of the CLIP
+    checkpoint that the tower came from is needed. Kept tokens stay in grid order and positions are
+    consecutive. With several crops per image the budget is per crop.
+
+    Deviations from the published code: relevance is scaled in each image (there: over all images of
+    a call); exactly ``budget`` tokens, none twice, also above the kernel's rank (there: NaN,
+    duplicates); each image of a batch has its own sample's question; no CUDA is needed. A question
+    longer than the text tower is cut into segments; as published, all but the last lack an end
+    token, and the first is read at its start token, so its words do not count
+    (``text_tower`` says how to mend that).
+
+    Attributes:
+        budget: visual tokens kept per image or crop (int), or ratio (float in (0, 1]).
+        text_tower: CLIP with its text half: None: the checkpoint the tower came from; a folder; a
+            hub name; or a vlm_prune_ext.models.clip_text.TextTower.
+
+    Raises:
+        InputError: for a value outside these ranges.
+    """
+
+    budget: Budget = 64
+    text_tower: Any = None
+
+    name: ClassVar[str] = "cdpruner"
+    paper: ClassVar[str] = "arXiv 2506.10967"
+    code: ClassVar[str] = "Theia-4869/CDPruner"
+    BUDGET: ClassVar[str] = "budget"
+    LABEL: ClassVar[Mapping[str, str]] = {"budget": "keep", "text_tower": "text"}
+
+    def __post_init__(self) -> None:
+        plain_numbers(self)
+        require_budget("budget", self.budget)
+
+    def feature_stage(self) -> FeatureStage:
+        """Needs projected tokens, and patches and question in the joint space."""
+        return FeatureStage(("projected", "joint"), self._rule, budget=self.budget)
+
+    def _rule(self, evidence: FeatureEvidence) -> torch.Tensor:
+        assert evidence.projected is not None
+        assert evidence.image_embeds is not None and evidence.text_embeds is not None
+        weight = relevance(evidence.image_embeds, evidence.text_embeds, evidence.segments)
+        budget = resolve_budget("budget", self.budget, evidence.patches)
+        return cdpruner(evidence.projected, weight, budget)

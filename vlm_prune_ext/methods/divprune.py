@@ -1,0 +1,88 @@
+"""DivPrune: keep visual tokens that are far apart (max-min diversity).
+
+Paper: Alvar et al., "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models"
+(arXiv 2503.02175, CVPR 2025). Code: ``vbdi/divprune``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from vlm_prune_ext.methods.base import Method, plain_numbers, require_budget, resolve_budget
+from vlm_prune_ext.methods.evidence import Budget, FeatureEvidence, FeatureStage
+from vlm_prune_ext.select import unit_rows
+
+
+def max_min_order(tokens: torch.Tensor, count: int) -> torch.Tensor:
+    """Greedy max-min choice under the cosine distance, in the order of picking.
+
+    First the token whose nearest other token is farthest, then again and again the one whose
+    smallest distance to those picked is largest.
+
+    Args:
+        tokens: ``(images, n, D)``, any float dtype (computed in float32).
+        count: how many, 1 ... n.
+
+    Returns:
+        int64 ``(images, count)``, all different.
+    """
+    unit = unit_rows(tokens)
+    batch, n = unit.shape[:2]
+    rows = torch.arange(batch, device=unit.device)
+    distance = 1.0 - unit @ unit.transpose(1, 2)
+    order = torch.empty(batch, count, dtype=torch.int64, device=unit.device)
+    # The second smallest entry of a row: the smallest is the token's distance to itself.
+    nearest = distance.kthvalue(min(2, n), dim=2).values
+    for pick in range(count):
+        chosen = nearest.argmax(dim=1)
+        order[:, pick] = chosen
+        row = distance[rows, chosen]
+        nearest = row if pick == 0 else torch.minimum(nearest, row)
+        nearest = nearest.scatter(1, order[:, : pick + 1], -torch.inf)
+    return order
+
+
+@dataclass(frozen=True)
+class DivPrune(Method):
+    """Keep tokens that are as different from each other as possible, before the language model.
+
+    Looks at projected tokens only: no tower, no attention, no question, so it works on every
+    model. Kept tokens stay in their order and positions are consecutive. All tokens of a picture,
+    row-end ones included, are one set. A ratio keeps ``round(ratio * n)``, halves to even.
+
+    Deviations from the published code: picked tokens are never picked again (there: identical
+    tokens come several times); the picture may stand anywhere in the prompt; each image decides
+    for itself; at least one token stays. Models with positions of several axes (Qwen2-VL) keep the
+    positions of the tokens that stay.
+
+    Attributes:
+        ratio: visual tokens kept, as a ratio (float in (0, 1]) or a count (int).
+
+    Raises:
+        InputError: for a value outside these ranges.
+    """
+
+    ratio: Budget = 0.098
+
+    name: ClassVar[str] = "divprune"
+    paper: ClassVar[str] = "arXiv 2503.02175"
+    code: ClassVar[str] = "vbdi/divprune"
+    BUDGET: ClassVar[str] = "ratio"
+    LABEL: ClassVar[Mapping[str, str]] = {"ratio": "ratio"}
+
+    def __post_init__(self) -> None:
+        plain_numbers(self)
+        require_budget("ratio", self.ratio)
+
+    def feature_stage(self) -> FeatureStage:
+        """Needs projected tokens only."""
+        return FeatureStage(("projected",), self._rule, over="span", budget=self.ratio)
+
+    def _rule(self, evidence: FeatureEvidence) -> torch.Tensor:
+        assert evidence.projected is not None
+        count = resolve_budget("ratio", self.ratio, evidence.patches)
+        return max_min_order(evidence.projected, count).sort(dim=1).values

@@ -1,0 +1,97 @@
+"""LLaVA-PruMerge: attended patches take in the patches that resemble them.
+
+Paper: Shang et al., "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal
+Models" (arXiv 2403.15388, ICCV 2025). Code: ``42Shawn/LLaVA-PruMerge``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from vlm_prune_ext.methods.base import Method, plain_numbers, require_int, require_number
+from vlm_prune_ext.methods.evidence import FeatureEvidence, FeatureStage, NewTokens
+from vlm_prune_ext.select import (
+    Merged,
+    centre_counts,
+    falling,
+    first_of_each,
+    merge_around,
+    single_head_attention,
+)
+
+
+def prumerge(
+    features: torch.Tensor,
+    keys: torch.Tensor,
+    attention: torch.Tensor,
+    ratio: float | None = None,
+    neighbours: int = 32,
+) -> Merged:
+    """Centres by attention, each taking in its neighbours (``select.merge_around``).
+
+    Args:
+        features: ``(images, N, C)``; keys: ``(images, N, d)`` of the last layer; attention:
+            ``(images, N)`` of :func:`single_head_attention`.
+        ratio: share of patches that are centres; ``None``: the share of outliers of each image.
+        neighbours: patches that a centre takes in.
+    """
+    counts = centre_counts(attention, ratio)
+    centres = first_of_each(falling(attention), counts)
+    tokens = merge_around(features, keys, attention, centres, counts, neighbours)
+    return Merged(centres, counts, tokens)
+
+
+@dataclass(frozen=True)
+class PruMerge(Method):
+    """Merge patches into those that CLS attends to most, before the language model.
+
+    CLS attention in the tower's **last** layer with all heads taken as one; centres are outliers of
+    it (their number depends on the picture) or a fixed ratio. Each takes in, weighted by attention,
+    the patches with the most similar last-layer keys. Tokens come in order of falling attention,
+    not grid order, then one more for all patches that are no centres; positions are consecutive.
+    Even ``ratio=1`` is not the unpruned input: every token has its neighbours added.
+
+    Deviations from the published code: the adaptive number is each image's own (there: that of all
+    images of a call together); fewer patches than ``neighbours + 1`` work; a picture without
+    outliers keeps one centre. Towers without CLS: mean attention of all patches. With several
+    crops per image each crop is merged, and crops follow each other.
+
+    Attributes:
+        ratio: share of the patches that become centres, in (0, 1]; None: adaptive.
+        neighbours: patches that a centre takes in, at least 1.
+
+    Raises:
+        InputError: for a value outside these ranges.
+    """
+
+    ratio: float | None = None
+    neighbours: int = 32
+
+    name: ClassVar[str] = "prumerge"
+    paper: ClassVar[str] = "arXiv 2403.15388"
+    code: ClassVar[str] = "42Shawn/LLaVA-PruMerge"
+    BUDGET: ClassVar[str] = "ratio"
+    LABEL: ClassVar[Mapping[str, str]] = {"ratio": "ratio", "neighbours": "near"}
+
+    def __post_init__(self) -> None:
+        plain_numbers(self)
+        if self.ratio is not None:
+            require_number("ratio", self.ratio, 1e-9, 1.0, "a ratio in (0, 1], or None (adaptive)")
+        require_int("neighbours", self.neighbours, 1)
+
+    def feature_stage(self) -> FeatureStage:
+        """Needs features, and keys and CLS query of the last layer."""
+        return FeatureStage(("features", "last"), self._rule, budget=self.ratio)
+
+    def _rule(self, evidence: FeatureEvidence) -> NewTokens:
+        assert evidence.last_keys is not None and evidence.last_queries is not None
+        keys, cls = evidence.last_keys, int(evidence.cls)
+        attention = single_head_attention(keys, evidence.last_queries, evidence.cls)
+        merged = prumerge(
+            evidence.patch_features, keys[:, cls:], attention, self.ratio, self.neighbours
+        )
+        return NewTokens.after_merging(*merged)

@@ -1,0 +1,114 @@
+"""LLaVA-PruMerge+: PruMerge with a uniform sample of patches among its centres.
+
+Paper and code: see :mod:`vlm_prune_ext.methods.prumerge`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from vlm_prune_ext.methods.base import Method, plain_numbers, require_int, require_number
+from vlm_prune_ext.methods.evidence import FeatureEvidence, FeatureStage, NewTokens
+from vlm_prune_ext.select import (
+    Merged,
+    centre_counts,
+    falling,
+    first_of_each,
+    merge_around,
+    per_image,
+    single_head_attention,
+)
+
+
+def prumerge_plus(
+    features: torch.Tensor,
+    keys: torch.Tensor,
+    attention: torch.Tensor,
+    ratio: float | None = None,
+    neighbours: int = 32,
+    stop: int | None = None,
+) -> Merged:
+    """PruMerge's centres, then every g-th patch that is none yet, ``g = int(int(1 / ratio) / 3)``.
+
+    Args:
+        features, keys, attention, ratio, neighbours: as in
+            :func:`~vlm_prune_ext.methods.prumerge.prumerge`.
+        stop: the uniform sample ends in front of this place; ``None``: N - 1, as published (so the
+            last patch is never sampled).
+    """
+    n = attention.shape[1]
+    stop = n - 1 if stop is None else stop
+    order, counts = falling(attention), centre_counts(attention, ratio)
+    steps = per_image(attention, ratio, lambda share: max(1, int(int(1 / share) / 3)))
+    place = torch.arange(n, device=attention.device).expand_as(attention)
+    is_centre = torch.zeros_like(order).scatter(1, order, (place < counts[:, None]).long()).bool()
+    sampled = (place % steps[:, None] == 0) & (place < stop) & ~is_centre
+    # Centres in their order, then the sample in rising order, then all others.
+    position = torch.where(sampled, n + place, 2 * n + place)
+    rank = torch.empty_like(order).scatter(1, order, place)
+    order = torch.where(is_centre, rank, position).argsort(dim=1)
+    counts = counts + sampled.sum(dim=1)
+    centres = first_of_each(order, counts)
+    tokens = merge_around(features, keys, attention, centres, counts, neighbours)
+    return Merged(centres, counts, tokens)
+
+
+@dataclass(frozen=True)
+class PruMergePlus(Method):
+    """PruMerge with an even sample of further patches as centres, before the language model.
+
+    As PruMerge; behind its centres come the places 0, g, 2g, ... that are not centres yet, in grid
+    order, g = int(int(1 / ratio) / 3). Even ``ratio=1`` is not the unpruned input: every token has
+    its neighbours added.
+
+    Deviations from the published code: as PruMerge's; any number of images and patches; g is at
+    least 1 (there: a division by zero); a fixed ratio lists no patch twice. The last patch is never
+    sampled, as there, unless ``stop`` says so.
+
+    Attributes:
+        ratio: share of the patches that become PruMerge's centres, in (0, 1]; None: adaptive.
+        neighbours: patches that a centre takes in, at least 1.
+        stop: the even sample ends in front of this place, at least 0; None: the last patch.
+
+    Raises:
+        InputError: for a value outside these ranges.
+    """
+
+    ratio: float | None = None
+    neighbours: int = 32
+    stop: int | None = None
+
+    name: ClassVar[str] = "prumerge_plus"
+    paper: ClassVar[str] = "arXiv 2403.15388"
+    code: ClassVar[str] = "42Shawn/LLaVA-PruMerge"
+    BUDGET: ClassVar[str] = "ratio"
+    LABEL: ClassVar[Mapping[str, str]] = {"ratio": "ratio", "neighbours": "near", "stop": "stop"}
+
+    def __post_init__(self) -> None:
+        plain_numbers(self)
+        if self.ratio is not None:
+            require_number("ratio", self.ratio, 1e-9, 1.0, "a ratio in (0, 1], or None (adaptive)")
+        require_int("neighbours", self.neighbours, 1)
+        require_int("stop", self.stop, 0, none=True)
+
+    def feature_stage(self) -> FeatureStage:
+        """Needs features, and keys and CLS query of the last layer."""
+        return FeatureStage(("features", "last"), self._rule)
+
+    def _rule(self, evidence: FeatureEvidence) -> NewTokens:
+        assert evidence.last_keys is not None and evidence.last_queries is not None
+        keys, cls = evidence.last_keys, int(evidence.cls)
+        attention = single_head_attention(keys, evidence.last_queries, evidence.cls)
+        merged = prumerge_plus(
+            evidence.patch_features,
+            keys[:, cls:],
+            attention,
+            self.ratio,
+            self.neighbours,
+            self.stop,
+        )
+        return NewTokens.after_merging(*merged)

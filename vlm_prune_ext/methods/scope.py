@@ -1,0 +1,89 @@
+"""SCOPE: keep patches that are salient and cover the others.
+
+Paper: Deng et al., "SCOPE: Saliency-Coverage Oriented Token Pruning for Efficient Multimodal LLMs"
+(arXiv 2510.24214, NeurIPS 2025). Code: ``kinredon/SCOPE``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from vlm_prune_ext.methods.base import Method, plain_numbers, require_budget, resolve_budget
+from vlm_prune_ext.methods.evidence import Budget, FeatureEvidence, FeatureStage
+from vlm_prune_ext.select import unit_rows
+
+
+def coverage_order(features: torch.Tensor, saliency: torch.Tensor, count: int) -> torch.Tensor:
+    """Greedy choice of the patch that adds most coverage times its saliency.
+
+    A patch is covered as far as its largest cosine with a pick (0 at first, so negative cosines
+    never count). A candidate's gain is what it would add over all patches, times its saliency.
+
+    Args:
+        features: ``(images, N, C)``, any float dtype (computed in float32).
+        saliency: ``(images, N)``, not negative.
+        count: how many, at most N.
+
+    Returns:
+        int64 ``(images, count)``, all different, in the order of picking.
+    """
+    unit = unit_rows(features)
+    cosines = unit @ unit.transpose(1, 2)
+    rows = torch.arange(len(unit), device=unit.device)
+    covered = torch.zeros_like(cosines[:, :, 0])
+    picked = torch.zeros_like(covered)
+    order = torch.empty(len(unit), count, dtype=torch.int64, device=unit.device)
+    saliency = saliency.float()
+    for pick in range(count):
+        gains = (cosines - covered[:, :, None]).clamp_(min=0).sum(dim=1) * saliency + picked
+        chosen = gains.argmax(dim=1)
+        order[:, pick] = chosen
+        picked = picked.scatter(1, chosen[:, None], -torch.inf)
+        covered = torch.maximum(covered, cosines[rows, :, chosen])
+    return order
+
+
+@dataclass(frozen=True)
+class SCOPE(Method):
+    """Keep patches by saliency times coverage, before the language model.
+
+    Saliency is the CLS attention of the feature layer, summed over heads; coverage is by cosines of
+    unprojected features. Kept tokens stay in grid order (CLS goes) and positions are consecutive.
+
+    Deviations from the published code: the budget is per image (there: shared by all images of a
+    call); crops of one image share it equally, ``budget // crops`` each, at least one; any grid.
+    Towers without CLS: mean attention received from all patches.
+
+    Attributes:
+        budget: visual tokens kept per image (int), or ratio (float in (0, 1]).
+
+    Raises:
+        InputError: for a value outside these ranges.
+    """
+
+    budget: Budget = 64
+
+    name: ClassVar[str] = "scope"
+    paper: ClassVar[str] = "arXiv 2510.24214"
+    code: ClassVar[str] = "kinredon/SCOPE"
+    BUDGET: ClassVar[str] = "budget"
+    LABEL: ClassVar[Mapping[str, str]] = {"budget": "keep"}
+
+    def __post_init__(self) -> None:
+        plain_numbers(self)
+        require_budget("budget", self.budget)
+
+    def feature_stage(self) -> FeatureStage:
+        """Needs features and CLS attention."""
+        return FeatureStage(("features", "attention"), self._rule, budget=self.budget)
+
+    def _rule(self, evidence: FeatureEvidence) -> torch.Tensor:
+        assert evidence.attention is not None
+        whole = resolve_budget("budget", self.budget, evidence.patches * evidence.crops)
+        saliency = evidence.attention.float().sum(dim=1)
+        count = max(1, whole // evidence.crops)
+        return coverage_order(evidence.patch_features, saliency, count).sort(dim=1).values
