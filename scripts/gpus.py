@@ -47,7 +47,7 @@ from vlm_prune_ext.bench.subject import BEHIND, FRONT, of_shape
 from vlm_prune_ext.demo import questions, report
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.evals.answer import Answerer, Query
-from vlm_prune_ext.measure import now, peak_memory, reset_peak
+from vlm_prune_ext.experiment.measure import now, peak_memory, reset_peak
 from vlm_prune_ext.methods.base import Method
 from vlm_prune_ext.methods.registry import parse_method
 from vlm_prune_ext.models import parts_of

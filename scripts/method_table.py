@@ -37,7 +37,7 @@ from vlm_prune_ext.demo.questions import samples
 from vlm_prune_ext.demo.scenes import make_scene, render
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.evals.answer import Answer, Answerer, Query
-from vlm_prune_ext.flops import DecoderShape, VisionShape, decoder_flops, vision_flops
+from vlm_prune_ext.experiment.flops import DecoderShape, VisionShape, decoder_flops, vision_flops
 from vlm_prune_ext.methods.base import Method
 from vlm_prune_ext.models import parts_of
 

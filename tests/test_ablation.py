@@ -19,10 +19,11 @@ from PIL import Image
 
 from tests import makers
 from vlm_prune_ext import cli
-from vlm_prune_ext.ablation import console, files, messages, metrics, plan, worker
+from vlm_prune_ext.ablation import console, files, messages, plan, worker
 from vlm_prune_ext.ablation.clean import clean, one_line
 from vlm_prune_ext.ablation.data import DEFAULT_PROMPT, Row, read_data
 from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.experiment import coco, metrics
 from vlm_prune_ext.methods.registry import parse_method
 
 ASKED = "Describe this image."
@@ -377,9 +378,15 @@ PREDICTIONS = [
 ]
 
 
+def scored(
+    predictions: list[str], references: list[tuple[str, ...]], tools: coco.Tools | None = None
+) -> dict[str, metrics.Value]:
+    return metrics.evaluate(metrics.Scored(predictions, references, tools), metrics.CAPTION)
+
+
 def test_bleu_is_sacrebleus() -> None:
     sacrebleu = pytest.importorskip("sacrebleu")
-    score, signature = metrics.bleu4(PREDICTIONS, REFERENCES)
+    score, signature = metrics.bleu(PREDICTIONS, REFERENCES)
     streams = [[own[i] if i < len(own) else None for own in REFERENCES] for i in range(3)]
     direct = sacrebleu.corpus_bleu(PREDICTIONS, streams, tokenize="13a", smooth_method="exp")
     assert score == pytest.approx(direct.score, abs=1e-9) and 1 < score < 99
@@ -389,32 +396,31 @@ def test_bleu_is_sacrebleus() -> None:
 def test_best_and_worst_bleu(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sacrebleu")
     monkeypatch.setenv("PATH", "")
-    best = metrics.Metrics().score([own[0] for own in REFERENCES], REFERENCES)
-    assert best.values["bleu4"] == 1.0 and best.raw["bleu4"] == pytest.approx(100)
-    worst = metrics.Metrics().score(["", "", "", ""], REFERENCES)
-    assert worst.values["bleu4"] == 0.0
+    best = scored([own[0] for own in REFERENCES], REFERENCES)["bleu4"]
+    assert best.value == 1.0 and best.raw == pytest.approx(100)
+    assert scored(["", "", "", ""], REFERENCES)["bleu4"].value == 0.0
 
 
 def test_without_java(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pycocoevalcap")
     monkeypatch.setenv("PATH", "")
-    scores = metrics.Metrics().score(PREDICTIONS, REFERENCES)
+    scores = scored(PREDICTIONS, REFERENCES)
     for name in ("meteor", "rougeL", "spice", "cider"):
-        assert scores.values[name] is None and "Java is not on the PATH" in scores.reasons[name]
-    assert scores.values["bleu4"] is not None and "bleu4" not in scores.reasons
+        assert scores[name].value is None and "Java is not on the PATH" in scores[name].reason
+    assert scores["bleu4"].value is not None and scores["bleu4"].reason is None
 
 
 def test_without_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "sacrebleu.metrics", None)
     monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
-    scores = metrics.Metrics().score(PREDICTIONS, REFERENCES)
-    assert set(scores.values.values()) == {None}
-    assert all(".[ablate]" in reason for reason in scores.reasons.values())
+    scores = scored(PREDICTIONS, REFERENCES)
+    assert {one.value for one in scores.values()} == {None}
+    assert all(".[ablate]" in (one.reason or "") for one in scores.values())
 
 
 def test_nothing_to_score() -> None:
-    scores = metrics.Metrics().score([], [])
-    assert set(scores.values.values()) == {None} and set(scores.reasons) == set(scores.values)
+    scores = scored([], [])
+    assert all(one.value is None and one.reason for one in scores.values())
 
 
 def fake_java(folder: Path, script: str) -> str:
@@ -432,9 +438,9 @@ def test_java_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     psutil = pytest.importorskip("psutil")
     note = tmp_path / "pid"
     monkeypatch.setenv("PATH", fake_java(tmp_path, f"echo $$ > {note}; exec sleep 1000"))
-    monkeypatch.setitem(metrics.SECONDS_PER_ROW, "tokenize", 0.0)
-    tools = metrics.Tools(seconds=5.0)
-    with pytest.raises(metrics.Unavailable, match="took longer than 5 s"):
+    monkeypatch.setitem(coco.SECONDS_PER_ROW, "tokenize", 0.0)
+    tools = coco.Tools(seconds=5.0)
+    with pytest.raises(coco.Unavailable, match="took longer than 5 s"):
         tools.ask({"do": "tokenize", "captions": [["a"]]})
     assert tools._process is None
     if note.exists() and note.read_text().strip():  # it had come that far
@@ -446,22 +452,21 @@ def test_java_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     pytest.importorskip("pycocoevalcap")
     pytest.importorskip("sacrebleu")
     monkeypatch.setenv("PATH", fake_java(tmp_path, "exit 1"))
-    with metrics.Metrics(tmp_path / "log") as made:
-        scores = made.score(PREDICTIONS, REFERENCES)
-    assert scores.values["bleu4"] is not None
-    assert scores.values["meteor"] is None and "tool" in scores.reasons["meteor"]
+    with coco.Tools(tmp_path / "log") as tools:
+        scores = scored(PREDICTIONS, REFERENCES, tools)
+    assert scores["bleu4"].value is not None
+    assert scores["meteor"].value is None and "tool" in (scores["meteor"].reason or "")
 
 
-def test_spice_is_never_downloaded() -> None:
+def test_spice_is_never_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without its files there is a reason, from the child that would run it too."""
     pytest.importorskip("pycocoevalcap")
-    from vlm_prune_ext.ablation import coco
-
     if not coco.missing_spice_files():
         pytest.skip("the files of SPICE are there")
     said = {"references": [["a"]], "predictions": ["a"]}
-    with pytest.raises(metrics.Unavailable, match="is not downloaded here"):
-        metrics._check("spice", said)
+    monkeypatch.setattr(metrics, "needs_java", lambda: None)
+    reason = metrics.evaluate(metrics.Scored(["a"], [["a"]]), ["spice"])["spice"].reason
+    assert "is not downloaded here" in (reason or "")
     with pytest.raises(RuntimeError, match="is missing"):
         coco.Scorers().answer({"do": "spice", **said})
 
@@ -477,23 +482,22 @@ def test_coco_metrics_are_pycocoevalcaps() -> None:
     from pycocoevalcap.rouge.rouge import Rouge
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    with metrics.Metrics() as made:
-        ours = made.score(PREDICTIONS, REFERENCES)
-        best = made.score([own[0] for own in REFERENCES], [own[:1] for own in REFERENCES])
-        worst = made.score([""] * 4, REFERENCES)
-        process = made._tools._process
+    with coco.Tools() as tools:
+        ours = scored(PREDICTIONS, REFERENCES, tools)
+        best = scored([own[0] for own in REFERENCES], [own[:1] for own in REFERENCES], tools)
+        worst = scored([""] * 4, REFERENCES, tools)
+        process = tools._process
         assert process is not None
-    assert process.poll() is not None and made._tools._process is None
+    assert process.poll() is not None and tools._process is None
     split = PTBTokenizer().tokenize
     gold = split({i: [{"caption": text} for text in own] for i, own in enumerate(REFERENCES)})
     said = split({i: [{"caption": text}] for i, text in enumerate(PREDICTIONS)})
     for name, scorer in (("rougeL", Rouge()), ("cider", Cider()), ("meteor", Meteor())):
         direct = float(scorer.compute_score(gold, said)[0])
-        assert ours.values[name] == pytest.approx(direct, abs=1e-9)
-        assert 0.0 < direct < best.values[name] and worst.values[name] == 0.0
-    assert best.values["meteor"] == best.values["rougeL"] == pytest.approx(1.0)
-    one = ours.reasons.get("spice")
-    assert ours.values["spice"] is not None or one
+        assert ours[name].value == pytest.approx(direct, abs=1e-9)
+        assert 0.0 < direct < best[name].value and worst[name].value == 0.0
+    assert best["meteor"].value == best["rougeL"].value == pytest.approx(1.0)
+    assert ours["spice"].value is not None or ours["spice"].reason
 
 
 # -------------------------------------------------------------------------------------- tables

@@ -14,10 +14,10 @@ import vlm_prune_ext as vp
 from tests import family_makers, makers
 from vlm_prune_ext.bench import cases, report, shapes, subject
 from vlm_prune_ext.bench.floors import Ceilings
-from vlm_prune_ext.bench.timing import seconds_of
 from vlm_prune_ext.cli import main
+from vlm_prune_ext.experiment.flops import DecoderShape, decoder_flops
+from vlm_prune_ext.experiment.measure import seconds_of
 from vlm_prune_ext.fast.pieces import PROMPT_STEP
-from vlm_prune_ext.flops import DecoderShape, decoder_flops
 
 FASTV = "fastv:5,agg_layer=2"
 CEILINGS = Ceilings(flops=2e9, bytes=1e9, dtype="float32")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,13 +10,18 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
+import vlm_prune_ext as vp
+from tests import makers
 from vlm_prune_ext.errors import InputError
-from vlm_prune_ext.flops import (
+from vlm_prune_ext.experiment.flops import (
     DecoderShape,
+    PromptFlops,
+    Sizes,
     VisionShape,
     decoder_flops,
     flops_ratio,
     planned_lengths,
+    tower_images,
     vision_flops,
 )
 from vlm_prune_ext.methods.registry import parse_method
@@ -137,3 +143,35 @@ def test_bad_input() -> None:
         decoder_flops(LLAVA_7B, [643] * 31)
     with pytest.raises(InputError, match="num_attention_heads"):
         DecoderShape.from_config(SimpleNamespace())
+
+
+def test_ratio_of_visual_tokens_alone() -> None:
+    """As FastV's paper states it: 50 % of 576 tokens behind layer 2 leave 0.5 and a little, where
+    the ratio with text and output head is higher."""
+    lengths = planned_lengths(parse_method("fastv:288,agg_layer=2"), 32, text=67, visual=[576])
+    cost = Sizes(LLAVA_7B, None).prompt(67 + 576, 576, lengths)
+    layer = LLAVA_7B.layer_flops
+    assert cost.ratio_visual == (2 * layer(576) + 30 * layer(288)) / (32 * layer(576))
+    assert cost.ratio == flops_ratio(LLAVA_7B, lengths) and cost.ratio > cost.ratio_visual
+    assert cost.ratio_with_vision is None
+    assert (cost + cost).ratio_visual == cost.ratio_visual
+    bare = Sizes(LLAVA_7B, None).prompt(67, 0, [67] * 32)
+    assert bare.ratio == 1.0 and bare.ratio_visual is None and PromptFlops().ratio is None
+
+
+def test_padded_tiles_are_not_counted(tmp_path: Path) -> None:
+    """LLaVA-NeXT's processor pads to the most tiles of a batch; the tower does not see that."""
+    model, processor = vp.load(makers.tiny_next(tmp_path / "m", layers=2), device="cpu")
+    pictures = [makers.photo(80, 60, seed=1), makers.photo(150, 40, seed=2)]
+    inputs = processor.batch(["What?", "What?", "Who?"], [[pictures[0]], [pictures[1]], []])
+    seen: list[int] = []
+    hook = model.model.vision_tower.register_forward_hook(
+        lambda module, given, output: seen.append(output.last_hidden_state.shape[0])
+    )
+    with torch.no_grad():
+        model(**inputs)
+    hook.remove()
+    tiles = tower_images(model.config, inputs, [1, 1, 0])
+    assert tiles[0] != tiles[1] and tiles[2] == 0 and sum(tiles) == sum(seen)
+    assert sum(tiles) < inputs["pixel_values"].shape[0] * inputs["pixel_values"].shape[1]
+    assert tower_images(model.config, inputs) == [sum(seen)]

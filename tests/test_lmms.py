@@ -30,7 +30,7 @@ from vlm_prune_ext.evals import lmms as models
 from vlm_prune_ext.evals.likelihood import Row, score_rows
 from vlm_prune_ext.evals.lmms_requests import Decoding, decoding_of
 from vlm_prune_ext.evals.lmms_tally import Sums, _added, _metrics
-from vlm_prune_ext.flops import DecoderShape, flops_ratio
+from vlm_prune_ext.experiment.flops import DecoderShape, flops_ratio
 
 TASKS = Path(models.__file__).parent / "tasks"
 KWARGS: dict[str, Any] = {"max_new_tokens": 6, "temperature": 0, "do_sample": False}

@@ -162,11 +162,11 @@ def test_figures_of_a_cell(folder: Path, llava: Path, tmp_path: Path) -> None:
 
 
 def test_energy_is_empty_or_positive(folder: Path, llava: Path, tmp_path: Path) -> None:
-    from vlm_prune_ext.measure import CpuEnergyMeter
+    from vlm_prune_ext.experiment.measure import EnergyMeter
 
     measure(folder, tmp_path, model_name=str(llava), device="cpu", energy_seconds=0.1)
     energy = lines_of(tmp_path)[0]["result"]["energy"]
-    if CpuEnergyMeter().available:
+    if EnergyMeter("cpu").available:
         assert energy["counted"] > 0
     else:
         assert set(energy.values()) == {None}

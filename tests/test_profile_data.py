@@ -18,15 +18,15 @@ from pyarrow import parquet
 from tests.makers import photo
 from vlm_prune_ext.cli import main
 from vlm_prune_ext.demo.writers import write_lmms_parquet, write_vlmeval_tsv
-from vlm_prune_ext.profiling.data import CSV, read_folder
-from vlm_prune_ext.profiling.scores import (
-    bleu_4,
+from vlm_prune_ext.experiment.metrics import (
+    bleu,
+    fitting,
     is_right,
-    kind_of,
-    score,
     vqa_score,
     word_error_rate,
 )
+from vlm_prune_ext.profiling.data import CSV, read_folder
+from vlm_prune_ext.profiling.measuring import quality_of
 from vlm_prune_ext.profiling.sources import CHOOSE, SHORT, entries_from
 
 
@@ -207,13 +207,14 @@ def test_vqa_accuracy() -> None:
 
 def test_the_score_that_fits() -> None:
     caption = "a red square is left of a blue circle"
-    assert kind_of([[caption], [caption, caption]]) == "bleu4"
-    assert kind_of([["cat"] * 10, ["dog"] * 10]) == "vqa"
-    assert kind_of([["cat"], ["dog"]]) == "accuracy"
-    found = score(["cat", "bird"], [["cat"], ["dog"]])
+    assert fitting([[caption], [caption, caption]]) == "bleu4_lower"
+    assert fitting([["cat"] * 10, ["dog"] * 10]) == "vqa"
+    assert fitting([["cat"], ["dog"]]) == "accuracy"
+    found = quality_of(["cat", "bird"], [["cat"], ["dog"]])
     assert (found.name, found.value, found.samples) == ("accuracy", 50.0, 2)
-    found = score([caption, caption], [[caption], ["no overlap whatsoever here at all friend"]])
+    other = ["no overlap whatsoever here at all friend"]
+    found = quality_of([caption, caption], [[caption], other])
     assert found.name == "bleu4" and 0 < found.value < 100
-    assert bleu_4(
-        [caption], [[caption, "something else entirely, longer by far"]]
-    ) == pytest.approx(100)
+    two = [[caption.upper(), "something else entirely, longer by far"]]
+    assert bleu([caption], two, lowercase=True)[0] == pytest.approx(100)
+    assert bleu([caption], two)[0] < 1  # letter case kept

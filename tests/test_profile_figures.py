@@ -24,20 +24,23 @@ import vlm_prune_ext as vp
 from tests.family_makers import KINDS
 from tests.makers import photos, tiny_hf_llava
 from vlm_prune_ext.bench.shapes import SHAPES
-from vlm_prune_ext.flops import DecoderShape, decoder_flops, planned_lengths
-from vlm_prune_ext.measure import (
-    CpuEnergyMeter,
+from vlm_prune_ext.experiment.flops import (
+    DecoderShape,
+    count_flops,
+    decoder_flops,
+    planned_lengths,
+    prefill_flops,
+    vision_modules,
+)
+from vlm_prune_ext.experiment.measure import (
     EnergyMeter,
     PowerSampler,
-    Spread,
     area,
-    energy_meter,
     idle_power,
     peak_memory,
     reset_peak,
 )
-from vlm_prune_ext.profiling.analytic import prefill_flops
-from vlm_prune_ext.profiling.counting import count_flops, vision_modules
+from vlm_prune_ext.experiment.record import Spread
 
 QUESTIONS = ["What colour is the cat?", "Is there a dog in the image? Please answer yes or no."]
 
@@ -197,7 +200,7 @@ def test_processor_energy(tmp_path: Path) -> None:
     write_zone(tmp_path, "intel-rapl:0", 900_000)
     write_zone(tmp_path, "intel-rapl:1", 100_000)
     write_zone(tmp_path, "intel-rapl:0:0", 5)
-    meter = CpuEnergyMeter(tmp_path)
+    meter = EnergyMeter("cpu", tmp_path)
     assert meter.available
     write_zone(tmp_path, "intel-rapl:0", 200_000)
     write_zone(tmp_path, "intel-rapl:1", 600_000)
@@ -206,12 +209,12 @@ def test_processor_energy(tmp_path: Path) -> None:
 
 
 def test_no_counter_gives_nothing(tmp_path: Path) -> None:
-    meter = CpuEnergyMeter(tmp_path / "none")
+    meter = EnergyMeter("cpu", tmp_path / "none")
     assert not meter.available and meter.joules() is None
     with PowerSampler("cpu") as sampler:
         pass
     assert sampler.joules is None and sampler.watts is None
-    assert type(energy_meter("cpu")) is CpuEnergyMeter
+    assert not EnergyMeter("cpu", None).available  # only GPUs are asked
     watts = idle_power("cpu", seconds=0.01)
     assert watts is None or watts > 0
 

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from vlm_prune_ext.ablation.files import METRICS, TITLES
+from vlm_prune_ext.ablation.files import metric_names
 from vlm_prune_ext.ablation.messages import Messages
+from vlm_prune_ext.experiment.metrics import METRICS
 
 WIDTH = 78
 LISTED = 20
@@ -51,16 +52,14 @@ class Console:
 
     def metrics(self, record: Mapping[str, Any]) -> None:
         """The lines of a finished run's scores."""
-        for name in METRICS:
-            value = record["metrics"][name]
+        for name in metric_names():
+            value, title = record["metrics"].get(name), METRICS[name].title
             if value is None:
-                reason = record["missing"][name]
-                self.say(f"  {self.text('missing', metric=TITLES[name], reason=reason)}")
+                reason = record["missing"].get(name, "?")
+                self.say(f"  {self.text('missing', metric=title, reason=reason)}")
                 continue
             raw = record["raw"].get(name)
-            self.say(
-                f"  {TITLES[name]:8} {value:.4f}" + (f" ({raw:.2f})" if raw is not None else "")
-            )
+            self.say(f"  {title:8} {value:.4f}" + (f" ({raw:.2f})" if raw is not None else ""))
         peak = gib(record["peak_memory_bytes"])
         seconds = record["seconds_per_sample"]
         self.say(f"  {self.text('per_sample', seconds=seconds, peak=peak)}")

@@ -17,16 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.experiment.metrics import CAPTION, METRICS, everywhere
 from vlm_prune_ext.jsonl import cut_unfinished, whole_lines
 
-METRICS = ("bleu4", "meteor", "rougeL", "spice", "cider")
-TITLES = {
-    "bleu4": "BLEU-4",
-    "meteor": "METEOR",
-    "rougeL": "ROUGE-L",
-    "spice": "SPICE",
-    "cider": "CIDEr",
-}
+
+def metric_names() -> list[str]:
+    """What captions are scored by, and the metrics that every command shows."""
+    return [*CAPTION, *everywhere()]
 
 
 # -- where everything is -------------------------------------------------------------------------
@@ -250,10 +247,10 @@ def comparison_csv(records: Sequence[Mapping[str, Any]]) -> str:
     """Finished runs ranked by BLEU-4; a metric that could not be had is empty."""
     out = io.StringIO()
     table = csv.writer(out, lineterminator="\n")
-    costs = ("num_samples", "seconds_per_sample", "peak_memory_gib")
-    table.writerow(["rank", "model_name", "model_id", "method", *METRICS, *costs])
+    costs, names = ("num_samples", "seconds_per_sample", "peak_memory_gib"), metric_names()
+    table.writerow(["rank", "model_name", "model_id", "method", *names, *costs])
     for rank, record in enumerate(ranked(records), 1):
-        scores = [record["metrics"][name] for name in METRICS]
+        scores = [record["metrics"].get(name) for name in names]
         peak = record["peak_memory_bytes"]
         table.writerow(
             [
@@ -274,18 +271,21 @@ def chart_png(records: Sequence[Mapping[str, Any]]) -> bytes:
     from matplotlib.figure import Figure
 
     order = ranked(records)
-    there = [n for n in METRICS if any(record["metrics"][n] is not None for record in order)]
-    there = there or [METRICS[0]]
+    there = [
+        name
+        for name in metric_names()
+        if any(record["metrics"].get(name) is not None for record in order)
+    ] or [CAPTION[0]]
     height = 1.2 + 0.32 * max(len(order), 2)
     figure = Figure(figsize=(2.2 + 2.3 * len(there), height), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(there), sharey=True, squeeze=False)[0]
     places = range(len(order))
     for panel, name in zip(panels, there, strict=True):
-        values = [record["metrics"][name] for record in order]
+        values = [record["metrics"].get(name) for record in order]
         bars = panel.barh(places, [v or 0.0 for v in values], color="#4c78a8")
         panel.bar_label(bars, ["–" if v is None else f"{v:.3f}" for v in values], padding=2)
-        panel.set_title(TITLES[name], fontsize=10)
+        panel.set_title(METRICS[name].title, fontsize=10)
         panel.set_xlim(0, 1.3 * max([v for v in values if v], default=1.0))
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(places, [record["model_name"] for record in order])

@@ -27,16 +27,18 @@ from vlm_prune_ext.ablation.files import (
     Prediction,
     chart_png,
     comparison_csv,
+    metric_names,
     predictions_csv,
     read_object,
     write_json,
     write_whole,
 )
-from vlm_prune_ext.ablation.gpu import settled_memory, used_memory
-from vlm_prune_ext.ablation.metrics import Metrics, Scores
 from vlm_prune_ext.ablation.plan import Run
 from vlm_prune_ext.ablation.worker import Job, RunFailed, why_failed
 from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.experiment import metrics
+from vlm_prune_ext.experiment.coco import Tools
+from vlm_prune_ext.experiment.measure import settled_memory, used_memory
 
 DONE, FAILED, OPEN = "done", "failed", "open"
 _GRACE = 5.0  # seconds that a process is given to end by itself
@@ -130,11 +132,11 @@ class Study:
         Returns:
             0, or 1 where a run or a row of one failed.
         """
-        with self.folder.lock(), Metrics(self.folder.path / "logs" / "scoring.log") as metrics:
+        with self.folder.lock(), Tools(self.folder.path / "logs" / "scoring.log") as tools:
             self._open_banner()
             try:
                 for number, run in enumerate(self.runs, 1):
-                    self._carry_out(f"[{number}/{len(self.runs)}]", run, metrics)
+                    self._carry_out(f"[{number}/{len(self.runs)}]", run, tools)
                     self._write_tables()
             except BaseException:
                 self._write_tables()
@@ -142,7 +144,7 @@ class Study:
                 raise
             return self._close_banner()
 
-    def _carry_out(self, place: str, run: Run, metrics: Metrics) -> None:
+    def _carry_out(self, place: str, run: Run, tools: Tools) -> None:
         say, text = self.console.say, self.console.text
         finished = self._finished(run)
         if finished is not None:
@@ -152,7 +154,7 @@ class Study:
             return
         start, started = time.monotonic(), stamp()
         try:
-            record = self._run(place, run, metrics, started)
+            record = self._run(place, run, tools, started)
         except Exception as error:  # whatever it is, the other runs go on
             spent = time.monotonic() - start
             log = self.folder.log(run.name)
@@ -183,7 +185,7 @@ class Study:
         return read_object(self.folder.metrics(run.name))
 
     # -- one run ---------------------------------------------------------------------------------
-    def _run(self, place: str, run: Run, metrics: Metrics, started: str) -> dict[str, Any]:
+    def _run(self, place: str, run: Run, tools: Tools, started: str) -> dict[str, Any]:
         lines = Lines(self.folder.lines(run.name))
         if run.name in self.options.redo:
             self.folder.forget(run.name)
@@ -199,7 +201,7 @@ class Study:
         missing = [row.index for row in self.data.rows if row.index not in predictions]
         if missing:
             raise RunFailed(f"its process ended without answers for {len(missing)} rows")
-        record = self._record(run, predictions, result, metrics)
+        record = self._record(run, predictions, result, tools)
         record |= {
             "gpu_memory": {"before": before, "after": after} if before and after else None,
             "started": started,
@@ -262,14 +264,15 @@ class Study:
         run: Run,
         predictions: Mapping[int, Prediction],
         result: Mapping[str, Any],
-        metrics: Metrics,
+        tools: Tools,
     ) -> dict[str, Any]:
         """Score a run, write its predictions beside the references; what its metrics file says."""
         table = [_table_row(row, predictions[row.index]) for row in self.data.rows]
         good = [row for row in table if row["failed"] is None]
-        scores = metrics.score(
-            [row["prediction"] for row in good], [row["references"] for row in good]
+        scored = metrics.Scored(
+            [row["prediction"] for row in good], [row["references"] for row in good], tools
         )
+        scores = metrics.evaluate(scored, metric_names())
         most = max(len(row["references"]) for row in table)
         write_whole(self.folder.predictions(run.name), predictions_csv(table, most))
         return {
@@ -288,7 +291,7 @@ class Study:
             "load_seconds": result["load_seconds"],
             "dtype": result["dtype"],
             "settings": self.settings(run),
-            "versions": {**result["versions"], **_scoring_versions()},
+            "versions": result["versions"],
             "commit": result["commit"],
             "hardware": result["hardware"],
         }
@@ -442,12 +445,12 @@ def _table_row(row: Row, prediction: Prediction) -> dict[str, Any]:
     }
 
 
-def _scores(scores: Scores) -> dict[str, Any]:
+def _scores(scores: Mapping[str, metrics.Value]) -> dict[str, Any]:
     return {
-        "metrics": {k: scores.values[k] for k in ("bleu4", "meteor", "rougeL", "spice", "cider")},
-        "missing": scores.reasons,
-        "raw": scores.raw,
-        "bleu_signature": scores.signature,
+        "metrics": {name: one.value for name, one in scores.items()},
+        "missing": {name: one.reason for name, one in scores.items() if one.reason is not None},
+        "raw": {name: one.raw for name, one in scores.items() if one.raw is not None},
+        "bleu_signature": scores["bleu4"].signature,
     }
 
 
@@ -476,18 +479,6 @@ def _costs(predictions: Sequence[Prediction]) -> dict[str, Any]:
             "new_total": sum(p.new_tokens for p in predictions),
         },
     }
-
-
-def _scoring_versions() -> dict[str, str]:
-    from importlib import metadata
-
-    found = {}
-    for name in ("sacrebleu", "pycocoevalcap"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def stamp(seconds: float | None = None) -> str:

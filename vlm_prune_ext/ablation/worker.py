@@ -99,7 +99,7 @@ def run(job: Job) -> dict[str, Any]:
     from transformers.utils import logging
 
     from vlm_prune_ext.evals.answer import Answerer
-    from vlm_prune_ext.measure import commit, hardware, versions
+    from vlm_prune_ext.experiment.host import commit, hardware, versions
     from vlm_prune_ext.methods.registry import parse_method
     from vlm_prune_ext.models import load
 
@@ -175,7 +175,7 @@ class _Batch:
 
     def _ask(self, rows: Sequence[Row]) -> list[Prediction]:
         from vlm_prune_ext.evals.answer import Query
-        from vlm_prune_ext.measure import now, peak_memory
+        from vlm_prune_ext.experiment.measure import now, peak_memory
 
         device = self.answerer.processor.device
         start = now(device)

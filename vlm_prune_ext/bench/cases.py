@@ -17,17 +17,17 @@ from typing import Any
 
 import torch
 
-from vlm_prune_ext import measure
 from vlm_prune_ext.bench.floors import Ceilings
 from vlm_prune_ext.bench.subject import Subject
-from vlm_prune_ext.bench.timing import seconds_of
 from vlm_prune_ext.engine.prune import run as prune_parts
 from vlm_prune_ext.engine.trace import Trace
+from vlm_prune_ext.experiment import measure
+from vlm_prune_ext.experiment.flops import Sizes
+from vlm_prune_ext.experiment.measure import energy_of, seconds_of
+from vlm_prune_ext.experiment.record import Spread
 from vlm_prune_ext.fast.generate import FastGenerate
 from vlm_prune_ext.fast.pieces import PROMPT_STEP
 from vlm_prune_ext.fast.possible import why_not
-from vlm_prune_ext.flops import decoder_flops
-from vlm_prune_ext.measure import Spread
 from vlm_prune_ext.methods.base import Method
 from vlm_prune_ext.pruning import prune
 
@@ -64,7 +64,8 @@ class Cell:
         unseen_samples_per_second: of such answers to prompts of a length that was not seen before,
             where kernels are planned or recorded first.
         new_tokens: of the long answers.
-        flops: of the prefill of the batch; flops_ratio: over the unpruned one.
+        flops: of the prefill of the batch; flops_ratio: over the unpruned one, text included;
+            flops_ratio_visual: of the layers over visual tokens alone, as papers state it.
         prefill_floor: seconds, arithmetic; decode_floor: seconds, reading weights.
         peak_bytes: most memory taken while answering (in the prefill, where only that is timed),
             weights included (GPU only).
@@ -80,6 +81,7 @@ class Cell:
     prefill: Spread
     flops: float
     flops_ratio: float
+    flops_ratio_visual: float | None
     prefill_floor: float
     decode_floor: float
     new_tokens: int = 0
@@ -179,8 +181,9 @@ def _prefill_cell(
         peak = _peak(call, subject.device) if subject.single is None else None
         lengths = list(trace.lengths) or [subject.tokens] * subject.shape.layers
         kept = dict(trace.kept)
-    shape, whole = subject.shape, [subject.tokens] * subject.shape.layers
-    flops = decoder_flops(shape, lengths)
+    cost = Sizes(subject.shape, None).prompt(subject.tokens, subject.span[1], lengths)
+    flops = cost.prefill
+    assert cost.ratio is not None
     return Cell(
         way=case.way,
         method=case.label,
@@ -188,7 +191,8 @@ def _prefill_cell(
         lengths=lengths,
         prefill=spread,
         flops=flops * case.batch,
-        flops_ratio=flops / decoder_flops(shape, whole),
+        flops_ratio=cost.ratio,
+        flops_ratio_visual=cost.ratio_visual,
         prefill_floor=ceilings.prefill_seconds(flops * case.batch),
         decode_floor=ceilings.token_seconds(subject.weight_bytes),
         peak_bytes=peak,
@@ -259,7 +263,13 @@ def _answers(
             cell.peak_bytes = measure.peak_memory(device)
         cell.first_token = seconds_of(lambda: answer(1), device, repeat=repeat, warm_up=0)
         long = seconds_of(lambda: answer(new_tokens), device, repeat=repeat, warm_up=0)
-        cell.joules = _joules(lambda: answer(1), device, case.batch)
+        on_gpu = device.type == "cuda"
+        cell.joules = energy_of(
+            lambda: answer(1),
+            device,
+            examples=case.batch,
+            seconds=ENERGY_SECONDS if on_gpu else 0.0,
+        ).counted
         if fast is not None:  # of this prompt, before others come
             cell.captures, cell.capture_seconds = fast.captures, fast.capture_seconds
         unseen = _unseen_seconds(subject, case, partial(function, **more), new_tokens)
@@ -289,16 +299,3 @@ def _unseen_seconds(
         return statistics.median(answer() for _ in range(NEW_LENGTHS))
     except torch.OutOfMemoryError:
         return None
-
-
-def _joules(answer: Callable[[], Any], device: torch.device, batch: int) -> float | None:
-    """Per sample, from the counter, over a few seconds of answers."""
-    meter = measure.EnergyMeter(device)
-    if not meter.available:
-        return None
-    count, start = 0, measure.now(device)
-    while measure.now(device) - start < ENERGY_SECONDS:
-        answer()
-        count += batch
-    used = meter.joules()
-    return None if used is None else used / count

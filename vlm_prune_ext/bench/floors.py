@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vlm_prune_ext.bench.timing import seconds_of
+from vlm_prune_ext.experiment.measure import seconds_of
 
 
 @dataclass(frozen=True)

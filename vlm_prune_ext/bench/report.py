@@ -19,6 +19,7 @@ COLUMNS = (
     "way",
     "method",
     "FLOPs ratio",
+    "visual FLOPs",
     "prefill ms",
     "time ratio",
     "time/FLOPs",
@@ -67,6 +68,7 @@ def row(cells: Sequence[Cell], cell: Cell) -> list[str]:
         cell.way,
         cell.method,
         f"{cell.flops_ratio:.3f}",
+        _number(cell.flops_ratio_visual, 3),
         _milliseconds(cell.prefill.median),
         _number(ratio, 3),
         _number(ratio / cell.flops_ratio if ratio is not None else None, 3),
@@ -104,7 +106,9 @@ def legend(header: dict[str, Any]) -> str:
     ceilings = header["ceilings"]
     return (
         f"Ceilings: {ceilings['flops'] / 1e12:.3g} TFLOP/s ({ceilings['dtype']}), "
-        f"{ceilings['bytes'] / 1e12:.3g} TB/s. FLOPs: of the prefill, over the unpruned one; time: "
+        f"{ceilings['bytes'] / 1e12:.3g} TB/s. FLOPs: of the prefill, text included, over the "
+        "unpruned one; visual FLOPs: of its layers over visual tokens alone, as papers state it; "
+        "a rule's own arithmetic is in neither; time: "
         "the same, over the unpruned row of the same way (of hf, where hooks have none). "
         f"samples/s: answers of one token; long/s: of {header['new_tokens']}; new length/s: these, "
         "to prompts of a length not seen before. decode: per token and batch. Medians."

@@ -11,8 +11,8 @@ import torch
 
 from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.experiment.flops import DecoderShape
 from vlm_prune_ext.fast.reach import reach
-from vlm_prune_ext.flops import DecoderShape
 from vlm_prune_ext.models import parts_of
 
 FRONT, BEHIND = 35, 32

@@ -253,9 +253,9 @@ def _cases(
 def _header(subject: Subject, ceilings: Any, args: argparse.Namespace) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from vlm_prune_ext import measure
+    from vlm_prune_ext.experiment import host
 
-    hardware = measure.hardware(subject.device)
+    hardware = host.hardware(subject.device)
     where = hardware.get("gpu") or hardware["cpu"]
     dtype = str(subject.dtype).removeprefix("torch.")
     prompt = f"{subject.span[0]} + {subject.span[1]} + {subject.text - subject.span[0]} tokens"
@@ -266,8 +266,8 @@ def _header(subject: Subject, ceilings: Any, args: argparse.Namespace) -> dict[s
         "new_tokens": args.new_tokens,
         "ceilings": asdict(ceilings),
         "hardware": hardware,
-        "versions": measure.versions(),
-        "commit": measure.commit(),
+        "versions": host.versions(),
+        "commit": host.commit(),
     }
 
 

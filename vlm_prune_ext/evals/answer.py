@@ -7,7 +7,6 @@ it took come with each answer.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,8 +16,9 @@ from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteria
 
 from vlm_prune_ext.engine.trace import Trace
 from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.experiment.flops import tower_images
+from vlm_prune_ext.experiment.measure import TokenClock
 from vlm_prune_ext.fast.generate import check_method
-from vlm_prune_ext.measure import TokenClock
 from vlm_prune_ext.methods.base import Method
 from vlm_prune_ext.models import parts_of
 from vlm_prune_ext.models.base import starts_with
@@ -70,7 +70,7 @@ class Answer:
         lengths: tokens that enter each decoder layer in the prefill, its own only (no padding);
             empty for a model whose decoder layers are not known.
         batch: samples that were answered together.
-        tower_images: images (or tiles) per sample that went through the vision tower.
+        tower_images: images (or tiles) that went through the vision tower; padding does not.
         patches_kept: tower layer -> patches of each image left by the drop in it.
         fast: on the fast path.
     """
@@ -167,7 +167,8 @@ class Answerer:
                 stopping_criteria=StoppingCriteriaList([] if beams else [ends]),
             )
             clock.stop()
-            costs = _costs(self, inputs, trace, clock)
+            images = [len(query.images) for query in queries]
+            costs = _costs(self, inputs, images, trace, clock)
         if starts_with(output, inputs["input_ids"]):
             output = output[:, inputs["input_ids"].shape[1] :]
         counts = lengths_until(output, stops) if beams else ends.counts()
@@ -206,13 +207,14 @@ def _count_layers(model: Any, method: Method | None) -> int:
     return len(parts_of(model).layers)
 
 
-def _costs(who: Answerer, inputs: Any, trace: Trace, clock: TokenClock) -> list[Answer]:
+def _costs(
+    who: Answerer, inputs: Any, images: Sequence[int], trace: Trace, clock: TokenClock
+) -> list[Answer]:
     """Answers that have everything but what was said."""
     batch = inputs["input_ids"].shape[0]
     visual = who.processor.count_visual_tokens(inputs)
     prompts = inputs["attention_mask"].sum(dim=1).tolist()
-    pixels = inputs.get("pixel_values")
-    towers = math.prod(pixels.shape[:-3]) / batch if pixels is not None else 0.0
+    towers = tower_images(who.model.config, inputs, images)
     patches = {layer: kept.shape[1] for layer, kept in sorted(trace.vision_kept.items())}
     answers = []
     for row in range(batch):
@@ -225,11 +227,11 @@ def _costs(who: Answerer, inputs: Any, trace: Trace, clock: TokenClock) -> list[
                 new_tokens=0,
                 visual_tokens=visual[row],
                 visual_kept=kept,
-                prefill_seconds=clock.prefill_seconds / batch,
-                decode_seconds=clock.decode_seconds / batch,
+                prefill_seconds=clock.ttft / batch,
+                decode_seconds=clock.decode / batch,
                 lengths=who._lengths(prompts[row] - visual[row], kept),
                 batch=batch,
-                tower_images=towers,
+                tower_images=towers[row],
                 patches_kept=patches,
                 fast=trace.backend == "graphs",
             )

@@ -16,8 +16,8 @@ from loguru import logger
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.evals.answer import Answer
 from vlm_prune_ext.evals.lmms_requests import Source
-from vlm_prune_ext.flops import DecoderShape, decoder_flops
-from vlm_prune_ext.measure import EnergyMeter, peak_memory
+from vlm_prune_ext.experiment.flops import PromptFlops, Sizes
+from vlm_prune_ext.experiment.measure import EnergyMeter, peak_memory
 
 SHOWN = 10
 """Samples without an image that are named one by one; the rest is counted."""
@@ -57,7 +57,7 @@ class Sums:
         decode: seconds after it; ``decoded``: tokens made in them.
         seeing: samples with images; ``before``, ``after``: their visual tokens in the prompt and
             behind the last selection.
-        flops, whole: of the language model's prefill, and of the same prompts unpruned.
+        flops: of all prompts.
         fast: answered on the fast path.
         peak: bytes; ``joules``: of the GPU, ``None`` where nothing counts.
     """
@@ -74,8 +74,7 @@ class Sums:
     seeing: int = 0
     before: int = 0
     after: int = 0
-    flops: float = 0.0
-    whole: float = 0.0
+    flops: PromptFlops = field(default_factory=PromptFlops)
     peak: int = 0
     joules: float | None = None
     fast: int = 0
@@ -90,7 +89,7 @@ class Tally:
     """
 
     def __init__(self, model: Any, device: torch.device) -> None:
-        self._shape = _shape_of(model)
+        self._sizes = Sizes.of(model.config)
         self._device = device
         self._sums = Sums()
         self._first: Batch | None = None
@@ -103,7 +102,7 @@ class Tally:
     def batch(self) -> Iterator[Batch]:
         """Measure one batch. Nothing is counted if it fails."""
         if self._energy is None:
-            self._energy = EnergyMeter(self._device)
+            self._energy = EnergyMeter(self._device, None)
         batch, start = Batch(), time.perf_counter()
         yield batch
         batch.seconds = time.perf_counter() - start
@@ -129,10 +128,7 @@ class Tally:
             sums.seeing += 1
             sums.before += answer.visual_tokens
             sums.after += answer.visual_kept[max(answer.visual_kept)]
-        if self._shape is not None and answer.lengths:
-            sums.flops += decoder_flops(self._shape, answer.lengths)
-            whole = [answer.prompt_tokens] * self._shape.layers
-            sums.whole += decoder_flops(self._shape, whole)
+        sums.flops += self._sizes.prompt(answer.prompt_tokens, answer.visual_tokens, answer.lengths)
 
     def fault(self, source: Source, why: str) -> None:
         """Report a sample that is not answered."""
@@ -176,13 +172,6 @@ class Tally:
         return metrics
 
 
-def _shape_of(model: Any) -> DecoderShape | None:
-    try:
-        return DecoderShape.from_config(model.config)
-    except InputError:  # not a LLaMA-like decoder: no FLOPs are stated for it
-        return None
-
-
 def _add_times(sums: Sums, answers: Sequence[Answer]) -> None:
     for answer in answers:
         sums.timed += 1
@@ -220,7 +209,8 @@ def _metrics(total: Sums, seconds: float, processes: int) -> dict[str, float]:
         "samples_per_second": _ratio(total.samples, seconds),
         "visual_tokens_before": _ratio(total.before, total.seeing),
         "visual_tokens_after": _ratio(total.after, total.seeing),
-        "flops_ratio": _ratio(total.flops, total.whole),
+        "flops_ratio": total.flops.ratio,
+        "flops_ratio_visual": total.flops.ratio_visual,
         "fast_path": total.fast / total.samples if total.samples else None,
         "peak_memory_gib": total.peak / 2**30,
         "joules_per_sample": _ratio(total.joules or 0.0, total.samples),

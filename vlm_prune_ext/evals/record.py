@@ -11,9 +11,9 @@ from typing import Any
 
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.evals.answer import Answer
-from vlm_prune_ext.flops import DecoderShape, VisionShape, decoder_flops, vision_flops
+from vlm_prune_ext.experiment import flops
+from vlm_prune_ext.experiment.record import Spread
 from vlm_prune_ext.jsonl import whole_lines
-from vlm_prune_ext.measure import Spread
 
 
 # -- one line per sample -------------------------------------------------------------------------
@@ -29,6 +29,7 @@ class Sample:
         prompt_tokens, new_tokens, visual_tokens, visual_kept, lengths: see :class:`Answer`.
         prefill_seconds, decode_seconds: the same.
         flops, flops_baseline: of the language model's prefill, with this method and without.
+        flops_visual, flops_visual_baseline: of its layers, over the visual tokens alone.
         vision_flops, vision_flops_baseline: of the vision tower and the projector.
         fast: on the fast path.
     """
@@ -46,40 +47,32 @@ class Sample:
     decode_seconds: float = 0.0
     flops: float = 0.0
     flops_baseline: float = 0.0
+    flops_visual: float = 0.0
+    flops_visual_baseline: float = 0.0
     vision_flops: float = 0.0
     vision_flops_baseline: float = 0.0
     fast: bool = False
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Sizes that FLOPs follow from; ``None`` for parts of another build, whose FLOPs are not
-    stated."""
-
-    decoder: DecoderShape | None
-    vision: VisionShape | None
+class Sizes(flops.Sizes):
+    """Sizes of a model, and an answer of it as a line of the log."""
 
     @staticmethod
     def of(config: Any) -> Sizes:
         """Read off a model's config."""
-        tower = getattr(getattr(config, "vision_config", None), "model_type", None)
-        vision = VisionShape.from_config(config) if tower == "clip_vision_model" else None
-        try:
-            return Sizes(DecoderShape.from_config(config), vision)
-        except InputError:  # an encoder-decoder model, or code of a checkpoint's own
-            return Sizes(None, vision)
+        found = flops.Sizes.of(config)
+        return Sizes(found.decoder, found.vision)
 
     def sample(self, index: int | str, answer: Answer, *, warm_up: bool) -> Sample:
         """An answer as a line of the log."""
-        costs: dict[str, Any] = {}
-        if self.decoder is not None:
-            whole = [answer.prompt_tokens] * self.decoder.layers
-            costs["flops"] = decoder_flops(self.decoder, answer.lengths)
-            costs["flops_baseline"] = decoder_flops(self.decoder, whole)
-        if self.vision is not None:
-            one = vision_flops(self.vision, answer.patches_kept)
-            costs["vision_flops"] = one * answer.tower_images
-            costs["vision_flops_baseline"] = vision_flops(self.vision) * answer.tower_images
+        cost = self.prompt(
+            answer.prompt_tokens,
+            answer.visual_tokens,
+            answer.lengths,
+            answer.tower_images,
+            answer.patches_kept,
+        )
         return Sample(
             index=index,
             prediction=answer.text,
@@ -91,8 +84,13 @@ class Sizes:
             lengths=answer.lengths,
             prefill_seconds=answer.prefill_seconds,
             decode_seconds=answer.decode_seconds,
+            flops=cost.prefill,
+            flops_baseline=cost.prefill_baseline,
+            flops_visual=cost.visual,
+            flops_visual_baseline=cost.visual_baseline,
+            vision_flops=cost.vision,
+            vision_flops_baseline=cost.vision_baseline,
             fast=answer.fast,
-            **costs,
         )
 
 
@@ -103,9 +101,9 @@ class Stretch:
     Attributes:
         rank: of the process.
         seconds: that it answered for.
-        peak_memory_bytes: see :func:`vlm_prune_ext.measure.peak_memory`.
+        peak_memory_bytes: see :func:`vlm_prune_ext.experiment.measure.peak_memory`.
         energy_joules: that its GPU used meanwhile; ``None`` where nothing counts.
-        hardware: see :func:`vlm_prune_ext.measure.hardware`.
+        hardware: see :func:`vlm_prune_ext.experiment.host.hardware`.
     """
 
     rank: int
@@ -173,7 +171,9 @@ class Score:
     Attributes:
         name: as VLMEvalKit calls it.
         value: in its usual unit (percent for accuracies, points for MME).
-        standard_error: where it is a mean over samples of right or wrong, in the same unit.
+        standard_error: where it is a mean over n samples of right or wrong, in the same unit: that
+            of a share p after Agresti and Coull (1998), ``sqrt(p (1 - p) / (n + 4))`` with
+            ``p = (right + 2) / (n + 4)``, which is not 0 where all are right.
     """
 
     name: str
@@ -199,14 +199,17 @@ class LayerGroup:
 @dataclass(frozen=True)
 class Flops:
     """FLOPs of a prefill, mean over samples (2 per multiply-add, three SwiGLU matrices, grouped
-    heads counted).
+    heads counted; a rule's own arithmetic is not in them).
 
     Attributes:
-        prefill, prefill_baseline: of the language model with this method and without.
+        prefill, prefill_baseline: of the language model with this method and without, text tokens
+            and output head included.
         ratio: one over the other.
         vision, vision_baseline: of the vision tower and the projector; ``None`` where the tower is
             not CLIP's.
         ratio_with_vision: of both together; the same.
+        ratio_visual: of the layers over visual tokens alone, as the pruning papers state it
+            (``None``: no images, or a record from before it was kept).
     """
 
     prefill: float
@@ -215,6 +218,7 @@ class Flops:
     vision: float | None
     vision_baseline: float | None
     ratio_with_vision: float | None
+    ratio_visual: float | None = None
 
 
 @dataclass(frozen=True)
@@ -350,21 +354,27 @@ def mean_flops(samples: Sequence[Sample]) -> Flops | None:
     if not samples:
         return None
 
-    def mean(name: str) -> float:
-        return sum(getattr(sample, name) for sample in samples) / len(samples)
-
-    own, whole = mean("flops"), mean("flops_baseline")
-    if not whole:
+    total = flops.PromptFlops()
+    for sample in samples:
+        total += flops.PromptFlops(
+            sample.flops,
+            sample.flops_baseline,
+            sample.flops_visual,
+            sample.flops_visual_baseline,
+            sample.vision_flops,
+            sample.vision_flops_baseline,
+        )
+    if total.ratio is None:
         return None
-    vision, vision_whole = mean("vision_flops"), mean("vision_flops_baseline")
-    known = vision_whole > 0
+    count, known = len(samples), total.vision_baseline > 0
     return Flops(
-        prefill=own,
-        prefill_baseline=whole,
-        ratio=own / whole,
-        vision=vision if known else None,
-        vision_baseline=vision_whole if known else None,
-        ratio_with_vision=(own + vision) / (whole + vision_whole) if known else None,
+        prefill=total.prefill / count,
+        prefill_baseline=total.prefill_baseline / count,
+        ratio=total.ratio,
+        vision=total.vision / count if known else None,
+        vision_baseline=total.vision_baseline / count if known else None,
+        ratio_with_vision=total.ratio_with_vision,
+        ratio_visual=total.ratio_visual,
     )
 
 

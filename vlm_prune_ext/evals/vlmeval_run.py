@@ -28,7 +28,6 @@ from vlmeval.inference import FAIL_MSG, infer_data_job
 from vlmeval.smp import dump, get_pred_file_path
 from vlmeval.vlm.base import BaseModel
 
-from vlm_prune_ext import measure
 from vlm_prune_ext.demo import CHECKPOINT
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.evals import record as records
@@ -38,6 +37,7 @@ from vlm_prune_ext.evals.record import Record, Sample, SampleLog, Score, Sizes, 
 from vlm_prune_ext.evals.rows import Table, open_table
 from vlm_prune_ext.evals.vlmeval import PrunedVLM, run_name
 from vlm_prune_ext.evals.vlmeval_files import own_files
+from vlm_prune_ext.experiment import host, measure
 from vlm_prune_ext.models import load
 from vlm_prune_ext.models.checkpoint import Checkpoint
 from vlm_prune_ext.settings import Settings, method_as_json
@@ -416,7 +416,7 @@ def predict(
     log = files.log(ranks.rank)
     rows = RowModel(model, table.dataset, log, on_sample)
     measure.reset_peak(device)
-    energy, start = measure.EnergyMeter(device), time.perf_counter()
+    energy, start = measure.EnergyMeter(device, None), time.perf_counter()
     try:
         with terminable(), own_files():
             infer_data_job(
@@ -434,7 +434,7 @@ def predict(
                     seconds=time.perf_counter() - start,
                     peak_memory_bytes=measure.peak_memory(device),
                     energy_joules=energy.joules(),
-                    hardware=measure.hardware(device),
+                    hardware=host.hardware(device),
                 )
             )
     ranks.wait()
@@ -472,8 +472,8 @@ def finish(
         energy_joules=sum(energies) if energies else None,
         wall_seconds=sum(s.seconds for s in stretches),
         config=config,
-        versions=measure.versions(),
-        commit=measure.commit(),
+        versions=host.versions(),
+        commit=host.commit(),
         hardware=list(hardware.values()),
         note=" ".join(notes) or None,
     )

@@ -99,6 +99,7 @@ class Sample:
         prefill_seconds: until the first new token (TTFT), this sample's share of its batch.
         decode_seconds: from there to the end of its batch, its share.
         flops, flops_baseline: of the language model's prefill, with this method and without.
+        flops_visual, flops_visual_baseline: of its layers, over the visual tokens alone.
         vision_flops, vision_flops_baseline: of the vision tower and the projector.
         fast: on the fast path.
         seconds: all that the row took, its share of its batch (0: only the parts were timed).
@@ -119,6 +120,8 @@ class Sample:
     decode_seconds: float = 0.0
     flops: float = 0.0
     flops_baseline: float = 0.0
+    flops_visual: float = 0.0
+    flops_visual_baseline: float = 0.0
     vision_flops: float = 0.0
     vision_flops_baseline: float = 0.0
     fast: bool = False
@@ -256,7 +259,7 @@ class LayerGroup:
 @dataclass(frozen=True)
 class Flops:
     """FLOPs of a prefill, mean over samples (2 per multiply-add, three SwiGLU matrices, grouped
-    heads counted; text tokens are in both figures of a ratio).
+    heads counted; text tokens are in both figures of a ratio, a rule's own arithmetic in none).
 
     Attributes:
         prefill, prefill_baseline: of the language model with this method and without.
@@ -264,6 +267,8 @@ class Flops:
         vision, vision_baseline: of the vision tower and the projector; ``None`` where the tower is
             not CLIP's.
         ratio_with_vision: of both together; the same.
+        ratio_visual: of the layers over visual tokens alone, as the pruning papers state it
+            (``None``: no images, or a record from before it was kept).
     """
 
     prefill: float
@@ -272,6 +277,7 @@ class Flops:
     vision: float | None
     vision_baseline: float | None
     ratio_with_vision: float | None
+    ratio_visual: float | None = None
 
 
 @dataclass(frozen=True)
@@ -454,6 +460,7 @@ def mean_flops(samples: Sequence[Sample]) -> Flops | None:
     if not whole:
         return None
     vision, vision_whole = mean("vision_flops"), mean("vision_flops_baseline")
+    visual, visual_whole = mean("flops_visual"), mean("flops_visual_baseline")
     known = vision_whole > 0
     return Flops(
         prefill=own,
@@ -462,6 +469,7 @@ def mean_flops(samples: Sequence[Sample]) -> Flops | None:
         vision=vision if known else None,
         vision_baseline=vision_whole if known else None,
         ratio_with_vision=(own + vision) / (whole + vision_whole) if known else None,
+        ratio_visual=visual / visual_whole if visual_whole else None,
     )
 
 

@@ -18,37 +18,39 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessorList
 
 from vlm_prune_ext.engine.trace import Trace
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.evals.answer import GREEDY, lengths_until, stop_ids
-from vlm_prune_ext.measure import (
-    PowerSampler,
-    Spread,
+from vlm_prune_ext.experiment.flops import (
+    FlopCount,
+    count_flops,
+    prefill_flops,
+    vision_modules,
+)
+from vlm_prune_ext.experiment.measure import (
+    GPU_WARM_UP,
+    Energy,
     TokenClock,
-    energy_meter,
-    now,
+    energy_of,
     peak_memory,
     reset_peak,
+    stopwatch,
 )
+from vlm_prune_ext.experiment.measure import warm as warm_up
+from vlm_prune_ext.experiment.metrics import METRICS, everywhere, fitting, score_all
+from vlm_prune_ext.experiment.record import Spread
 from vlm_prune_ext.models.base import starts_with
-from vlm_prune_ext.profiling.analytic import prefill_flops
-from vlm_prune_ext.profiling.counting import FlopCount, count_flops, vision_modules
 from vlm_prune_ext.profiling.data import Example
 from vlm_prune_ext.profiling.grid import Cell
 from vlm_prune_ext.profiling.loading import Loaded
 from vlm_prune_ext.profiling.prompts import Batch, Prompter
-from vlm_prune_ext.profiling.scores import Quality, score
 from vlm_prune_ext.pruning import prune
-
-GPU_WARM_UP = 1.0  # seconds; an idle GPU runs at a fraction of its clocks
 
 
 @dataclass(frozen=True)
@@ -75,22 +77,49 @@ class Latency:
 
 
 @dataclass(frozen=True)
-class Energy:
-    """Joules per example; all ``None`` where nothing counts.
+class Quality:
+    """Scores of a set of answers.
 
     Attributes:
-        counted: by the hardware's counter.
-        sampled: the area under sampled power in the same runs (GPUs only).
-        above_idle: counted, less what idling would have used in that time.
-        seconds: how long was measured.
-        examples: in that time.
+        wer: word error rate, 1.0 is as many errors as words.
+        name: the score that fits: ``vqa`` (several people's answers), ``accuracy`` (one right
+            answer) or ``bleu4`` (captions).
+        value: in percent.
+        samples: answers scored.
+        cider: CIDEr of captions, 100 times the usual unit, where pycocoevalcap is installed.
+        metrics: those that every command shows, by name.
     """
 
-    counted: float | None = None
-    sampled: float | None = None
-    above_idle: float | None = None
-    seconds: float | None = None
-    examples: int | None = None
+    wer: float
+    name: str
+    value: float
+    samples: int
+    cider: float | None = None
+    metrics: dict[str, float | None] = field(default_factory=dict)
+
+
+def quality_of(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Quality:
+    """Score answers.
+
+    Args:
+        answers: one per example.
+        references: one or several per example.
+    """
+    fits, more = fitting(references), everywhere()
+    is_caption = fits == "bleu4_lower"
+    names = ["wer", fits, *(["cider_words"] if is_caption else []), *more]
+    found, missing = score_all(answers, references, names)
+    for name in ("wer", fits):
+        if name in missing:
+            raise InputError(f"{METRICS[name].title} cannot be computed: {missing[name]}.")
+    return Quality(
+        wer=found["wer"],  # type: ignore[arg-type]
+        name=METRICS[fits].title,
+        value=found[fits],  # type: ignore[arg-type]
+        samples=len(answers),
+        cider=found.get("cider_words"),
+        metrics={name: found[name] for name in more},
+    )
 
 
 @dataclass(frozen=True)
@@ -102,7 +131,8 @@ class Flops:
         prefill: counted, of the language model until the first new token.
         decode: counted, of all further tokens (without a cache these run the prompt again).
         analytic_vision, analytic_prefill: the same by formula; ``None`` where none is known.
-        ratio: counted over analytic, of vision and prefill together.
+        ratio: counted over analytic, of vision and prefill together; what a rule computes itself
+            is counted and in no formula, so above 1 this is its share.
     """
 
     vision: float | None
@@ -171,11 +201,6 @@ class _Run:
     ids: torch.Tensor
     clock: TokenClock
     trace: Trace
-    total: float
-
-    @property
-    def steps(self) -> int:
-        return self.clock.steps - 1
 
 
 class CellMeasurer:
@@ -213,7 +238,8 @@ class CellMeasurer:
         first = self.prompter.batch(chunks[0])
         warm: set[tuple[int, tuple[int, ...]]] = set()
         if self.cell.warmup:
-            self._warm_up(first)
+            seconds = GPU_WARM_UP if torch.device(self.device).type == "cuda" else 0.0
+            warm_up(lambda: self._generate(first), self.cell.warmup, seconds)
             warm.add((first.width, first.pixels))
         reset_peak(self.device)
         runs: list[_Run] = []
@@ -233,11 +259,17 @@ class CellMeasurer:
             raise InputError("--optimization fast is not taken by this model and these settings.")
         latency = self._latency(runs, first, [prepared for *_, prepared in batches])
         answers = [text for _, run, _ in batches for text in self._texts(run)]
-        quality = score(answers[: len(self.examples)], [e.answers for e in self.examples])
+        quality = quality_of(answers[: len(self.examples)], [e.answers for e in self.examples])
         return Result(
             precision=str(self.loaded.optimization.precision),
             latency=latency,
-            energy=self._energy(first),
+            energy=energy_of(
+                lambda: self._generate(first),
+                self.device,
+                examples=self.cell.batch_size,
+                seconds=self.cell.energy_seconds,
+                idle=self.idle,
+            ),
             flops=self._flops(first),
             tokens=self._tokens([(batch, run) for batch, run, _ in batches]),
             quality=quality,
@@ -247,14 +279,6 @@ class CellMeasurer:
             answers=answers[: len(self.examples)],
             row_numbers=[example.row for example in self.examples],
         )
-
-    def _warm_up(self, batch: Batch) -> None:
-        """Run a batch as often as is asked for; on a GPU until its clocks have come up, too."""
-        seconds = GPU_WARM_UP if torch.device(self.device).type == "cuda" else 0.0
-        began, runs = time.perf_counter(), 0
-        while runs < self.cell.warmup or time.perf_counter() - began < seconds:
-            self._generate(batch)
-            runs += 1
 
     def _chunks(self) -> list[list[Example]]:
         """Batches, all full: the last one is filled up with examples from the start."""
@@ -272,37 +296,40 @@ class CellMeasurer:
     # -- running -----------------------------------------------------------------------------
     @torch.inference_mode()
     def _generate(
-        self, batch: Batch, limit: int | None = None, watch: LogitsProcessor | None = None
+        self,
+        batch: Batch,
+        limit: int | None = None,
+        at_first: Callable[[], object] | None = None,
     ) -> _Run:
         with prune(self.model, self.cell.method) as trace:
-            clock = TokenClock(self.device)  # hooks are on: a caller puts them on once
+            clock = TokenClock(self.device, at_first)  # hooks are on: a caller puts them on once
             output = self.model.generate(
                 **batch.inputs,
                 **GREEDY,
                 use_cache=self.cell.cached,
                 max_new_tokens=limit or self.cell.max_new_tokens,
                 pad_token_id=self.processor.pad_token_id,
-                logits_processor=LogitsProcessorList([clock, *([watch] if watch else [])]),
+                logits_processor=LogitsProcessorList([clock]),
             )
             clock.stop()
         prompt = batch.inputs["input_ids"]
         ids = output[:, prompt.shape[1] :] if starts_with(output, prompt) else output
-        return _Run(ids, clock, trace, clock.prefill_seconds + clock.decode_seconds)
+        return _Run(ids, clock, trace)
 
     def _texts(self, run: _Run) -> list[str]:
         return self.processor.decode(run.ids, {})
 
     # -- figures -----------------------------------------------------------------------------
     def _latency(self, runs: list[_Run], first: Batch, prepared: list[float]) -> Latency:
-        firsts = [run.clock.prefill_seconds for run in runs]
+        firsts = [run.clock.ttft for run in runs]
         vision = self._vision_seconds(first)
-        steps = [run.clock.decode_seconds / run.steps for run in runs if run.steps > 0]
+        steps = [run.clock.tpot for run in runs if run.clock.tpot is not None]
         return Latency(
-            total=Spread.of_some([run.total for run in runs]),
+            total=Spread.of_some([run.clock.latency for run in runs]),
             first_token=Spread.of_some(firsts),
             vision=vision,
             prefill=max(statistics.median(firsts) - vision, 0.0),
-            decode=Spread.of_some([run.clock.decode_seconds for run in runs]),
+            decode=Spread.of_some([run.clock.decode for run in runs]),
             per_token=statistics.median(steps) if steps else None,
             preparing=statistics.median(prepared),
         )
@@ -312,7 +339,7 @@ class CellMeasurer:
         found = []
         self._generate(batch, limit=1)  # another limit may be another shape to compile or record
         for _ in range(max(self.cell.repeat, 1)):
-            with _stopwatch(vision_modules(self.model), self.device) as spent:
+            with stopwatch(vision_modules(self.model), self.device) as spent:
                 self._generate(batch, limit=1)
             found.append(spent())
         return statistics.median(found)
@@ -320,8 +347,7 @@ class CellMeasurer:
     def _flops(self, batch: Batch) -> Flops:
         seen: list[int] = []
         with count_flops(vision_modules(self.model)) as count:
-            mark = _FirstToken(lambda: seen.extend((count.total, count.vision)))
-            run = self._generate(batch, watch=mark)
+            run = self._generate(batch, at_first=lambda: seen.extend((count.total, count.vision)))
         return self._flops_of(batch, run, count, seen)
 
     def _flops_of(self, batch: Batch, run: _Run, count: FlopCount, seen: list[int]) -> Flops:
@@ -376,60 +402,3 @@ class CellMeasurer:
         """New tokens of each example, its end token included."""
         stops = stop_ids(self.model, self.processor)
         return statistics.fmean(lengths_until(run.ids, stops))
-
-    def _energy(self, batch: Batch) -> Energy:
-        """Runs for at least ``energy_seconds``, where something counts."""
-        meter = energy_meter(self.device)
-        if not meter.available or self.cell.energy_seconds == 0:
-            return Energy()
-        with PowerSampler(self.device) as sampler:
-            start, meter, runs = now(self.device), energy_meter(self.device), 0
-            while not runs or time.perf_counter() - start < self.cell.energy_seconds:
-                self._generate(batch)
-                runs += 1
-            joules = meter.joules()
-            seconds = now(self.device) - start
-        if joules is None:
-            return Energy()
-        examples = runs * self.cell.batch_size
-        sampled = sampler.joules
-        above = joules - self.idle * seconds if self.idle is not None else None
-        return Energy(
-            counted=joules / examples,
-            sampled=sampled / examples if sampled is not None else None,
-            above_idle=above / examples if above is not None else None,
-            seconds=seconds,
-            examples=examples,
-        )
-
-
-class _FirstToken(LogitsProcessor):
-    """Calls something when the scores of the first new token are there."""
-
-    def __init__(self, call: Callable[[], None]) -> None:
-        self._call: Callable[[], None] | None = call
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """``scores`` ``(batch, vocabulary)``, as they came."""
-        if self._call is not None:
-            self._call()
-            self._call = None
-        return scores
-
-
-@contextmanager
-def _stopwatch(modules: Sequence[torch.nn.Module], device: Any) -> Iterator[Callable[[], float]]:
-    """Time spent in some modules, the device waited for in front of each and behind it."""
-    spent: list[float] = []
-    entered: list[float] = []
-    handles = []
-    for module in modules:
-        handles.append(module.register_forward_pre_hook(lambda *_: entered.append(now(device))))
-        handles.append(
-            module.register_forward_hook(lambda *_: spent.append(now(device) - entered.pop()))
-        )
-    try:
-        yield lambda: sum(spent)
-    finally:
-        for handle in handles:
-            handle.remove()

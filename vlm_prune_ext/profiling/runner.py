@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import datetime
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vlm_prune_ext.errors import InputError, reason_of
-from vlm_prune_ext.measure import commit, cpu_name, hardware, idle_power, versions
+from vlm_prune_ext.experiment.host import cpu_name, host, now
+from vlm_prune_ext.experiment.measure import idle_power
+from vlm_prune_ext.experiment.metrics import require
 from vlm_prune_ext.profiling.data import Folder
 from vlm_prune_ext.profiling.grid import Cell, Optimization, Plan, groups, method_label
 from vlm_prune_ext.profiling.loading import (
@@ -25,7 +25,6 @@ from vlm_prune_ext.profiling.loading import (
 )
 from vlm_prune_ext.profiling.log import DONE, FAILED, Line, Log
 from vlm_prune_ext.profiling.measuring import CellMeasurer, Result
-from vlm_prune_ext.profiling.scores import require_scorers
 
 LOG = "cells.jsonl"
 Tracker = Callable[[Sequence[Cell], int], Iterator[Cell]]
@@ -60,7 +59,7 @@ def resolved(plan: Plan) -> Plan:
             check_optimization(optimization, device)
     for name in plan.axes["model_name"]:
         check_name(name)
-    require_scorers()
+    require({"jiwer": "profile", "sacrebleu": "profile"})
     return Plan({**plan.axes, "device": devices}, plan.shared)
 
 
@@ -133,11 +132,11 @@ class _Bench:
         """Measure a cell and write its line."""
         result: Result | None = None
         why = None
-        host = self._host(cell.device)  # idle power is taken before a model is there
+        where = self._host(cell.device)  # idle power is taken before a model is there
         try:
             self._hold(cell)
             assert self._loaded is not None
-            idle = host.get("idle_watts")
+            idle = where["idle_watts"]
             result = CellMeasurer(self._loaded, cell, self.folder.examples, idle).measure()
         except torch.OutOfMemoryError:
             why = f"a batch of {cell.batch_size} does not fit into the memory of {cell.device}."
@@ -152,10 +151,7 @@ class _Bench:
             status=DONE if result is not None else FAILED,
             result=asdict(result) if result is not None else None,
             why=why,
-            host={
-                **host,
-                "date": datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds"),
-            },
+            host={**where, "date": now()},
         )
         self.log.append(line)
         if why is not None:
@@ -193,21 +189,5 @@ class _Bench:
 
     def _host(self, device: str) -> dict[str, Any]:
         if device not in self._hosts:
-            watts = idle_power(device)
-            self._hosts[device] = {
-                "hardware": hardware(device),
-                "versions": {**versions(), **_more_versions()},
-                "commit": commit(),
-                "idle_watts": watts,
-            }
+            self._hosts[device] = host(device, idle_power(device))
         return self._hosts[device]
-
-
-def _more_versions() -> dict[str, str]:
-    found = {}
-    for name in ("bitsandbytes", "jiwer", "sacrebleu", "nvidia-ml-py"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
