@@ -394,7 +394,7 @@ def test_long_answers_get_room_as_they_grow(
             options = {"max_new_tokens": limit, "eos_token_id": -1, "pad_token_id": 0}
             expected = generate(model.generate, inputs, **options)
             assert torch.equal(generate(fast, inputs, **options), expected)
-    widths = {cache.width for cache in fast.pieces._shelves.caches._items.values()}
+    widths = {cache.width for cache in fast.pieces.recent.caches._items.values()}
     assert len(widths) > 3
 
 
@@ -439,7 +439,7 @@ def test_many_samples_with_mixed_lengths_and_budgets() -> None:
     first, memory = ask()
     again, later = ask()
     assert again == first and later <= 1.001 * memory
-    pieces = [*_segments(fast), *fast.pieces._shelves.steps._items.values()]
+    pieces = [*_segments(fast), *fast.pieces.recent.steps._items.values()]
     assert first == len(pieces) + (len(fast._tower._shapes._items) if GPU and fast._tower else 0)
     print(f"{first} recordings in {fast.capture_seconds:.1f} s, {memory / 2**20:.0f} MiB")
     assert fast.capture_seconds < 60
@@ -611,12 +611,12 @@ def test_old_shapes_make_room_for_new_ones(original: Any, monkeypatch: pytest.Mo
             with vp.prune(model, vp.FastV(agg_layer=2, attention_rank=rank)):
                 expected = generate(model.generate, inputs)
                 assert torch.equal(generate(fast, inputs), expected)
-    assert len(fast.pieces._shelves.caches._items) <= 2
-    assert all(s.cache in fast.pieces._shelves.caches._items.values() for s in _segments(fast))
+    assert len(fast.pieces.recent.caches._items) <= 2
+    assert all(s.cache in fast.pieces.recent.caches._items.values() for s in _segments(fast))
 
 
 def _segments(fast: FastGenerate) -> Iterator[Any]:
-    return iter(fast.pieces._shelves.segments._items.values())
+    return iter(fast.pieces.recent.segments._items.values())
 
 
 def test_the_model_is_let_go_of(tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-class Shelf(Generic[Value]):
+class LRU(Generic[Value]):
     """The last few things that were made, by key.
 
     Args:

@@ -11,7 +11,7 @@ import torch
 from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.fast.arena import Arena
 from vlm_prune_ext.fast.fused import FusedLayers
-from vlm_prune_ext.fast.graphs import Recorder, Shelf
+from vlm_prune_ext.fast.graphs import LRU, Recorder
 from vlm_prune_ext.fast.segments import Activations, Head, Segment, SegmentCache, Step, widen
 
 PROMPT_STEP = 4  # what a piece holds is filled up to a multiple; fillers stay to the last layer
@@ -19,13 +19,13 @@ CACHE_STEP = 128  # likewise caches, so that many lengths share one decode step
 CACHES, SEGMENTS, STEPS = 48, 128, 24  # kept at a time
 
 
-class _Shelves:
+class _Recent:
     """What was made last. Nothing here points back at who made it, so all memory is free as soon
     as the last user lets go."""
 
     def __init__(self) -> None:
-        segments: Shelf[Segment] = Shelf(SEGMENTS)
-        steps: Shelf[Step] = Shelf(STEPS)
+        segments: LRU[Segment] = LRU(SEGMENTS)
+        steps: LRU[Step] = LRU(STEPS)
 
         def forget(cache: SegmentCache) -> None:
             """A cache goes, and with it what was recorded on its memory."""
@@ -33,7 +33,7 @@ class _Shelves:
             steps.drop_where(lambda step: cache in step.caches)
 
         self.segments, self.steps = segments, steps
-        self.caches: Shelf[SegmentCache] = Shelf(CACHES, forget)
+        self.caches: LRU[SegmentCache] = LRU(CACHES, forget)
 
     def let_go(self, block: Hashable) -> None:
         """A block of memory goes, and with it what was recorded on it."""
@@ -62,16 +62,16 @@ class Pieces:
         self.dtype = first.dtype
         around = FusedLayers(decoder) if capture else nullcontext
         self.recorder = Recorder(first.device, capture, around)
-        self._shelves = shelves = _Shelves()
-        self.arena = Arena(first.device, shelves.let_go)
+        self.recent = recent = _Recent()
+        self.arena = Arena(first.device, recent.let_go)
 
     def segment(self, first: int, stop: int, hidden: torch.Tensor, room: int) -> Segment:
         """The layers ``first`` ... ``stop - 1`` for prompts of up to a bucket's length, with
         ``room`` for decoded tokens."""
         batch, tokens = hidden.shape[0], _round_up(hidden.shape[1], PROMPT_STEP)
         key = (first, stop, batch, _round_up(tokens + room, CACHE_STEP))
-        segment = self._shelves.segments.get((*key, tokens), lambda: self._make(key, tokens))
-        self._shelves.caches.get(key, lambda: segment.cache)  # used just now
+        segment = self.recent.segments.get((*key, tokens), lambda: self._make(key, tokens))
+        self.recent.caches.get(key, lambda: segment.cache)  # used just now
         return segment
 
     def _make(self, key: tuple[int, int, int, int], tokens: int) -> Segment:
@@ -81,7 +81,7 @@ class Pieces:
 
     def _cache(self, key: tuple[int, int, int, int]) -> SegmentCache:
         config = self.parts.decoder.config  # type: ignore[union-attr]
-        return self._shelves.caches.get(
+        return self.recent.caches.get(
             key, lambda: SegmentCache(self.arena, config, *key, self.dtype)
         )
 
@@ -95,7 +95,7 @@ class Pieces:
     def step(self, caches: list[SegmentCache]) -> Step:
         """One decode step over these caches."""
         key = tuple(id(cache) for cache in caches)
-        return self._shelves.steps.get(
+        return self.recent.steps.get(
             key, lambda: Step(self.parts, self.head, caches, self.recorder)
         )
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm_prune_ext.fast.graphs import Recorded, Recorder, Shelf
+from vlm_prune_ext.fast.graphs import LRU, Recorded, Recorder
 
 _SHAPES = 8  # of inputs, kept at a time
 
@@ -19,7 +19,7 @@ class RecordedTower:
     def __init__(self, tower: nn.Module, recorder: Recorder) -> None:
         self._tower = weakref.ref(tower)
         self.recorder = recorder
-        self._shapes: Shelf[tuple[torch.Tensor, Recorded]] = Shelf(_SHAPES)
+        self._shapes: LRU[tuple[torch.Tensor, Recorded]] = LRU(_SHAPES)
 
     def take_over(self) -> None:
         """From now on the tower's calls come here."""
