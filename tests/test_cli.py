@@ -129,9 +129,9 @@ def test_each_parameter_and_config_name_is_listed(capsys):
     assert cli.main(["methods"]) == 0
     said = capsys.readouterr().out
     for cls in filter(None, METHODS.values()):
-        for parameter in cls.describe().parameters:
+        for parameter in cls.options().values():
             assert parameter.name in said and parameter.help.split()[0] in said
-            for name in parameter.config_names:
+            for name in cls.config_names(parameter):
                 assert name in said
 
 

@@ -12,15 +12,15 @@ from safetensors.torch import load_file
 from vlm_prune_ext.methods.base import Evidence, Method
 from vlm_prune_ext.methods.fastv import FastV
 from vlm_prune_ext.methods.himap import HiMAP
-from vlm_prune_ext.methods.saint import SAINT, SAINTViT
-from vlm_prune_ext.select import (
+from vlm_prune_ext.methods.saint import (
+    SAINT,
+    SAINTViT,
     iterative_keep,
-    mean_over_heads,
     saint_drop,
     saint_kept_raw,
     saint_ranking,
-    top_k_ascending,
 )
+from vlm_prune_ext.select import mean_over_heads, top_k_ascending
 
 FOLDER = Path(__file__).parent / "golden"
 

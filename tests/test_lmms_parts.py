@@ -20,7 +20,7 @@ from vlm_prune_ext.evals.lmms_args import (
     method_of,
     run_label,
 )
-from vlm_prune_ext.evals.lmms_plugin import MODELS
+from vlm_prune_ext.evals.lmms_plugin import models
 from vlm_prune_ext.methods.custom import CustomSelection
 from vlm_prune_ext.methods.fastv import FastV
 from vlm_prune_ext.methods.registry import METHODS
@@ -33,11 +33,11 @@ def test_plugin_is_light_and_registered() -> None:
     code = (
         "import sys, lmms_eval.models.registry_v2 as r; before = set(sys.modules);"
         "import time; start = time.perf_counter();"
-        "from vlm_prune_ext.evals.lmms_plugin import MODELS, manifests; made = manifests();"
+        "from vlm_prune_ext.evals.lmms_plugin import manifests, models; made = manifests();"
         "seconds = time.perf_counter() - start; assert seconds < 1, seconds;"
         "heavy = {'torch', 'transformers', 'datasets'} & set(sys.modules); assert not heavy, heavy;"
         "from lmms_eval.models import get_model_manifest;"
-        "assert {m.model_id for m in made} == set(MODELS);"
+        "assert {m.model_id for m in made} == set(models());"
         "assert all(get_model_manifest(m.model_id) == m for m in made)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -46,7 +46,7 @@ def test_plugin_is_light_and_registered() -> None:
 
 
 def test_every_method_has_a_model() -> None:
-    assert set(MODELS.values()) == {*METHODS, None}
+    assert set(models().values()) == {*METHODS, None}
 
 
 # -- model_args ----------------------------------------------------------------------------------
@@ -115,8 +115,8 @@ def test_wrong_model_args_are_named(
 
 def test_no_argument_name_misleads_the_tracker() -> None:
     """lmms-eval looks for these texts anywhere in model_args and takes what follows for a name."""
-    for model in MODELS:
-        for method in METHODS if MODELS[model] is None else (MODELS[model],):
+    for model in models():
+        for method in METHODS if models()[model] is None else (models()[model],):
             cls = class_of(model, {"method": method})
             for key in accepted_keys(model, cls) - {"pretrained"}:
                 word = f"{key}="

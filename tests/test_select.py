@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from vlm_prune_ext import select
+from vlm_prune_ext.methods import saint
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -68,7 +69,7 @@ def drop_by_loops(metric: torch.Tensor, threshold: float, k: int, gamma: float) 
 @pytest.mark.parametrize("threshold", [-1.0, 0.0, 0.3, 0.9])
 def test_saint_drop_equals_loops(n: int, threshold: float) -> None:
     metric = noise(3, n, 4, seed=n)
-    mask = select.saint_drop(metric, threshold, 2, 5.0)
+    mask = saint.saint_drop(metric, threshold, 2, 5.0)
     for row in range(3):
         want = drop_by_loops(metric[row].double(), threshold, 2, 5.0)
         assert mask[row].nonzero()[:, 0].tolist() == want
@@ -79,41 +80,41 @@ def test_saint_drop_counts_each_row_by_itself() -> None:
     alike = torch.ones(12, 6) + 0.01 * noise(12, 6)
     unlike = torch.eye(12)[:, :6] + torch.eye(12).roll(6, 1)[:, :6] * -1
     metric = torch.stack([alike, unlike])
-    mask = select.saint_drop(metric, 0.8, 3, 10.0)
+    mask = saint.saint_drop(metric, 0.8, 3, 10.0)
     assert mask[0].tolist() == [False, True] * 6
     assert mask[1].all()
     for row in range(2):
-        alone = select.saint_drop(metric[row : row + 1], 0.8, 3, 10.0)
+        alone = saint.saint_drop(metric[row : row + 1], 0.8, 3, 10.0)
         assert torch.equal(mask[row], alone[0])
 
 
 def test_saint_drop_never_drops_odd_places() -> None:
-    mask = select.saint_drop(noise(4, 31, 3), -1.0, 1, 10.0)
+    mask = saint.saint_drop(noise(4, 31, 3), -1.0, 1, 10.0)
     assert mask[:, 1::2].all()
     assert not mask[:, 0::2].any()
 
 
 @pytest.mark.parametrize("n", [0, 1])
 def test_saint_drop_without_an_odd_token(n: int) -> None:
-    assert select.saint_drop(noise(2, n, 4), -1.0, 1, 10.0).tolist() == [[True] * n] * 2
+    assert saint.saint_drop(noise(2, n, 4), -1.0, 1, 10.0).tolist() == [[True] * n] * 2
 
 
 def test_saint_drop_ties_go_to_the_lower_place() -> None:
     metric = torch.ones(1, 8, 4)
     metric[0, 4:, 0] = -1.0  # places 4 and 6: fewer neighbours at 0.9, but as many as min_neighbors
-    mask = select.saint_drop(metric, 0.9, 2, 10.0)
+    mask = saint.saint_drop(metric, 0.9, 2, 10.0)
     assert mask[0].tolist() == [False, True] * 4
-    order = select.saint_ranking(metric, 0.9, 2, 10.0).order
+    order = saint.saint_ranking(metric, 0.9, 2, 10.0).order
     assert order.tolist() == [[0, 2, 4, 6]]
 
 
 def test_zero_keys_give_no_nan() -> None:
     metric = torch.zeros(1, 10, 4)
-    assert select.saint_drop(metric, 0.5, 1, 10.0).all()
+    assert saint.saint_drop(metric, 0.5, 1, 10.0).all()
     metric[0, :5] = noise(5, 4)
-    ranking = select.saint_ranking(metric, 0.1, 1, 10.0)
+    ranking = saint.saint_ranking(metric, 0.1, 1, 10.0)
     assert sorted(ranking.order[0].tolist()) == [0, 2, 4, 6, 8]
-    kept, _ = select.iterative_keep(torch.zeros(2, 9, 4), 5, 2)
+    kept, _ = saint.iterative_keep(torch.zeros(2, 9, 4), 5, 2)
     assert kept.tolist() == [[5, 6, 7, 8]] * 2  # all alike: the lowest go first
     assert torch.isfinite(select.redundancy(torch.zeros(1, 3, 4))).all()
 
@@ -137,14 +138,14 @@ def test_metric_is_float32_for_half_keys() -> None:
     ],
 )
 def test_drop_schedule(patches: int, keep: int, r: int, rounds: list[int]) -> None:
-    assert select.drop_schedule(patches, keep, r) == rounds
+    assert saint.drop_schedule(patches, keep, r) == rounds
 
 
 def test_drop_schedule_always_ends() -> None:
     for patches in range(1, 40):
         for keep in range(1, patches + 1):
             for r in (1, 2, 3, 7, 50):
-                rounds = select.drop_schedule(patches, keep, r)
+                rounds = saint.drop_schedule(patches, keep, r)
                 assert all(drop > 0 for drop in rounds)
                 assert patches - sum(rounds) == keep
 
@@ -163,7 +164,7 @@ def keep_by_loops(metric: torch.Tensor, keep: int, r: int) -> list[int]:
 @pytest.mark.parametrize(("keep_num", "r"), [(20, 16), (2, 3), (31, 4), (41, 2)])
 def test_iterative_keep_equals_loops_row_by_row(keep_num: int, r: int) -> None:
     metric = noise(3, 40, 6, seed=7)
-    kept, _ = select.iterative_keep(metric, keep_num, r)
+    kept, _ = saint.iterative_keep(metric, keep_num, r)
     assert kept.shape == (3, keep_num - 1)
     for row in range(3):
         assert kept[row].tolist() == keep_by_loops(metric[row], keep_num - 1, r)

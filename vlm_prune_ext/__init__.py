@@ -23,24 +23,27 @@ _HOMES = {
     "Trace": "engine.trace",
     "METHODS": "methods.registry",
     "get_method": "methods.registry",
-    "FastV": "methods.fastv",
-    "HiMAP": "methods.himap",
-    "SAINT": "methods.saint",
-    "SAINTViT": "methods.saint",
-    "CustomSelection": "methods.custom",
-    "RandomDrop": "methods.random_drop",
-    "Downsample": "methods.downsample",
+    "register": "methods.base",
     "InputError": "errors",
 }
 
-__all__ = [*sorted(_HOMES), "__version__"]
+
+def _registry() -> Any:
+    return importlib.import_module(f"{__name__}.methods.registry")
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    """Names of :data:`_HOMES`, and the classes of all methods."""
+    if name == "__all__":
+        return [*sorted(_HOMES), *_registry().public_names(), "__version__"]
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if name[:1].isupper():  # a module of this package is no class, and costs no look-up
+        found = _registry().public_class(name)
+        if found is not None:
+            return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return __getattr__("__all__")

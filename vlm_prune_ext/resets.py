@@ -16,8 +16,9 @@ from torch import nn
 from vlm_prune_ext.engine.prune import Session
 from vlm_prune_ext.engine.trace import Trace
 from vlm_prune_ext.errors import InputError
-from vlm_prune_ext.methods.base import Method, require
-from vlm_prune_ext.methods.registry import METHODS, settings_method
+from vlm_prune_ext.methods.base import Method
+from vlm_prune_ext.methods.option import require
+from vlm_prune_ext.methods.registry import METHODS, classes, settings_method
 from vlm_prune_ext.models import parts_of
 
 logger = logging.getLogger("vlm_prune_ext")
@@ -25,15 +26,11 @@ logger = logging.getLogger("vlm_prune_ext")
 OFF_LINE = "NO TOKEN PRUNING TECHNIQUE WILL BE USED ------"
 CUSTOM_LINE = "CUSTOM TOKEN SELECTION TECHNIQUE WILL BE USED ------"
 
-# Name of the call -> registry name of the method it turns on or off.
-RESETS = {
-    "reset_fastv": "fastv",
-    "reset_hmapv": "himap",
-    "reset_himap": "himap",
-    "reset_saint": "saint",
-    "set_saint": "saint",
-    "reset_custom_selection": "custom",
-}
+
+def reset_calls() -> dict[str, str]:
+    """Name of a call -> registry name of the method it turns on or off: ``reset_<name>`` of every
+    method, and the names that users of the published codes know."""
+    return {call: cls.name for cls in classes() for call in (f"reset_{cls.name}", *cls.resets)}
 
 
 class Attachment:
@@ -79,9 +76,9 @@ class Attachment:
         cls = METHODS[name]
         assert cls is not None
         config = self._parts.model.config
-        flag = getattr(config, cls.CONFIG_FLAG, None)
+        flag = getattr(config, cls.flag(), None)
         accepted = "true or false"  # a text such as "false" would count as true
-        require(flag in (None, True, False), cls.CONFIG_FLAG, flag, accepted)
+        require(flag in (None, True, False), cls.flag(), flag, accepted)
         if flag:
             self.switch(settings_method(cls, config))
         elif self.method is None or isinstance(self.method, cls):
@@ -107,8 +104,9 @@ _PLACE = "_vlm_prune_attachment"
 
 
 def attach(model: nn.Module) -> Attachment:
-    """Add ``reset_fastv()``, ``reset_hmapv()`` (= ``reset_himap()``), ``reset_saint()``
-    (= ``set_saint()``) and ``reset_custom_selection()`` to a model and to its inner ``.model``.
+    """Add ``reset_<name>()`` for every method to a model and to its inner ``.model``, and beside it
+    the names of the published codes: ``reset_hmapv()`` (= ``reset_himap()``), ``set_saint()``
+    (= ``reset_saint()``), ``reset_custom_selection()``.
 
     Each reads its method's fields off ``model.config`` and turns the method on, or off where the
     ``use_*`` flag is false or missing; turning one on turns the others off. A second call returns
@@ -122,7 +120,7 @@ def attach(model: nn.Module) -> Attachment:
         return known
     attachment = Attachment(model)
     for module in _holders(model):
-        for call, name in RESETS.items():
+        for call, name in reset_calls().items():
             # Straight into __dict__: nn.Module would take a bound method of a module for a child.
             vars(module)[call] = partial(_reset, weakref.ref(model), name)
     vars(model)[_PLACE] = attachment
@@ -137,7 +135,7 @@ def detach(model: nn.Module) -> None:
     if attachment._session is not None:
         attachment._session.close()
     for module in _holders(model):
-        for call in RESETS:
+        for call in reset_calls():
             vars(module).pop(call, None)
 
 

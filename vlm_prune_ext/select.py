@@ -11,8 +11,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
+from vlm_prune_ext.lazy import torch
 
 
 def top_k_ascending(scores: torch.Tensor, k: int) -> torch.Tensor:
@@ -52,7 +51,7 @@ def mean_over_heads(keys: torch.Tensor) -> torch.Tensor:
 
 def unit_rows(metric: torch.Tensor) -> torch.Tensor:
     """Scale the last dimension to unit length, float32; a zero vector stays zero (never NaN)."""
-    return F.normalize(metric.float(), dim=-1)
+    return torch.nn.functional.normalize(metric.float(), dim=-1)
 
 
 def redundancy(metric: torch.Tensor, alive: torch.Tensor | None = None) -> torch.Tensor:
@@ -66,134 +65,14 @@ def redundancy(metric: torch.Tensor, alive: torch.Tensor | None = None) -> torch
         alive: ``(batch, n)`` bool, the tokens that count in the sums; ``None`` is all.
     """
     unit = unit_rows(metric)
-    return _sum_of_cosines(unit, alive)
+    return sum_of_cosines(unit, alive)
 
 
-def _sum_of_cosines(unit: torch.Tensor, alive: torch.Tensor | None) -> torch.Tensor:
+def sum_of_cosines(unit: torch.Tensor, alive: torch.Tensor | None) -> torch.Tensor:
+    """As :func:`redundancy`, of rows that have unit length already."""
     counted = unit if alive is None else unit * alive.unsqueeze(-1)
     # Not a matrix product: each row is reduced alike, so equal keys get equal scores to the bit.
     return (unit * counted.sum(dim=1, keepdim=True)).sum(dim=-1)
-
-
-class SaintRanking(NamedTuple):
-    """What SAINT's selection knows before it decides how many to drop.
-
-    Attributes:
-        order: int64 ``(batch, candidates)``, the even places, first to be dropped first.
-        counts: int64 ``(batch,)``, how many candidates are redundant enough to be counted.
-    """
-
-    order: torch.Tensor
-    counts: torch.Tensor
-
-
-def saint_ranking(
-    metric: torch.Tensor, threshold: float, min_neighbors: int, gamma: float
-) -> SaintRanking:
-    """Rank the even places of each row by how redundant they are with the odd places.
-
-    A candidate's neighbours are the odd places whose cosine with it is at least ``threshold``.
-    With neighbours its score is ``count * exp(gamma * (their mean cosine - threshold))``, else the
-    plain mean of its cosines with all odd places.
-
-    Args:
-        metric: ``(batch, n, d)``, any float dtype (computed in float32).
-        threshold: cosine in [-1, 1].
-        min_neighbors: neighbours that make a candidate count as redundant.
-        gamma: weight of the neighbours' mean cosine.
-
-    Returns:
-        order and counts; with fewer than two tokens nothing counts.
-    """
-    unit = unit_rows(metric)
-    even, odd = unit[:, 0::2], unit[:, 1::2]
-    cosines = even @ odd.transpose(1, 2)
-    near = cosines >= threshold
-    neighbors = near.sum(dim=-1)
-    near_sum = torch.where(near, cosines, 0.0).sum(dim=-1)
-    near_mean = near_sum / neighbors.clamp(min=1)
-    plain_mean = cosines.sum(dim=-1) / max(odd.shape[1], 1)
-    weighted = neighbors * torch.exp(gamma * (near_mean - threshold))
-    score = torch.where(neighbors > 0, weighted, plain_mean)
-    order = 2 * torch.sort(score, dim=-1, descending=True, stable=True).indices
-    return SaintRanking(order, (neighbors >= min_neighbors).sum(dim=-1))
-
-
-def saint_drop(
-    metric: torch.Tensor, threshold: float, min_neighbors: int, gamma: float
-) -> torch.Tensor:
-    """SAINT's selection, each row with a count of its own.
-
-    As many candidates (even places) are dropped as have at least ``min_neighbors`` neighbours;
-    the highest ranked ones go, so the ones dropped need not be exactly the ones counted. Odd
-    places always stay. Parameters as in :func:`saint_ranking`.
-
-    Returns:
-        bool ``(batch, n)``, True stays.
-    """
-    order, counts = saint_ranking(metric, threshold, min_neighbors, gamma)
-    rank = torch.arange(order.shape[1], device=order.device)
-    keep = torch.ones(metric.shape[:2], dtype=torch.bool, device=metric.device)
-    return keep.scatter(1, order, rank >= counts.unsqueeze(1))
-
-
-def saint_kept_raw(metric: torch.Tensor, ranking: SaintRanking) -> torch.Tensor:
-    """The published code's own answer: one drop count for a batch, and its unsorted order.
-
-    The count is the batch average of the rows' counts, rounded down. For comparison only:
-    :func:`saint_drop` gives each row its own count.
-
-    Returns:
-        int64 ``(batch, kept)``: surviving even places by falling rank, then the odd places;
-        ``0 ... n-1`` where nothing is dropped.
-    """
-    batch, n = metric.shape[:2]
-    places = torch.arange(n, device=metric.device).expand(batch, n)
-    drop = int(ranking.counts.sum()) // batch
-    if drop == 0:
-        return places
-    return torch.cat([ranking.order[:, drop:], places[:, 1::2]], dim=1)
-
-
-def drop_schedule(patches: int, keep: int, r: int) -> list[int]:
-    """How many patches each round of the iterative drop takes, down to ``keep``.
-
-    A round takes the smaller of what is still too many and ``remaining // r`` (at least 1), and
-    that number is the ``r`` of the next round. The published code divides by zero where
-    ``remaining // r`` is 0.
-    """
-    rounds = []
-    while patches > keep:
-        r = min(patches - keep, max(patches // r, 1))
-        rounds.append(r)
-        patches -= r
-    return rounds
-
-
-def iterative_keep(metric: torch.Tensor, keep_num: int, r: int) -> tuple[torch.Tensor, list[int]]:
-    """Drop the patches that are most similar to all others, a few at a time.
-
-    Each round scores the remaining patches by the sum of their cosines with all remaining ones
-    and drops the highest, as many as :func:`drop_schedule` says.
-
-    Args:
-        metric: ``(batch, patches, d)``, without CLS.
-        keep_num: tokens to keep, **CLS counted**: ``keep_num - 1`` patches stay, at most
-            ``patches``.
-        r: pace of the first round.
-
-    Returns:
-        int64 ``(batch, keep_num - 1)`` ascending, and the number dropped in each round.
-    """
-    batch, patches = metric.shape[:2]
-    rounds = drop_schedule(patches, keep_num - 1, r)
-    unit = unit_rows(metric)
-    alive = torch.ones(batch, patches, dtype=torch.bool, device=metric.device)
-    for drop in rounds:
-        score = _sum_of_cosines(unit, alive).masked_fill(~alive, -math.inf)
-        alive = alive.scatter(1, top_k_ascending(score, drop), False)
-    # A stable sort instead of a bool index: its size is known, so a GPU is not waited for.
-    return top_k_ascending(alive.int(), keep_num - 1), rounds
 
 
 # -- merging ----------------------------------------------------------------------------------
@@ -308,7 +187,9 @@ def merge_around(
     extra = (attention * (1 - is_centre))[:, None] @ rows
     column = torch.arange(most + 1, device=centres.device)
     last = (column == counts[:, None])[..., None]
-    return torch.where(last, extra, F.pad(tokens, (0, 0, 0, 1))).to(features.dtype)
+    return torch.where(last, extra, torch.nn.functional.pad(tokens, (0, 0, 0, 1))).to(
+        features.dtype
+    )
 
 
 # -- draws and grids -------------------------------------------------------------------------
@@ -382,5 +263,5 @@ def shrink_grid(grid: torch.Tensor, side: int) -> torch.Tensor:
     Each output cell is the mean of the input cells its area touches (adaptive average pooling),
     computed in float32 and returned in the input's dtype.
     """
-    pooled = F.adaptive_avg_pool2d(grid.permute(0, 3, 1, 2).float(), side)
+    pooled = torch.nn.functional.adaptive_avg_pool2d(grid.permute(0, 3, 1, 2).float(), side)
     return pooled.permute(0, 2, 3, 1).to(grid.dtype)

@@ -16,8 +16,15 @@ from typing import Any
 import yaml
 
 from vlm_prune_ext.errors import InputError, unknown_name
-from vlm_prune_ext.methods.base import Method, require_seed
-from vlm_prune_ext.methods.registry import METHODS, get_method, method_class, parse_method
+from vlm_prune_ext.methods.base import Method
+from vlm_prune_ext.methods.option import a_seed
+from vlm_prune_ext.methods.registry import (
+    METHODS,
+    classes,
+    get_method,
+    method_class,
+    parse_settings,
+)
 
 MODES = ("all", "infer", "eval")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -67,7 +74,7 @@ class Settings:
         _require("dtype", self.dtype, _one_of(DTYPES), DTYPES.__contains__, none=True)
         for name in ("limit", "max_new_tokens"):
             _require(name, getattr(self, name), "an integer of at least 1", _at_least(1), none=True)
-        require_seed("seed", self.seed)
+        a_seed().check("seed", self.seed)
         for name in ("reuse", "verbose", "trust_remote_code"):
             _require(name, getattr(self, name), "true or false", _is_bool)
         _require("fast", self.fast, "true or false", _is_bool, none=True)
@@ -197,15 +204,15 @@ def _choice(rest: dict[str, Any]) -> tuple[set[str], dict[str, Any], set[str]]:
     off: set[str] = set()
     if rest.pop("baseline", False):
         names.add("none")
-    for name, cls in METHODS.items():
-        if cls is None or not cls.CONFIG_FLAG or cls.CONFIG_FLAG not in rest:
+    for cls in classes():
+        if cls.flag() not in rest:
             continue
-        flag = rest.pop(cls.CONFIG_FLAG)
-        _require(cls.CONFIG_FLAG, flag, "true or false", lambda v: isinstance(v, bool))
+        flag = rest.pop(cls.flag())
+        _require(cls.flag(), flag, "true or false", lambda v: isinstance(v, bool))
         if flag:
-            names.add(name)
+            names.add(cls.name)
         else:
-            off |= set(cls.CONFIG_FIELDS)
+            off |= set(cls.config_fields())
     if "method" in rest:
         name, parameters = _method_of(rest.pop("method"))
         names.add(name)
@@ -223,14 +230,10 @@ def _method_of(value: Any) -> tuple[str, dict[str, Any]]:
         method_class(str(value["name"]))
         return str(value["name"]), {**rest, **(value.get("parameters") or {})}
     _require("method", value, f"a name of {', '.join(METHODS)}, or name:budget", _is_text)
-    name, colon, _ = value.partition(":")
-    method_class(name)
-    if not colon:
-        return name, {}
-    method, defaults = parse_method(value), (method_class(name) or Method).defaults()
-    assert method is not None
-    given = {f.name: getattr(method, f.name) for f in fields(method)}
-    return name, {k: v for k, v in given.items() if k not in defaults or v != defaults[k]}
+    name, parameters = parse_settings(value)
+    if parameters:
+        get_method(name, **parameters)  # a wrong value is said with the text it stands in
+    return name, parameters
 
 
 def _merge(file: _Layer, line: _Layer) -> tuple[str | None, dict[str, Any]]:
@@ -238,8 +241,7 @@ def _merge(file: _Layer, line: _Layer) -> tuple[str | None, dict[str, Any]]:
     name = line.name or file.name
     parameters = dict(file.parameters) if name == file.name else {}
     for key, value in line.parameters.items():
-        field = _field_of(name, key)
-        for other in [k for k in parameters if k == key or _field_of(name, k) == field != "vit"]:
+        for other in [k for k in parameters if k == key or _same_setting(name, k, key)]:
             del parameters[other]
         parameters[key] = value
     if name is None or name == "none":
@@ -252,19 +254,27 @@ def _merge(file: _Layer, line: _Layer) -> tuple[str | None, dict[str, Any]]:
     return name, parameters
 
 
-def _field_of(name: str | None, key: str) -> str:
+def _same_setting(name: str | None, one: str, other: str) -> bool:
+    """Are these two names of one field? Some fields are made of several ``model.config`` names;
+    these stand beside each other."""
     cls = METHODS.get(name or "")
-    return cls.CONFIG_FIELDS.get(key, key) if cls is not None else key
+    if cls is None:
+        return False
+    config, options = cls.config_fields(), cls.options()
+    fields_ = {config.get(key, key) for key in (one, other)}
+    if len(fields_) > 1 or not fields_ <= set(options):
+        return False
+    return not {one, other} <= set(cls.config_names(options[fields_.pop()]))
 
 
 def _field_names(name: str) -> set[str]:
     cls = method_class(name)
-    return {f.name for f in fields(cls)} if cls is not None else set()
+    return set(cls.options()) if cls is not None else set()
 
 
 def _own_names(name: str) -> set[str]:
     cls = method_class(name)
-    return _field_names(name) | set(cls.CONFIG_FIELDS if cls is not None else ())
+    return cls.setting_names() if cls is not None else set()
 
 
 def _parameter_names() -> set[str]:
@@ -272,7 +282,7 @@ def _parameter_names() -> set[str]:
 
 
 def _unknown(key: str, name: str | None) -> InputError:
-    flags = {cls.CONFIG_FLAG for cls in METHODS.values() if cls is not None} - {""}
+    flags = {cls.flag() for cls in classes()}
     own = _own_names(name) if name is not None else _parameter_names()
     return unknown_name("setting", key, {*RUN_KEYS, "method", "baseline", *flags, *own})
 
@@ -313,27 +323,12 @@ class MethodOption:
 
 
 def method_options() -> Iterator[MethodOption]:
-    """Options for all methods: their ``use_*`` flags and ``model.config`` names, or, for methods
-    that have none, ``<method>_<field>``."""
-    for name, cls in METHODS.items():
-        if cls is None:
-            continue
-        described = cls.describe()
-        helps = {parameter.name: parameter.help for parameter in described.parameters}
-        if cls.CONFIG_FLAG:
-            yield MethodOption(cls.CONFIG_FLAG, name, f"the same as --method {name}", flag=True)
-            for key, field in cls.CONFIG_FIELDS.items():
-                yield MethodOption(key, name, helps.get(field, ""))
-        else:
-            for field, text in helps.items():
-                yield MethodOption(f"{name}_{field}", name, text)
-
-
-def option_setting(option: MethodOption) -> str:
-    """Name of the setting that an option sets."""
-    cls = METHODS[option.method]
-    assert cls is not None
-    return option.key if cls.CONFIG_FLAG else option.key.removeprefix(f"{option.method}_")
+    """Options for all methods: their ``use_*`` flags and ``model.config`` names."""
+    for cls in classes():
+        yield MethodOption(cls.flag(), cls.name, f"the same as --method {cls.name}", flag=True)
+        for one in cls.options().values():
+            for key in cls.config_names(one):
+                yield MethodOption(key, cls.name, one.help)
 
 
 def read_value(text: str) -> Any:

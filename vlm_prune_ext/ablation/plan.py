@@ -156,10 +156,10 @@ def suffix(method: Method | None) -> str:
     if method is None:
         return ""
     label = method.label()
-    budget = getattr(method, method.BUDGET, None) if method.BUDGET else None
+    budget = getattr(method, method.budget_field, None) if method.budget_field else None
     if budget is None:
         return f"-{label}"
-    plain = get_method(method.name, **{method.BUDGET: budget})
+    plain = get_method(method.name, **{method.budget_field: budget})
     usual = plain.label().split("_") if plain is not None else []
     parts = label.split("_")
     if parts[: len(usual)] != usual:

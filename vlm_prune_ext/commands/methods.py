@@ -5,14 +5,15 @@ reference code. With a NAME, everything about that one.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import inspect
 import json
 import re
-import typing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlm_prune_ext.commands.terminal import print_table
+
+if TYPE_CHECKING:
+    from vlm_prune_ext.methods.base import Method
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,38 +48,34 @@ def record(name: str) -> dict[str, Any]:
     if cls is None:
         summary = "The baseline: nothing is dropped and nothing is attached to the model."
         return {"name": name, "summary": summary, "parameters": []}
-    about = cls.describe()
     return {
         "name": name,
         "class": cls.__name__,
-        "summary": _plain(" ".join(about.summary.split())),
-        "paper": about.paper,
-        "code": about.code,
-        "short_form": f"{name}:{cls.BUDGET.upper()}",
-        "config_flag": cls.CONFIG_FLAG,
+        "summary": _plain(cls.summary()),
+        "paper": cls.paper,
+        "code": cls.code,
+        "sites": list(cls.sites),
+        "short_form": f"{name}:{cls.budget_field.upper()}" if cls.budget_field else name,
+        "config_flag": cls.flag(),
         "parameters": [
             {
-                "name": parameter.name,
-                "required": parameter.required,
-                "default": None if parameter.required else parameter.default,
-                "config_names": list(parameter.config_names),
-                "help": parameter.help,
+                "name": one.name,
+                "required": one.required,
+                "default": None if one.required else one.default,
+                "config_names": list(cls.config_names(one)),
+                "help": one.help,
             }
-            for parameter in about.parameters
+            for one in cls.options().values()
         ],
         "documentation": _documentation(cls),
     }
 
 
-def _documentation(cls: type) -> str:
+def _documentation(cls: type[Method]) -> str:
     """The class's docstring, and those of the dataclasses its parameters are made of."""
     # The class's own parameters are in the table already.
     parts = [(inspect.getdoc(cls) or "").partition("\n\nAttributes:")[0]]
-    for hint in typing.get_type_hints(cls).values():
-        for option in typing.get_args(hint):
-            if dataclasses.is_dataclass(option):
-                name = getattr(option, "__name__", str(option))
-                parts.append(f"{name}: {inspect.getdoc(option)}")
+    parts += [f"{each.__name__}: {inspect.getdoc(each)}" for each in cls.companions]
     return _plain("\n\n".join(parts))
 
 

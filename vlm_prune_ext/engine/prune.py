@@ -113,9 +113,10 @@ def run(
 def _pruners(
     parts: ModelParts, method: Method, visual_span: VisualSpan | None, trace: Trace
 ) -> list[DecoderPruner | VisionPruner]:
-    resizes = type(method).resize is not Method.resize
-    wants_tower = resizes or bool(method.vision_stages(1 << 30, None))
-    if wants_tower and (parts.vision is None or (resizes and parts.vision.projector is None)):
+    sites = method.working_sites
+    wants_tower = "tower" in sites or "features" in sites
+    bare = parts.vision is None or ("features" in sites and parts.vision.projector is None)
+    if wants_tower and bare:
         raise InputError(f"{method.name} works on the vision tower: {parts.why_no_vision}.")
     pruners: list[DecoderPruner | VisionPruner] = []
     if wants_tower:
@@ -123,7 +124,7 @@ def _pruners(
         pruners.append(VisionPruner(parts.vision, method, trace))
     if parts.decoder is not None:
         pruners.append(DecoderPruner(parts, method, visual_span, trace, wants_tower))
-    elif method.stages(1 << 30):
+    elif "decoder" in sites:
         raise InputError(
             f"{method.name} drops tokens in a language model, but this is a bare vision tower: "
             "only methods that work in the tower (SAINT with vit=..., start=None) apply."

@@ -30,7 +30,7 @@ from vlm_prune_ext.evals.answer import Answer, Answerer, Query
 from vlm_prune_ext.evals.lazy import LazyAnswers
 from vlm_prune_ext.evals.likelihood import Row, RowScore, continuation_ids, score_rows
 from vlm_prune_ext.evals.lmms_args import method_of, value_of
-from vlm_prune_ext.evals.lmms_plugin import MODELS, class_name
+from vlm_prune_ext.evals.lmms_plugin import class_name, models
 from vlm_prune_ext.evals.lmms_requests import (
     Decoding,
     Prompt,
@@ -85,7 +85,7 @@ class _Task:
 
 
 class PruneModel(lmms):
-    """What all models share; the chat interface. See :data:`lmms_plugin.MODELS` for their names.
+    """What all models share; the chat interface. See :func:`lmms_plugin.models`.
 
     Args:
         pretrained: checkpoint, folder or ``owner/name``; the demo checkpoint where it is missing.
@@ -540,16 +540,14 @@ def _query(prompt: Prompt, decoding: Decoding) -> Query:
     )
 
 
-def _classes() -> dict[str, type[PruneModel]]:
-    """A chat and a simple class for each name in :data:`MODELS`."""
-    made: dict[str, type[PruneModel]] = {}
-    for model, method in MODELS.items():
+def __getattr__(name: str) -> type[PruneModel]:
+    """A chat and a simple class for each of :func:`lmms_plugin.models`, made when asked for."""
+    for model, method in models().items():
         for simple in (False, True):
-            name = class_name(model, simple=simple)
-            about = f"{model}: {method or 'the method that model_args name'}."
-            body = {"MODEL": model, "is_simple": simple, "__doc__": about, "__module__": __name__}
-            made[name] = type(name, (PruneModel,), body)
-    return made
-
-
-globals().update(_classes())
+            if name == class_name(model, simple=simple):
+                about = f"{model}: {method or 'the method that model_args name'}."
+                body = {"MODEL": model, "is_simple": simple, "__doc__": about}
+                made = type(name, (PruneModel,), {**body, "__module__": __name__})
+                globals()[name] = made
+                return made
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

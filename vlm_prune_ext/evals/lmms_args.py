@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from vlm_prune_ext.errors import InputError, unknown_name
-from vlm_prune_ext.evals.lmms_plugin import MODELS
+from vlm_prune_ext.evals.lmms_plugin import models
 from vlm_prune_ext.methods.base import Method, label_text
 from vlm_prune_ext.methods.registry import METHODS, get_method, method_class
 
@@ -31,9 +31,6 @@ MODEL_KEYS = (
 
 RUN_KEYS = ("batch_size", "max_batch_size")
 """Arguments that lmms-eval adds from its own command line."""
-
-VIT = "vit_"
-"""Prefix for the fields of a method's ``vit`` part: ``vit_layers=19,vit_keep_num=376``."""
 
 _REFUSED = {
     "peft": "merge the adapter into the checkpoint first",
@@ -67,7 +64,7 @@ def method_of(model: str, given: Mapping[str, Any]) -> Method | None:
     """The method that a model's name and its ``model_args`` ask for; ``None`` is the baseline.
 
     Args:
-        model: key of :data:`MODELS`.
+        model: key of :func:`~vlm_prune_ext.evals.lmms_plugin.models`.
         given: the arguments that are not in :data:`MODEL_KEYS` or :data:`RUN_KEYS`.
 
     Raises:
@@ -76,14 +73,14 @@ def method_of(model: str, given: Mapping[str, Any]) -> Method | None:
     """
     settings = {key: value_of(value) for key, value in given.items()}
     name = _method_name(model, settings)
-    if MODELS[model] is None:
+    if models()[model] is None:
         del settings["method"]
     cls = method_class(name)
     _check_names(model, cls, settings)
-    flag = cls.CONFIG_FLAG if cls is not None else ""
+    flag = cls.flag() if cls is not None else ""
     if flag and not settings.pop(flag, True):
         raise InputError(f"{flag}=False contradicts the model {model}: use llava_baseline.")
-    return get_method(name, **_with_vit(settings))
+    return get_method(name, **_with_nested(cls, settings))
 
 
 def class_of(model: str, given: Mapping[str, Any]) -> type[Method] | None:
@@ -92,7 +89,7 @@ def class_of(model: str, given: Mapping[str, Any]) -> type[Method] | None:
 
 
 def _method_name(model: str, given: Mapping[str, Any]) -> str:
-    named = MODELS[model]
+    named = models()[model]
     if named is not None:
         return named
     if "method" not in given:
@@ -104,15 +101,21 @@ def _method_name(model: str, given: Mapping[str, Any]) -> str:
 def accepted_keys(model: str, cls: type[Method] | None) -> set[str]:
     """All names that ``model_args`` may hold for a model whose method is ``cls``."""
     keys = {*MODEL_KEYS, *RUN_KEYS}
-    if MODELS[model] is None:
+    if models()[model] is None:
         keys.add("method")
     if cls is None:
         return keys
-    fields = {parameter.name for parameter in cls.describe().parameters}
-    keys |= {*fields, *cls.CONFIG_FIELDS, cls.CONFIG_FLAG} - {""}
-    if "vit" in fields:
-        keys |= {VIT + field for field in ("layers", "keep_num", "r")}
-    return keys
+    return keys | {*cls.setting_names(), cls.flag(), *_nested_names(cls)}
+
+
+def _nested_names(cls: type[Method]) -> dict[str, tuple[str, str]]:
+    """Names of the fields of a field: ``vit_layers`` -> ``("vit", "layers")``."""
+    return {
+        f"{outer.name}_{inner}": (outer.name, inner)
+        for outer in cls.options().values()
+        if outer.nested is not None
+        for inner in outer.nested.options()
+    }
 
 
 def _check_names(model: str, cls: type[Method] | None, settings: Mapping[str, Any]) -> None:
@@ -124,15 +127,18 @@ def _check_names(model: str, cls: type[Method] | None, settings: Mapping[str, An
             raise unknown_name(f"model_args key of {model}", key, accepted - set(RUN_KEYS))
 
 
-def _with_vit(settings: dict[str, Any]) -> dict[str, Any]:
+def _with_nested(cls: type[Method] | None, settings: dict[str, Any]) -> dict[str, Any]:
     """``vit_layers``, ``vit_keep_num``, ``vit_r`` together as the field ``vit``."""
-    parts = {key: settings[key] for key in settings if key.startswith(VIT)}
-    if not parts:
-        return settings
-    if settings.get("vit") is not None:
-        raise InputError(f"vit and {', '.join(parts)} are one setting: give one of them.")
-    rest = {key: value for key, value in settings.items() if key not in parts}
-    return {**rest, "vit": {key.removeprefix(VIT): value for key, value in parts.items()}}
+    names = _nested_names(cls) if cls is not None else {}
+    rest = {key: value for key, value in settings.items() if key not in names}
+    made: dict[str, dict[str, Any]] = {}
+    for key in settings:
+        if key in names:
+            outer, inner = names[key]
+            if rest.get(outer) is not None:
+                raise InputError(f"{outer} and {key} are one setting: give one of them.")
+            made.setdefault(outer, {})[inner] = settings[key]
+    return {**rest, **made}
 
 
 def method_keys(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,7 +151,7 @@ def run_label(model: str, given: Mapping[str, Any]) -> str:
     from the default, e.g. ``llava-v1.5-7b-fastv_rank100``.
 
     Args:
-        model: key of :data:`MODELS`.
+        model: key of :func:`~vlm_prune_ext.evals.lmms_plugin.models`.
         given: all of ``model_args``.
 
     Raises:

@@ -28,7 +28,7 @@ from vlm_prune_ext.evals.lmms_args import (
     run_label,
     value_of,
 )
-from vlm_prune_ext.evals.lmms_plugin import GROUP, MODELS
+from vlm_prune_ext.evals.lmms_plugin import GROUP, models
 
 TASKS = Path(__file__).parent / "tasks"
 
@@ -128,8 +128,8 @@ def make_plan(words: Sequence[str]) -> Plan:
     if len(words) < 2:
         raise InputError("MODEL and TASKS are needed: run_lmms.sh llava_fastv shapes_mcq.")
     model, tasks = words[0], [task for task in words[1].split(",") if task]
-    if model not in MODELS:
-        raise unknown_name("model", model, MODELS)
+    if model not in models():
+        raise unknown_name("model", model, models())
     given = parse_pairs(words[2:])
     settings, options, launch = sort_keys(model, given)
     _check_device(settings)
@@ -369,7 +369,7 @@ def results_since(folder: Path, start: float) -> list[Path]:
 
 def _usage() -> str:
     return USAGE.format(
-        models=", ".join(MODELS),
+        models=", ".join(models()),
         tasks=", ".join(local_tasks()),
         options=", ".join((*OPTIONS, *FLAGS)),
         launch=", ".join(LAUNCH),

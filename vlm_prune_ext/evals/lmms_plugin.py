@@ -11,17 +11,16 @@ from typing import Any
 GROUP = "lmms_eval.models"
 CLASSES = "vlm_prune_ext.evals.lmms"
 
-MODELS: dict[str, str | None] = {
-    "llava_baseline": "none",
-    "llava_fastv": "fastv",
-    "llava_saint": "saint",
-    "llava_himap": "himap",
-    "llava_custom": "custom",
-    "llava_random": "random",
-    "llava_downsample": "downsample",
-    "vlm_prune": None,
-}
-"""Model name in lmms-eval -> registry name of its method; ``None``: ``model_args`` say which."""
+ANY = "vlm_prune"
+"""The model whose ``model_args`` say which method it is."""
+
+
+def models() -> dict[str, str | None]:
+    """Model name in lmms-eval -> registry name of its method; ``None`` for :data:`ANY`."""
+    from vlm_prune_ext.methods.registry import classes
+
+    named = {f"llava_{cls.name}": cls.name for cls in classes()}
+    return {"llava_baseline": "none", **named, ANY: None}
 
 
 def class_name(model: str, *, simple: bool) -> str:
@@ -31,7 +30,7 @@ def class_name(model: str, *, simple: bool) -> str:
 
 
 def manifests() -> list[Any]:
-    """One ``ModelManifest`` for each entry of :data:`MODELS`, with both of its interfaces."""
+    """One ``ModelManifest`` for each of :func:`models`, with both of its interfaces."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return [
@@ -40,5 +39,5 @@ def manifests() -> list[Any]:
             simple_class_path=f"{CLASSES}.{class_name(model, simple=True)}",
             chat_class_path=f"{CLASSES}.{class_name(model, simple=False)}",
         )
-        for model in MODELS
+        for model in models()
     ]

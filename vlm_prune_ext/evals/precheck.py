@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
-from vlm_prune_ext.methods.base import Method, Stage, require
+from vlm_prune_ext.methods.base import Method
+from vlm_prune_ext.methods.option import require
 from vlm_prune_ext.models.checkpoint import WITH_CODE, Checkpoint
 from vlm_prune_ext.models.original import OriginalCheckpoint, is_original
 
@@ -31,7 +31,7 @@ def check_fit(source: Checkpoint, method: Method | None) -> None:
 def check_config(config: Any, method: Method) -> None:
     """As :func:`check_fit`, from a model's configuration."""
     text: Any = getattr(config, "text_config", config)
-    stages = method.stages(text.num_hidden_layers)
+    method.stages(text.num_hidden_layers)
     vision: Any = getattr(config, "vision_config", None)
     if getattr(vision, "model_type", None) != "clip_vision_model":
         return  # other towers drop nothing, and their patches are not what becomes visual tokens
@@ -41,7 +41,8 @@ def check_config(config: Any, method: Method) -> None:
     total = (vision.image_size // vision.patch_size) ** 2
     total += int(getattr(config, "vision_feature_select_strategy", "default") == "full")
     accepted = f"at most {total}, the visual tokens of an image of this model"
-    for name, value in _budgets(method, stages):
+    for name in method.budgets():
+        value = getattr(method, name)
         require(not isinstance(value, int) or value <= total, name, value, accepted)
 
 
@@ -65,18 +66,6 @@ def _feature_layer(config: Any, vision: Any) -> int | None:
         return None
     every = [chosen] if isinstance(chosen, int) else list(chosen)
     return max(i - 1 if i > 0 else vision.num_hidden_layers + i for i in every)
-
-
-def _budgets(method: Method, stages: tuple[Stage, ...]) -> list[tuple[str, Any]]:
-    """Fields that hold a number of tokens, with their values."""
-    values = {f.name: getattr(method, f.name) for f in fields(method)}
-    asked = {stage.budget for stage in stages if stage.budget is not None}
-    named = {
-        name: value for name, value in values.items() if value in asked and "layer" not in name
-    }
-    if type(method).resize is not Method.resize:
-        named[method.BUDGET] = values[method.BUDGET]
-    return list(named.items())
 
 
 def is_untrained(source: Checkpoint) -> bool:

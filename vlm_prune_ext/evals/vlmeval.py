@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,7 +32,14 @@ from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.evals.answer import Answer, Answerer, Query
 from vlm_prune_ext.evals.shapes import MAX_NEW_TOKENS, register_datasets
 from vlm_prune_ext.methods.base import Method, label_text
-from vlm_prune_ext.methods.registry import get_method, parse_method
+from vlm_prune_ext.methods.registry import (
+    METHODS,
+    classes,
+    get_method,
+    method_class,
+    parse_method,
+    standard_method,
+)
 from vlm_prune_ext.models import load
 from vlm_prune_ext.models.images import open_image
 
@@ -155,63 +162,32 @@ class PrunedVLM(BaseModel):
         return self.answer(self.query(message, dataset)).text
 
 
-class LLaVABaseline(PrunedVLM):
-    """No pruning: nothing is attached to the model."""
-
-    METHOD = "none"
-
-
-class LLaVAFastV(PrunedVLM):
-    """FastV."""
-
-    METHOD = "fastv"
+def wrapper(name: str) -> type[PrunedVLM]:
+    """The class for a method of the registry: ``fastv`` -> ``LLaVAFastV``."""
+    cls = method_class(name)
+    return _wrapper("LLaVABaseline" if cls is None else f"LLaVA{cls.__name__}", name)
 
 
-class LLaVASAINT(PrunedVLM):
-    """SAINT."""
-
-    METHOD = "saint"
-
-
-class LLaVAHiMAP(PrunedVLM):
-    """HiMAP."""
-
-    METHOD = "himap"
+@cache
+def _wrapper(class_name: str, name: str) -> type[PrunedVLM]:
+    cls = method_class(name)
+    about = "No pruning: nothing is attached." if cls is None else cls.summary()
+    body = {"METHOD": name, "__doc__": about, "__module__": __name__}
+    return type(class_name, (PrunedVLM,), body)
 
 
-class LLaVACustom(PrunedVLM):
-    """A selection of one's own."""
+def __getattr__(name: str) -> type[PrunedVLM]:
+    """``LLaVABaseline``, and a class for each method: ``LLaVAFastV``, ``LLaVARandom``..."""
+    stem = name.removeprefix("LLaVA").lower()
+    if stem == "baseline":
+        return wrapper("none")
+    for cls in classes() if name.startswith("LLaVA") else ():
+        if stem in (cls.__name__.lower(), cls.name.replace("_", "")):
+            return wrapper(cls.name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-    METHOD = "custom"
-
-
-class LLaVARandom(PrunedVLM):
-    """Random dropping."""
-
-    METHOD = "random"
-
-
-class LLaVADownsample(PrunedVLM):
-    """Image features resized to a smaller grid."""
-
-    METHOD = "downsample"
-
-
-WRAPPERS: dict[str, type[PrunedVLM]] = {
-    cls.METHOD: cls
-    for cls in (
-        LLaVABaseline,
-        LLaVAFastV,
-        LLaVASAINT,
-        LLaVAHiMAP,
-        LLaVACustom,
-        LLaVARandom,
-        LLaVADownsample,
-    )
-}
 
 CHECKPOINTS = (str(CHECKPOINT), "liuhaotian/llava-v1.5-7b", "liuhaotian/llava-v1.5-13b")
-METHODS = ("none", "fastv", "saint", "himap", "custom", "random:100", "downsample:144")
 
 
 # -- names ---------------------------------------------------------------------------------------
@@ -237,14 +213,15 @@ def run_name(model_path: str | None, method: Method | None) -> str:
 
 def register(
     model_path: str | Iterable[str] = CHECKPOINTS,
-    methods: Iterable[Method | str | None] = METHODS,
+    methods: Iterable[Method | str | None] | None = None,
     **options: Any,
 ) -> list[str]:
     """Add entries to VLMEvalKit's table of models, and the demo's data sets to its data sets.
 
     Args:
         model_path: one checkpoint or several.
-        methods: methods, or their short forms (``"fastv:100"``); ``None`` is the baseline.
+        methods: methods, or their short forms (``"fastv:100"``); an entry ``None`` is the baseline.
+            Not given: the baseline and every method as its paper sets it.
         options: further keyword arguments of :class:`PrunedVLM` (``dtype``, ``device``...).
 
     Returns:
@@ -258,9 +235,11 @@ def register(
     register_datasets()
     paths = [model_path] if isinstance(model_path, str) else list(model_path)
     names = []
+    if methods is None:
+        methods = [standard_method(name) for name in METHODS]
     for entry in methods:
         method = parse_method(entry) if isinstance(entry, str) else entry
-        cls = WRAPPERS.get(method.name if method is not None else "none", PrunedVLM)
+        cls = wrapper(method.name if method is not None else "none")
         for path in paths:
             name = run_name(path, method)
             supported_VLM[name] = partial(cls, path, method=method, **options)

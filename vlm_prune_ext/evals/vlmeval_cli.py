@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from vlm_prune_ext.errors import InputError, unknown_name
 from vlm_prune_ext.evals.console import console, tokens
@@ -22,7 +22,6 @@ from vlm_prune_ext.settings import (
     MODES,
     Settings,
     method_options,
-    option_setting,
     read_file,
     read_value,
     resolve,
@@ -115,25 +114,13 @@ def settings_of(argv: Sequence[str]) -> tuple[Settings, frozenset[str]]:
     extra = given.pop("set", [])
     for option in method_options():
         if option.key in given and not option.flag:
-            value = read_value(given.pop(option.key))
-            _check_owner(option.method, option.option, given, file)
-            given[option_setting(option)] = value
+            given[option.key] = read_value(given[option.key])
     for setting in extra:
         key, equals, value = setting.partition("=")
         if not equals:
             raise InputError(f"--set {setting!r} is not valid: KEY=VALUE.")
         given[key.strip().replace("-", "_")] = read_value(value)
     return resolve(given, file)
-
-
-def _check_owner(method: str, option: str, given: dict[str, Any], file: dict[str, Any]) -> None:
-    """Options such as --random-keep set plain field names: their method must be the one asked
-    for."""
-    asked = given.get("method", file.get("method"))
-    if option.startswith(f"--{method}-") and method in ("random", "downsample"):
-        name = str(asked.get("name") if isinstance(asked, dict) else asked).partition(":")[0]
-        if name != method:
-            raise InputError(f"{option} needs --method {method}.")
 
 
 # -- running -------------------------------------------------------------------------------------

@@ -3,19 +3,19 @@
 A method never touches a model. It states *where* it wants to drop tokens (:class:`Stage`), *what*
 it needs to see there (``needs``) and a rule that turns this :class:`Evidence` into the visual
 tokens that stay. The engine does the rest.
+
+A method is one file of this folder: a frozen dataclass whose fields are declared by
+:func:`~vlm_prune_ext.methods.option.option`, under :func:`register`. Everything that lists
+methods (``vp``, both frameworks, command lines, listings, labels, records) reads the declaration.
 """
 
 from __future__ import annotations
 
-import math
+import logging
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, fields
-from inspect import cleandoc
-from numbers import Integral, Real
-from typing import Any, ClassVar
-
-import torch
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from vlm_prune_ext.errors import InputError, unknown_name
 from vlm_prune_ext.methods.evidence import (  # noqa: F401 - a method's file imports from one place
@@ -26,155 +26,117 @@ from vlm_prune_ext.methods.evidence import (  # noqa: F401 - a method's file imp
     Stage,
     VisionStage,
 )
+from vlm_prune_ext.methods.option import PUBLISHED_DEPTH, Declared, Option, document, require
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger("vlm_prune_ext")
+
+Site = Literal["tower", "features", "decoder"]
+"""Where a method works: inside the vision tower, on the features it hands on, or in the layers of
+the language model."""
 
 
-def require(ok: bool, name: str, value: object, accepted: str) -> None:
-    """Raise :class:`InputError` naming the field, the value and what is accepted, unless ``ok``."""
-    if not ok:
-        raise InputError(f"{name}={value!r} is not valid: {accepted}.")
-
-
-def plain_numbers(method: object) -> None:
-    """Turn a dataclass's numbers of other libraries (``numpy.int64``, ``numpy.float32``, also in
-    tuples and lists) into Python's own, so that checks, labels and records see one kind."""
-    for field in fields(method):  # type: ignore[arg-type]
-        value = getattr(method, field.name)
-        object.__setattr__(method, field.name, _plain(value))
-
-
-def _plain(value: Any) -> Any:
-    if type(value) in (tuple, list):
-        return type(value)(map(_plain, value))
-    if type(value) in (bool, int, float):
-        return value
-    if isinstance(value, Integral):
-        return int(value)
-    return float(value) if isinstance(value, Real) else value
-
-
-MAX_SEED = 2**63 - 1
-
-
-def require_seed(name: str, value: object) -> None:
-    """Check a seed: what torch's generators take, from 0."""
-    is_int = isinstance(value, int) and not isinstance(value, bool)
-    ok = is_int and 0 <= value <= MAX_SEED  # type: ignore[operator]
-    require(ok, name, value, f"an integer from 0 to {MAX_SEED} (2**63 - 1)")
-
-
-def require_int(name: str, value: object, low: int, *, none: bool = False) -> None:
-    """Check an integer field: at least ``low``; ``None`` only where ``none`` is true."""
-    if none and value is None:
-        return
-    is_int = isinstance(value, int) and not isinstance(value, bool)
-    accepted = f"an integer of at least {low}" + (" or None" if none else "")
-    require(is_int and value >= low, name, value, accepted)  # type: ignore[operator]
-
-
-def require_number(name: str, value: object, low: float, high: float, accepted: str) -> float:
-    """Check a real field: a finite number from ``low`` to ``high``; returns it as a float."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    ok = is_number and low <= value <= high  # type: ignore[operator]
-    require(ok, name, value, accepted)
-    return float(value)  # type: ignore[arg-type]
-
-
-def require_span(sys_length: object, length_name: str, length: object) -> None:
-    """Check the two fields that state the layout of the prompt; ``None`` is detected."""
-    require_int("sys_length", sys_length, 0, none=True)
-    require_int(length_name, length, 1, none=True)
-
-
+# -- limits that depend on the model or the image ------------------------------------------------
 def require_layer(name: str, value: int, low: int, high: int, model: str) -> None:
     """Check that a layer exists in a model: ``low ... high``, as ``model`` describes it."""
     require(low <= value <= high, name, value, f"{low} ... {high} for {model}")
 
 
-def require_budget(name: str, value: object) -> None:
-    """Check a keep budget: tokens per image (int >= 1) or a ratio (float in (0, 1])."""
-    accepted = "an integer of at least 1 (visual tokens) or a float in (0, 1] (ratio)"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        require(False, name, value, accepted)
-    elif isinstance(value, int):
-        require(value >= 1, name, value, accepted)
-    else:
-        require(math.isfinite(value) and 0.0 < value <= 1.0, name, value, accepted)
+_SAID: set[str] = set()
+
+
+def say_once(text: str) -> None:
+    """Log a line the first time it comes up in this process."""
+    if text not in _SAID:
+        _SAID.add(text)
+        logger.warning(text)
 
 
 def resolve_budget(name: str, budget: Budget, total: int) -> int:
     """Tokens to keep of ``total``: a count as it is, a ratio rounded (halves to even, at least 1).
 
-    Raises:
-        InputError: if a count exceeds ``total``.
+    A count above ``total`` keeps all of that image, which is said once.
     """
     if isinstance(budget, float):
         return max(1, round(budget * total))
-    accepted = f"at most {total}, the visual tokens present"
-    require(budget <= total, name, budget, accepted)
-    return budget
+    if budget > total:
+        say_once(f"{name}={budget} is above the visual tokens of some images: these keep them all.")
+    return min(budget, total)
 
 
+def relative_layer(layer: int, num_layers: int, low: int = 0) -> int:
+    """The layer of a model of ``num_layers`` at the relative depth of ``layer`` in 32."""
+    return max(low, round(layer * num_layers / PUBLISHED_DEPTH))
+
+
+# -- the base ------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Parameter:
-    """One hyper-parameter, for listings.
+class Method(Declared):
+    """Base of all methods. Subclasses are frozen dataclasses of declared fields.
 
-    Attributes:
-        name: field of the dataclass.
-        default: its default; ``MISSING`` where it is required.
-        help: what its docstring says, on one line.
-        config_names: ``model.config`` fields that set it.
-    """
-
-    name: str
-    default: Any
-    help: str
-    config_names: tuple[str, ...] = ()
-
-    @property
-    def required(self) -> bool:
-        """Whether there is no default."""
-        return self.default is MISSING
-
-
-@dataclass(frozen=True)
-class Description:
-    """A method for listings: registry name, one sentence, sources, parameters."""
-
-    name: str
-    summary: str
-    paper: str
-    code: str
-    parameters: tuple[Parameter, ...]
-
-
-@dataclass(frozen=True)
-class Method:
-    """Base of all methods. Subclasses are frozen dataclasses, validated in ``__post_init__``.
-
-    Class attributes describe the method to registries, commands and folder names:
+    Class attributes describe the method:
 
     * ``name``: registry name; ``paper``, ``code``: sources.
-    * ``CONFIG_FLAG``: the ``use_*`` field of ``model.config`` that turns it on.
-    * ``CONFIG_FIELDS``: ``model.config`` field -> field of the dataclass.
-    * ``BUDGET``: the field that the short form ``name:100`` sets.
-    * ``LABEL``: field -> tag in folder names. The first ``LABEL_ALWAYS`` are always written; the
-      others only where they differ from the default.
+    * ``sites``: where it works.
+    * ``budget_field``: the field that the short form ``name:100`` sets.
+    * ``config_flag``, ``config_prefix``: the field of ``model.config`` that turns it on, and what
+      precedes its fields' names there; ``use_<name>`` and ``<name>_`` unless stated.
+    * ``resets``: calls beside ``reset_<name>()`` that read its fields off ``model.config``.
+    * ``standard``: values of required fields where somebody asks for the method by name alone.
+    * ``companions``: dataclasses of its file that belong to the public API.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str] = ""
     code: ClassVar[str] = ""
-    CONFIG_FLAG: ClassVar[str] = ""
-    CONFIG_FIELDS: ClassVar[Mapping[str, str]] = {}
-    BUDGET: ClassVar[str] = ""
-    LABEL: ClassVar[Mapping[str, str]] = {}
-    LABEL_ALWAYS: ClassVar[int] = 1
+    sites: ClassVar[tuple[Site, ...]] = ("decoder",)
+    budget_field: ClassVar[str] = ""
+    config_flag: ClassVar[str] = ""
+    config_prefix: ClassVar[str] = ""
+    resets: ClassVar[tuple[str, ...]] = ()
+    standard: ClassVar[Mapping[str, Any]] = {}
+    companions: ClassVar[tuple[type[Declared], ...]] = ()
 
     # -- what the engine asks --------------------------------------------------------------
     def stages(self, num_layers: int) -> tuple[Stage, ...]:
-        """Selections in the language model, ascending by layer. Raises InputError for a layer
-        the model does not have."""
+        """Selections in the language model, ascending by layer.
+
+        Raises:
+            InputError: a stated layer that the model does not have.
+        """
+        fitted = self.placed(num_layers)
+        made = fitted.plan(num_layers)
+        for one in fitted.options().values() if made else ():
+            if one.accepts.kind == "layers":
+                value = getattr(fitted, one.name)
+                for layer in value if isinstance(value, tuple) else (value,):
+                    if layer is not None:
+                        model = f"a model of {num_layers} layers"
+                        require_layer(one.name, layer, one.accepts.low, num_layers - 1, model)
+        return made
+
+    def plan(self, num_layers: int) -> tuple[Stage, ...]:
+        """What :meth:`stages` answers, of a method whose default layers fit the model."""
         return ()
+
+    def placed(self, num_layers: int) -> Method:
+        """The method with its default layers at the same relative depth, where one of them lies
+        beyond a model of ``num_layers``; a stated layer never moves."""
+        layers = [
+            one
+            for one in self.options().values()
+            if one.accepts.kind == "layers"
+            and one.name not in self._stated
+            and getattr(self, one.name) is not None
+        ]
+        if all(_deepest(getattr(self, one.name)) < num_layers for one in layers):
+            return self
+        moved = {o.name: _placed(getattr(self, o.name), num_layers, o.accepts.low) for o in layers}
+        said = ", ".join(f"{name}={value}" for name, value in moved.items())
+        say_once(f"{self.name}: {said}, the published depth in {num_layers} layers.")
+        return replace(self, **moved)
 
     def vision_stages(self, num_layers: int, feature_layer: int | None) -> tuple[VisionStage, ...]:
         """Selections in the vision tower. ``feature_layer``: index of the last layer whose output
@@ -187,9 +149,15 @@ class Method:
         return None
 
     @property
+    def working_sites(self) -> tuple[Site, ...]:
+        """Those of ``sites`` at which this configuration does something."""
+        return self.sites
+
+    @property
     def stated_span(self) -> tuple[int | None, int | None]:
         """``(sys_length, image length)`` as the user stated them; ``None`` is detected."""
-        return None, None
+        by_kind = {one.accepts.kind: getattr(self, one.name) for one in self.options().values()}
+        return by_kind.get("sys_length"), by_kind.get("image_length")
 
     def decode_position_shift(self, layer: int) -> int:
         """Added to a decode step's position in ``layer``; not 0 only to reproduce a fault."""
@@ -198,32 +166,49 @@ class Method:
     # -- what registries and commands ask --------------------------------------------------
     def label(self) -> str:
         """Short text for file names, e.g. ``fastv_rank100``; tells configurations apart."""
-        parts = [self.name]
-        defaults = {f.name: f.default for f in fields(self)}
-        for index, (key, tag) in enumerate(self.LABEL.items()):
-            value = getattr(self, key)
-            if index < self.LABEL_ALWAYS or value != defaults[key]:
-                parts.append(f"{tag}{label_text(value)}")
-        return "_".join(parts)
+        tagged = [one for one in self.options().values() if one.tag is not None]
+        always = [one for one in tagged if one.always]
+        changed = [o for o in tagged if not o.always and getattr(self, o.name) != o.default]
+        parts = [f"{one.tag}{label_text(getattr(self, one.name))}" for one in (*always, *changed)]
+        return "_".join([self.name, *parts])
 
     @classmethod
-    def describe(cls) -> Description:
-        """The method for listings, read off the dataclass and its docstring."""
-        doc = cleandoc(cls.__doc__ or "")
-        names: dict[str, tuple[str, ...]] = {}
-        for config_name, field in cls.CONFIG_FIELDS.items():
-            names[field] = (*names.get(field, ()), config_name)
-        helps = _attribute_docs(doc)
-        parameters = tuple(
-            Parameter(f.name, _default(f), helps.get(f.name, ""), names.get(f.name, ()))
-            for f in fields(cls)
-        )
-        return Description(cls.name, doc.split("\n\n")[0], cls.paper, cls.code, parameters)
+    def budgets(cls) -> tuple[str, ...]:
+        """Fields that hold a keep budget."""
+        return tuple(o.name for o in cls.options().values() if o.accepts.kind == "budget")
 
     @classmethod
-    def defaults(cls) -> dict[str, Any]:
-        """Field -> default value; required fields are left out."""
-        return {f.name: _default(f) for f in fields(cls) if _default(f) is not MISSING}
+    def budget_settings(cls, budget: Any) -> dict[str, Any]:
+        """The settings that the short form ``name:budget`` stands for. A method whose published
+        settings spread a budget over several fields overrides it."""
+        if not cls.budget_field:
+            raise InputError(f"{cls.name} has no keep budget: give its parameters by name.")
+        return {cls.budget_field: budget}
+
+    @classmethod
+    def summary(cls) -> str:
+        """What the method does, the first paragraph of its docstring, on one line."""
+        return " ".join((cls.__doc__ or "").strip().split("\n\n")[0].split())
+
+    @classmethod
+    def flag(cls) -> str:
+        """The ``model.config`` field that turns it on."""
+        return cls.config_flag or f"use_{cls.name}"
+
+    @classmethod
+    def config_names(cls, one: Option) -> tuple[str, ...]:
+        """The ``model.config`` fields that set a field."""
+        return one.config or (f"{cls.config_prefix or cls.name + '_'}{one.name}",)
+
+    @classmethod
+    def config_fields(cls) -> dict[str, str]:
+        """``model.config`` field -> field of the dataclass."""
+        return {name: o.name for o in cls.options().values() for name in cls.config_names(o)}
+
+    @classmethod
+    def setting_names(cls) -> set[str]:
+        """All names under which a parameter can be given."""
+        return {*cls.options(), *cls.config_fields()}
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Method:
@@ -233,44 +218,78 @@ class Method:
             InputError: unknown key (with the near name), the same field given twice, or a value
                 that is not accepted.
         """
-        known = {f.name for f in fields(cls)}
+        options, config = cls.options(), cls.config_fields()
         values: dict[str, Any] = {}
         for key, value in settings.items():
-            name = cls.CONFIG_FIELDS.get(key, key)
-            if name not in known:
-                raise unknown_name(f"parameter of {cls.name}", key, {*known, *cls.CONFIG_FIELDS})
+            name = key if key in options else config.get(key)
+            if name is None:
+                raise unknown_name(f"parameter of {cls.name}", key, cls.setting_names())
+            if key != name:
+                value = _meant(key, value, options[name])
             if name in values and values[name] != value:
                 raise InputError(
                     f"{key}={value!r} contradicts {name}={values[name]!r}: they are one setting."
                 )
             values[name] = value
-        missing = [f.name for f in fields(cls) if _default(f) is MISSING and f.name not in values]
+        missing = [one.name for one in options.values() if one.required and one.name not in values]
         if missing:
             raise InputError(f"{cls.name} needs a value for {', '.join(missing)}.")
         return cls(**values)
+
+
+def _deepest(value: int | tuple[int, ...]) -> int:
+    return max(value) if isinstance(value, tuple) else value
+
+
+def _placed(value: int | tuple[int, ...], num_layers: int, low: int) -> int | tuple[int, ...]:
+    if not isinstance(value, tuple):
+        return relative_layer(value, num_layers, low)
+    moved: list[int] = []
+    for layer in value:  # two layers never fall on one
+        moved.append(relative_layer(layer, num_layers, moved[-1] + 1 if moved else low))
+    return tuple(moved)
+
+
+def _meant(key: str, value: Any, one: Option) -> Any:
+    """A value of a ``model.config`` field whose values are not the field's own."""
+    if one.config_values is None:
+        return value
+    accepted = " or ".join(str(v).lower() for v in one.config_values)
+    ok = type(value) in {type(v) for v in one.config_values} and value in one.config_values
+    require(ok, key, value, accepted)
+    return one.config_values[value]
 
 
 def label_text(value: object) -> str:
     """A value as part of a file name: a function by module and name, no odd characters."""
     if callable(value):
         value = f"{value.__module__}.{getattr(value, '__qualname__', type(value).__name__)}"
+    if isinstance(value, tuple):
+        return "-".join(map(label_text, value))
     return re.sub(r"[^\w.+-]+", ".", str(value)).strip(".")
 
 
-def _default(field: Field[Any]) -> Any:
-    if field.default_factory is not MISSING:
-        return field.default_factory()
-    return field.default
+# -- the table -----------------------------------------------------------------------------------
+REGISTERED: dict[str, type[Method]] = {}
+
+_M = TypeVar("_M", bound=Method)
 
 
-def _attribute_docs(doc: str) -> dict[str, str]:
-    """Entries of a docstring's ``Attributes:`` section, each on one line."""
-    section = re.search(r"^Attributes:\n(.*?)(?=^\S|\Z)", doc, re.MULTILINE | re.DOTALL)
-    entries = re.findall(
-        r"^    ([\w, ]+): (.*?)(?=^    \w|\Z)", section[1] if section else "", re.M | re.S
-    )
-    return {
-        name.strip(): " ".join(text.split()).replace("``", "")
-        for names, text in entries
-        for name in names.split(",")
-    }
+def register(cls: type[_M]) -> type[_M]:
+    """Class decorator: put a method into every list of methods.
+
+    Raises:
+        TypeError: the declaration is not complete.
+    """
+    if not cls.__dict__.get("name"):
+        raise TypeError(f"{cls.__name__} has no name: a method states its registry name.")
+    if cls.budget_field and cls.budget_field not in cls.options():
+        raise TypeError(f"{cls.__name__}: budget_field={cls.budget_field!r} is none of its fields.")
+    known = REGISTERED.get(cls.name)
+    if known is not None and known.__qualname__ != cls.__qualname__:
+        raise TypeError(f"Two methods are named {cls.name!r}: {known} and {cls}.")
+    document(cls)
+    for each in cls.companions:
+        document(each)
+    REGISTERED[cls.name] = cls
+    return cls

@@ -7,19 +7,13 @@ for determinantal point processes: Chen, Zhang and Zhou (arXiv 1709.05135).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
-
-from vlm_prune_ext.methods.base import (
-    Method,
-    plain_numbers,
-    require_budget,
-    resolve_budget,
-)
+from vlm_prune_ext.lazy import torch
+from vlm_prune_ext.methods.base import Method, register, resolve_budget
 from vlm_prune_ext.methods.evidence import Budget, FeatureEvidence, FeatureStage
+from vlm_prune_ext.methods.option import a_budget, anything, option
 from vlm_prune_ext.select import unit_rows
 
 EXHAUSTED = 1e-5
@@ -101,6 +95,7 @@ def cdpruner(projected: torch.Tensor, weight: torch.Tensor, budget: int) -> torc
     return dpp_order(kernel, budget).sort(dim=1).values
 
 
+@register
 @dataclass(frozen=True)
 class CDPruner(Method):
     """Keep tokens that are diverse given the question, before the language model.
@@ -115,28 +110,27 @@ class CDPruner(Method):
     longer than the text tower is cut into segments; as published, all but the last lack an end
     token, and the first is read at its start token, so its words do not count
     (``text_tower`` says how to mend that).
-
-    Attributes:
-        budget: visual tokens kept per image or crop (int), or ratio (float in (0, 1]).
-        text_tower: CLIP with its text half: None: the checkpoint the tower came from; a folder; a
-            hub name; or a vlm_prune_ext.models.clip_text.TextTower.
-
-    Raises:
-        InputError: for a value outside these ranges.
     """
 
-    budget: Budget = 64
-    text_tower: Any = None
+    name = "cdpruner"
+    paper = "arXiv 2506.10967"
+    code = "Theia-4869/CDPruner"
+    sites = ("features",)
+    budget_field = "budget"
 
-    name: ClassVar[str] = "cdpruner"
-    paper: ClassVar[str] = "arXiv 2506.10967"
-    code: ClassVar[str] = "Theia-4869/CDPruner"
-    BUDGET: ClassVar[str] = "budget"
-    LABEL: ClassVar[Mapping[str, str]] = {"budget": "keep", "text_tower": "text"}
-
-    def __post_init__(self) -> None:
-        plain_numbers(self)
-        require_budget("budget", self.budget)
+    budget: Budget = option(
+        64,
+        a_budget(),
+        "Visual tokens kept per image or crop, or their ratio.",
+        tag="keep",
+        always=True,
+    )
+    text_tower: Any = option(
+        None,
+        anything(),
+        "CLIP with its text half: None: the checkpoint the tower came from; a folder; a hub name; or a vlm_prune_ext.models.clip_text.TextTower.",
+        tag="text",
+    )
 
     def feature_stage(self) -> FeatureStage:
         """Needs projected tokens, and patches and question in the joint space."""

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, cast, get_args
-
-import torch
+from typing import TypeAlias, cast, get_args
 
 from vlm_prune_ext.errors import InputError, unknown_name
+from vlm_prune_ext.lazy import torch
 from vlm_prune_ext.methods.base import (
     Budget,
     Evidence,
@@ -23,15 +22,19 @@ from vlm_prune_ext.methods.base import (
     Need,
     Stage,
     label_text,
-    plain_numbers,
-    require,
-    require_budget,
-    require_int,
-    require_layer,
-    require_number,
-    require_seed,
-    require_span,
+    register,
     resolve_budget,
+)
+from vlm_prune_ext.methods.option import (
+    a_budget,
+    a_layer,
+    a_number,
+    a_seed,
+    anything,
+    image_length,
+    option,
+    require,
+    system_length,
 )
 from vlm_prune_ext.select import (
     mean_over_heads,
@@ -43,7 +46,7 @@ from vlm_prune_ext.select import (
     unit_rows,
 )
 
-Selection = Callable[[Evidence, int], torch.Tensor]
+Selection: TypeAlias = "Callable[[Evidence, int], torch.Tensor]"
 """``(evidence, keep) -> int tensor (batch, keep)`` of places 0 ... evidence.count - 1."""
 
 NEEDS: dict[str, tuple[Need, ...]] = {
@@ -59,6 +62,7 @@ NEEDS: dict[str, tuple[Need, ...]] = {
 _FROM_LAYER_BEFORE = ("attention:last", "attention:text", "attention:visual", "keys")
 
 
+@register
 @dataclass(frozen=True)
 class CustomSelection(Method):
     """Drop visual tokens once, in front of ``agg_layer``, by a named score or your own function.
@@ -75,56 +79,48 @@ class CustomSelection(Method):
     ``evidence`` is a :class:`vlm_prune_ext.methods.base.Evidence`. It sees the attention of the
     last token, the keys and the hidden states; an attribute ``needs`` on the function, e.g.
     ``("keys",)``, narrows that to what it uses, which is cheaper.
-
-    Attributes:
-        method: attention, sampling, similarity, norm, uniform, random, a function, or
-            "package.module:function".
-        kept_tokens: visual tokens kept per image (int), or ratio (float in (0, 1]).
-        agg_layer: 0-based layer in front of which tokens go, at least 1 where attention or keys
-            are needed (they are those of the layer before), else at least 0.
-        temperature: of sampling, at least 1e-6; high is close to random, low is close to attention.
-        seed: of sampling and random, from 0 to 2**63 - 1; the same draw noise for every image.
-        sys_length: tokens in front of the image; None is detected, a wrong one is an error.
-        image_token_length: visual tokens of the prompt; None is detected, a wrong one is an error.
-
-    Raises:
-        InputError: for a value outside these ranges, or a function that cannot be imported.
     """
 
-    method: str | Selection = "attention"
-    kept_tokens: Budget = 100
-    agg_layer: int = 3
-    temperature: float = 1.0
-    seed: int = 0
-    sys_length: int | None = None
-    image_token_length: int | None = None
+    name = "custom"
+    budget_field = "kept_tokens"
+    config_flag = "use_custom_selection"
+    resets = ("reset_custom_selection",)
 
-    name: ClassVar[str] = "custom"
-    CONFIG_FLAG: ClassVar[str] = "use_custom_selection"
-    CONFIG_FIELDS: ClassVar[Mapping[str, str]] = {
-        "custom_sys_length": "sys_length",
-        "custom_image_token_length": "image_token_length",
-        "custom_kept_tokens": "kept_tokens",
-        "custom_agg_layer": "agg_layer",
-        "custom_selection_method": "method",
-        "custom_temperature": "temperature",
-        "custom_seed": "seed",
-    }
-    BUDGET: ClassVar[str] = "kept_tokens"
-    LABEL: ClassVar[Mapping[str, str]] = {"agg_layer": "k", "temperature": "temp", "seed": "seed"}
-    LABEL_ALWAYS: ClassVar[int] = 0
+    method: str | Selection = option(
+        "attention",
+        anything(),
+        "Attention, sampling, similarity, norm, uniform, random, a function, or "
+        '"package.module:function".',
+        config="custom_selection_method",
+        tag=None,
+    )
+    kept_tokens: Budget = option(
+        100, a_budget(), "Visual tokens kept per image, or their ratio.", tag=None
+    )
+    agg_layer: int = option(
+        3,
+        a_layer(),
+        "Layer in front of which tokens go, at least 1 where attention or keys are needed (they "
+        "are those of the layer before), else at least 0.",
+        tag="k",
+    )
+    temperature: float = option(
+        1.0,
+        a_number(1e-6, 1e30, "a finite number of at least 1e-6"),
+        "Of sampling, at least 1e-6; high is close to random, low is close to attention.",
+        tag="temp",
+    )
+    seed: int = option(
+        0,
+        a_seed(),
+        "Of sampling and random, from 0 to 2**63 - 1; the same draw noise for every image.",
+    )
+    sys_length: int | None = system_length()
+    image_token_length: int | None = image_length()
 
-    def __post_init__(self) -> None:
-        plain_numbers(self)
+    def check(self) -> None:
+        """The selection exists, can be called, and finds what it needs at its layer."""
         function = self._function()
-        require_budget("kept_tokens", self.kept_tokens)
-        require_int("agg_layer", self.agg_layer, 0)
-        temperature = require_number(
-            "temperature", self.temperature, 1e-6, 1e30, "a finite number of at least 1e-6"
-        )
-        object.__setattr__(self, "temperature", temperature)
-        require_seed("seed", self.seed)
-        require_span(self.sys_length, "image_token_length", self.image_token_length)
         if function is not None:
             _check_signature(function, self.method)
         before = [need.split(":")[0] for need in self._needs() if need in _FROM_LAYER_BEFORE]
@@ -134,16 +130,8 @@ class CustomSelection(Method):
         )
         require(self.agg_layer > 0 or not before, "agg_layer", self.agg_layer, accepted)
 
-    @property
-    def stated_span(self) -> tuple[int | None, int | None]:
-        """What the user stated about the layout of the prompt."""
-        return self.sys_length, self.image_token_length
-
-    def stages(self, num_layers: int) -> tuple[Stage, ...]:
+    def plan(self, num_layers: int) -> tuple[Stage, ...]:
         """One stage, in front of ``agg_layer``."""
-        low = int(any(need in _FROM_LAYER_BEFORE for need in self._needs()))
-        model = f"a model of {num_layers} layers"
-        require_layer("agg_layer", self.agg_layer, low, num_layers - 1, model)
         return (Stage(self.agg_layer, self._needs(), self._rule, budget=self.kept_tokens),)
 
     def label(self) -> str:

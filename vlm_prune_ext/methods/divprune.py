@@ -6,14 +6,12 @@ Paper: Alvar et al., "DivPrune: Diversity-based Visual Token Pruning for Large M
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
-import torch
-
-from vlm_prune_ext.methods.base import Method, plain_numbers, require_budget, resolve_budget
+from vlm_prune_ext.lazy import torch
+from vlm_prune_ext.methods.base import Method, register, resolve_budget
 from vlm_prune_ext.methods.evidence import Budget, FeatureEvidence, FeatureStage
+from vlm_prune_ext.methods.option import a_budget, option
 from vlm_prune_ext.select import unit_rows
 
 
@@ -46,6 +44,7 @@ def max_min_order(tokens: torch.Tensor, count: int) -> torch.Tensor:
     return order
 
 
+@register
 @dataclass(frozen=True)
 class DivPrune(Method):
     """Keep tokens that are as different from each other as possible, before the language model.
@@ -58,25 +57,20 @@ class DivPrune(Method):
     tokens come several times); the picture may stand anywhere in the prompt; each image decides
     for itself; at least one token stays. Models with positions of several axes (Qwen2-VL) keep the
     positions of the tokens that stay.
-
-    Attributes:
-        ratio: visual tokens kept, as a ratio (float in (0, 1]) or a count (int).
-
-    Raises:
-        InputError: for a value outside these ranges.
     """
 
-    ratio: Budget = 0.098
+    name = "divprune"
+    paper = "arXiv 2503.02175"
+    code = "vbdi/divprune"
+    sites = ("features",)
+    budget_field = "ratio"
 
-    name: ClassVar[str] = "divprune"
-    paper: ClassVar[str] = "arXiv 2503.02175"
-    code: ClassVar[str] = "vbdi/divprune"
-    BUDGET: ClassVar[str] = "ratio"
-    LABEL: ClassVar[Mapping[str, str]] = {"ratio": "ratio"}
-
-    def __post_init__(self) -> None:
-        plain_numbers(self)
-        require_budget("ratio", self.ratio)
+    ratio: Budget = option(
+        0.098,
+        a_budget(),
+        "Visual tokens kept, as a ratio (float in (0, 1]) or a count (int).",
+        always=True,
+    )
 
     def feature_stage(self) -> FeatureStage:
         """Needs projected tokens only."""

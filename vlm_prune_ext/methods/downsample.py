@@ -6,16 +6,15 @@ A baseline that any selection has to beat; reported as surprisingly strong (arXi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
-import torch
-
-from vlm_prune_ext.methods.base import Budget, Method, plain_numbers, require_budget, resolve_budget
+from vlm_prune_ext.lazy import torch
+from vlm_prune_ext.methods.base import Budget, Method, register, resolve_budget
+from vlm_prune_ext.methods.option import a_budget, option
 from vlm_prune_ext.select import shrink_grid
 
 
+@register
 @dataclass(frozen=True)
 class Downsample(Method):
     """Average-pool each image's feature grid to the largest square grid within the budget.
@@ -24,24 +23,17 @@ class Downsample(Method):
     the largest square that is not above it. Each new token is the mean of the features its area
     touches (adaptive average pooling). The language model sees a shorter prompt with consecutive
     positions, as if the picture had been smaller.
-
-    Attributes:
-        keep: visual tokens per image grid, at most (int), or ratio (float in (0, 1]).
-
-    Raises:
-        InputError: for a value outside these ranges.
     """
 
-    keep: Budget
+    name = "downsample"
+    paper = "arXiv 2510.07143"
+    sites = ("features",)
+    budget_field = "keep"
+    standard = {"keep": 144}
 
-    name: ClassVar[str] = "downsample"
-    paper: ClassVar[str] = "arXiv 2510.07143"
-    BUDGET: ClassVar[str] = "keep"
-    LABEL: ClassVar[Mapping[str, str]] = {"keep": "keep"}
-
-    def __post_init__(self) -> None:
-        plain_numbers(self)
-        require_budget("keep", self.keep)
+    keep: Budget = option(
+        ..., a_budget(), "Visual tokens per image grid, at most, or their ratio.", always=True
+    )
 
     def resize(self, grid: torch.Tensor) -> torch.Tensor | None:
         """``(images, side, side, hidden)`` -> a smaller square grid; ``None`` if it fits."""

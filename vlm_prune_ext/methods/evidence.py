@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 Budget = int | float
 Need = Literal["attention:last", "attention:text", "attention:visual", "keys", "hidden"]
@@ -42,7 +43,7 @@ class Evidence:
         return self.places.shape[1]
 
 
-Rule = Callable[[Evidence], torch.Tensor]
+Rule: TypeAlias = "Callable[[Evidence], torch.Tensor]"
 """Evidence -> what stays: int64 ``(batch, k)`` places 0...n-1 in ascending order, or, where the
 number may differ between rows, a bool mask ``(batch, n)``."""
 

@@ -6,14 +6,12 @@ Paper: Zhang et al., "[CLS] Attention is All You Need for Training-Free Visual T
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
-import torch
-
-from vlm_prune_ext.methods.base import Method, plain_numbers, require_budget, resolve_budget
+from vlm_prune_ext.lazy import torch
+from vlm_prune_ext.methods.base import Method, register, resolve_budget
 from vlm_prune_ext.methods.evidence import Budget, FeatureEvidence, FeatureStage
+from vlm_prune_ext.methods.option import a_budget, option
 from vlm_prune_ext.select import top_k_ascending
 
 
@@ -30,6 +28,7 @@ def fastervlm(attention: torch.Tensor, budget: int) -> torch.Tensor:
     return top_k_ascending(attention.float().mean(dim=1), budget)
 
 
+@register
 @dataclass(frozen=True)
 class FasterVLM(Method):
     """Keep the patches with the highest CLS attention, before the language model.
@@ -40,25 +39,21 @@ class FasterVLM(Method):
 
     Deviation: only that one row of attention is computed; the tower's attention implementation
     stays. Towers without CLS: mean attention received from all patches.
-
-    Attributes:
-        budget: visual tokens kept per image or crop (int), or ratio (float in (0, 1]).
-
-    Raises:
-        InputError: for a value outside these ranges.
     """
 
-    budget: Budget = 144
+    name = "fastervlm"
+    paper = "arXiv 2412.01818v1"
+    code = "Theia-4869/FasterVLM"
+    sites = ("features",)
+    budget_field = "budget"
 
-    name: ClassVar[str] = "fastervlm"
-    paper: ClassVar[str] = "arXiv 2412.01818v1"
-    code: ClassVar[str] = "Theia-4869/FasterVLM"
-    BUDGET: ClassVar[str] = "budget"
-    LABEL: ClassVar[Mapping[str, str]] = {"budget": "keep"}
-
-    def __post_init__(self) -> None:
-        plain_numbers(self)
-        require_budget("budget", self.budget)
+    budget: Budget = option(
+        144,
+        a_budget(),
+        "Visual tokens kept per image or crop, or their ratio.",
+        tag="keep",
+        always=True,
+    )
 
     def feature_stage(self) -> FeatureStage:
         """Needs CLS attention only."""

@@ -6,21 +6,13 @@ Context Retention" (arXiv 2510.02912, NeurIPS 2025). Code: ``obananas/HoloV``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import ClassVar
 
-import torch
-
-from vlm_prune_ext.methods.base import (
-    Method,
-    plain_numbers,
-    require_budget,
-    require_int,
-    resolve_budget,
-)
+from vlm_prune_ext.lazy import torch
+from vlm_prune_ext.methods.base import Method, register, resolve_budget
 from vlm_prune_ext.methods.evidence import Budget, FeatureEvidence, FeatureStage, NewTokens
+from vlm_prune_ext.methods.option import a_budget, an_integer, option
 from vlm_prune_ext.select import falling
 
 SCALE, WEIGHT, TINY = 1000.0, 0.09, 1e-6
@@ -148,6 +140,7 @@ def take_runs(attention: torch.Tensor, budgets: torch.Tensor, budget: int) -> to
     return position.argsort(dim=1, stable=True)[:, :budget]
 
 
+@register
 @dataclass(frozen=True)
 class HoloV(Method):
     """Give each run of consecutive tokens a share of the budget, before the language model.
@@ -164,28 +157,18 @@ class HoloV(Method):
     (there: rows of zeros are handed on as tokens); a run of one token is scaled like the others
     (there: it scores 1000 times less); any grid. Towers without CLS: mean attention received from
     all patches.
-
-    Attributes:
-        budget: visual tokens kept per image (int), or ratio (float in (0, 1]).
-        crops: runs that the tokens are cut into, at least 1.
-
-    Raises:
-        InputError: for a value outside these ranges.
     """
 
-    budget: Budget = 64
-    crops: int = 16
+    name = "holov"
+    paper = "arXiv 2510.02912"
+    code = "obananas/HoloV"
+    sites = ("features",)
+    budget_field = "budget"
 
-    name: ClassVar[str] = "holov"
-    paper: ClassVar[str] = "arXiv 2510.02912"
-    code: ClassVar[str] = "obananas/HoloV"
-    BUDGET: ClassVar[str] = "budget"
-    LABEL: ClassVar[Mapping[str, str]] = {"budget": "keep", "crops": "crops"}
-
-    def __post_init__(self) -> None:
-        plain_numbers(self)
-        require_budget("budget", self.budget)
-        require_int("crops", self.crops, 1)
+    budget: Budget = option(
+        64, a_budget(), "Visual tokens kept per image, or their ratio.", tag="keep", always=True
+    )
+    crops: int = option(16, an_integer(1), "Runs that the tokens are cut into, at least 1.")
 
     def feature_stage(self) -> FeatureStage:
         """Needs projected tokens and CLS attention."""

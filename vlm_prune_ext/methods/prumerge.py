@@ -6,14 +6,12 @@ Models" (arXiv 2403.15388, ICCV 2025). Code: ``42Shawn/LLaVA-PruMerge``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
-import torch
-
-from vlm_prune_ext.methods.base import Method, plain_numbers, require_int, require_number
+from vlm_prune_ext.lazy import torch
+from vlm_prune_ext.methods.base import Method, register
 from vlm_prune_ext.methods.evidence import FeatureEvidence, FeatureStage, NewTokens
+from vlm_prune_ext.methods.option import a_number, an_integer, option
 from vlm_prune_ext.select import (
     Merged,
     centre_counts,
@@ -45,6 +43,7 @@ def prumerge(
     return Merged(centres, counts, tokens)
 
 
+@register
 @dataclass(frozen=True)
 class PruMerge(Method):
     """Merge patches into those that CLS attends to most, before the language model.
@@ -59,29 +58,23 @@ class PruMerge(Method):
     images of a call together); fewer patches than ``neighbours + 1`` work; a picture without
     outliers keeps one centre. Towers without CLS: mean attention of all patches. With several
     crops per image each crop is merged, and crops follow each other.
-
-    Attributes:
-        ratio: share of the patches that become centres, in (0, 1]; None: adaptive.
-        neighbours: patches that a centre takes in, at least 1.
-
-    Raises:
-        InputError: for a value outside these ranges.
     """
 
-    ratio: float | None = None
-    neighbours: int = 32
+    name = "prumerge"
+    paper = "arXiv 2403.15388"
+    code = "42Shawn/LLaVA-PruMerge"
+    sites = ("features",)
+    budget_field = "ratio"
 
-    name: ClassVar[str] = "prumerge"
-    paper: ClassVar[str] = "arXiv 2403.15388"
-    code: ClassVar[str] = "42Shawn/LLaVA-PruMerge"
-    BUDGET: ClassVar[str] = "ratio"
-    LABEL: ClassVar[Mapping[str, str]] = {"ratio": "ratio", "neighbours": "near"}
-
-    def __post_init__(self) -> None:
-        plain_numbers(self)
-        if self.ratio is not None:
-            require_number("ratio", self.ratio, 1e-9, 1.0, "a ratio in (0, 1], or None (adaptive)")
-        require_int("neighbours", self.neighbours, 1)
+    ratio: float | None = option(
+        None,
+        a_number(1e-9, 1.0, "a ratio in (0, 1]").optional("None (adaptive)"),
+        "Share of the patches that become centres, in (0, 1]; None: adaptive.",
+        always=True,
+    )
+    neighbours: int = option(
+        32, an_integer(1), "Patches that a centre takes in, at least 1.", tag="near"
+    )
 
     def feature_stage(self) -> FeatureStage:
         """Needs features, and keys and CLS query of the last layer."""

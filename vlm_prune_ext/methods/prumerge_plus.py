@@ -5,14 +5,12 @@ Paper and code: see :mod:`vlm_prune_ext.methods.prumerge`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
-import torch
-
-from vlm_prune_ext.methods.base import Method, plain_numbers, require_int, require_number
+from vlm_prune_ext.lazy import torch
+from vlm_prune_ext.methods.base import Method, register
 from vlm_prune_ext.methods.evidence import FeatureEvidence, FeatureStage, NewTokens
+from vlm_prune_ext.methods.option import a_number, an_integer, option
 from vlm_prune_ext.select import (
     Merged,
     centre_counts,
@@ -57,6 +55,7 @@ def prumerge_plus(
     return Merged(centres, counts, tokens)
 
 
+@register
 @dataclass(frozen=True)
 class PruMergePlus(Method):
     """PruMerge with an even sample of further patches as centres, before the language model.
@@ -68,32 +67,28 @@ class PruMergePlus(Method):
     Deviations from the published code: as PruMerge's; any number of images and patches; g is at
     least 1 (there: a division by zero); a fixed ratio lists no patch twice. The last patch is never
     sampled, as there, unless ``stop`` says so.
-
-    Attributes:
-        ratio: share of the patches that become PruMerge's centres, in (0, 1]; None: adaptive.
-        neighbours: patches that a centre takes in, at least 1.
-        stop: the even sample ends in front of this place, at least 0; None: the last patch.
-
-    Raises:
-        InputError: for a value outside these ranges.
     """
 
-    ratio: float | None = None
-    neighbours: int = 32
-    stop: int | None = None
+    name = "prumerge_plus"
+    paper = "arXiv 2403.15388"
+    code = "42Shawn/LLaVA-PruMerge"
+    sites = ("features",)
+    budget_field = "ratio"
 
-    name: ClassVar[str] = "prumerge_plus"
-    paper: ClassVar[str] = "arXiv 2403.15388"
-    code: ClassVar[str] = "42Shawn/LLaVA-PruMerge"
-    BUDGET: ClassVar[str] = "ratio"
-    LABEL: ClassVar[Mapping[str, str]] = {"ratio": "ratio", "neighbours": "near", "stop": "stop"}
-
-    def __post_init__(self) -> None:
-        plain_numbers(self)
-        if self.ratio is not None:
-            require_number("ratio", self.ratio, 1e-9, 1.0, "a ratio in (0, 1], or None (adaptive)")
-        require_int("neighbours", self.neighbours, 1)
-        require_int("stop", self.stop, 0, none=True)
+    ratio: float | None = option(
+        None,
+        a_number(1e-9, 1.0, "a ratio in (0, 1]").optional("None (adaptive)"),
+        "Share of the patches that become PruMerge's centres, in (0, 1]; None: adaptive.",
+        always=True,
+    )
+    neighbours: int = option(
+        32, an_integer(1), "Patches that a centre takes in, at least 1.", tag="near"
+    )
+    stop: int | None = option(
+        None,
+        an_integer(0).optional(),
+        "The even sample ends in front of this place, at least 0; None: the last patch.",
+    )
 
     def feature_stage(self) -> FeatureStage:
         """Needs features, and keys and CLS query of the last layer."""

@@ -1,30 +1,57 @@
-"""Methods by name. Adding a method: its file, and one line here."""
+"""Methods by name. Adding a method is its file in this folder, under ``@register``."""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
 
+import vlm_prune_ext.methods as package
 from vlm_prune_ext.errors import InputError, unknown_name
-from vlm_prune_ext.methods.base import Method
-from vlm_prune_ext.methods.custom import CustomSelection
-from vlm_prune_ext.methods.downsample import Downsample
-from vlm_prune_ext.methods.fastv import FastV
-from vlm_prune_ext.methods.himap import HiMAP
-from vlm_prune_ext.methods.random_drop import RandomDrop
-from vlm_prune_ext.methods.saint import SAINT
+from vlm_prune_ext.methods.base import REGISTERED, Method
 
-METHODS: dict[str, type[Method] | None] = {
-    "none": None,
-    "fastv": FastV,
-    "himap": HiMAP,
-    "saint": SAINT,
-    "custom": CustomSelection,
-    "random": RandomDrop,
-    "downsample": Downsample,
-}
+for _module in pkgutil.iter_modules(package.__path__):
+    importlib.import_module(f"{package.__name__}.{_module.name}")
+
+
+class _Methods(Mapping[str, "type[Method] | None"]):
+    """Registry name -> class; ``none``, the baseline, comes first and has no class. A view: methods
+    that are registered later are in it."""
+
+    def __getitem__(self, name: str) -> type[Method] | None:
+        return None if name == "none" else REGISTERED[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(["none", *sorted(REGISTERED)])
+
+    def __len__(self) -> int:
+        return 1 + len(REGISTERED)
+
+    def __repr__(self) -> str:
+        return f"METHODS({', '.join(self)})"
+
+
+METHODS: Mapping[str, type[Method] | None] = _Methods()
+
+
+def classes() -> tuple[type[Method], ...]:
+    """All methods, by name; the baseline is none."""
+    return tuple(cls for cls in METHODS.values() if cls is not None)
+
+
+def public_class(name: str) -> type | None:
+    """The class of a method, or of what its file adds to the public API, by its own name."""
+    public = (each for cls in classes() for each in (cls, *cls.companions))
+    return next((each for each in public if each.__name__ == name), None)
+
+
+def public_names() -> list[str]:
+    """All names that :func:`public_class` knows."""
+    return [each.__name__ for cls in classes() for each in (cls, *cls.companions)]
 
 
 def get_method(name: str, **settings: Any) -> Method | None:
@@ -45,6 +72,12 @@ def get_method(name: str, **settings: Any) -> Method | None:
     return cls.from_settings(settings)
 
 
+def standard_method(name: str) -> Method | None:
+    """A method as its paper sets it; required fields have the value that its class states."""
+    cls = method_class(name)
+    return None if cls is None else cls.from_settings(cls.standard)
+
+
 def method_class(name: str) -> type[Method] | None:
     """The class behind a registry name; ``None`` for the baseline.
 
@@ -59,7 +92,7 @@ def method_class(name: str) -> type[Method] | None:
 def parse_method(text: str) -> Method | None:
     """A method from its short form, as commands take it.
 
-    ``fastv``, ``fastv:100`` (the primary budget: a count, or a ratio such as ``0.25``),
+    ``fastv``, ``fastv:100`` (the keep budget: a count, or a ratio such as ``0.25``),
     ``fastv:100,agg_layer=2``, ``himap:attn_txt_rank=288,attn_img_rank=72``,
     ``saint:0.83,vit={layers: [19], keep_num: 376}``. Values are read as in a config file; commas
     inside brackets do not separate.
@@ -67,21 +100,31 @@ def parse_method(text: str) -> Method | None:
     Raises:
         InputError: for anything :func:`get_method` refuses, or a text that is not of this form.
     """
+    name, settings = parse_settings(text)
+    return get_method(name, **settings)
+
+
+def parse_settings(text: str) -> tuple[str, dict[str, Any]]:
+    """A short form as registry name and the settings that it states."""
     name, _, rest = text.strip().partition(":")
     cls = method_class(name)
     settings: dict[str, Any] = {}
     for index, item in enumerate(_split(rest)):
         key, equals, value = (part.strip() for part in item.partition("="))
-        if not equals:
-            if index or cls is None or not key:
-                raise InputError(
-                    f"{text!r} is not a method: name, name:budget or name:key=value,... is."
-                )
-            key, value = cls.BUDGET, key
-        if key in settings:
-            raise InputError(f"{key} is given twice in {text!r}: once is accepted.")
-        settings[key] = _value(key, value)
-    return get_method(name, **settings)
+        given: dict[str, Any]
+        if equals:
+            given = {key: _value(key, value)}
+        elif index or cls is None or not key:
+            raise InputError(
+                f"{text!r} is not a method: name, name:budget or name:key=value,... is."
+            )
+        else:
+            given = cls.budget_settings(_value(cls.budget_field, key))
+        for each in given:
+            if each in settings:
+                raise InputError(f"{each} is given twice in {text!r}: once is accepted.")
+        settings.update(given)
+    return name, settings
 
 
 def _split(text: str) -> list[str]:
@@ -105,9 +148,9 @@ def method_from_config(config: Any) -> Method | None:
     Raises:
         InputError: if more than one is on.
     """
-    on = [c for c in METHODS.values() if c and getattr(config, c.CONFIG_FLAG or "_", False)]
+    on = [cls for cls in classes() if getattr(config, cls.flag(), False)]
     if len(on) > 1:
-        flags = ", ".join(c.CONFIG_FLAG for c in on)
+        flags = ", ".join(cls.flag() for cls in on)
         raise InputError(f"{flags} are all on: exactly one method may be.")
     return settings_method(on[0], config) if on else None
 
@@ -119,5 +162,5 @@ def settings_method(cls: type[Method], config: Any) -> Method:
     ``None`` means something for some (a length to detect, no stage in the language model).
     """
     return cls.from_settings(
-        {k: getattr(config, k) for k in cls.CONFIG_FIELDS if hasattr(config, k)}
+        {k: getattr(config, k) for k in cls.config_fields() if hasattr(config, k)}
     )

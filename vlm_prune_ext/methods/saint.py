@@ -7,58 +7,194 @@ folder ``VLM``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, ClassVar
-
-import torch
+from typing import Any, NamedTuple
 
 from vlm_prune_ext.errors import InputError, unknown_name
+from vlm_prune_ext.lazy import torch
 from vlm_prune_ext.methods.base import (
     Evidence,
     Method,
+    Site,
     Stage,
     VisionStage,
-    plain_numbers,
-    require,
-    require_int,
+    register,
     require_layer,
-    require_number,
-    require_span,
 )
-from vlm_prune_ext.select import iterative_keep, mean_over_heads, saint_drop
+from vlm_prune_ext.methods.option import (
+    Declared,
+    a_bool,
+    a_layer,
+    a_number,
+    an_integer,
+    anything,
+    image_length,
+    option,
+    require,
+    system_length,
+)
+from vlm_prune_ext.select import mean_over_heads, sum_of_cosines, top_k_ascending, unit_rows
 
 PRUNE_MODE = "iterative_drop_full_graph"
 _OFF = (None, "None", "none")
 _VIT_FIELDS = ("saint_prune_mode", "saint_keep_num", "saint_r")
 
 
+# -- the rules -----------------------------------------------------------------------------------
+class SaintRanking(NamedTuple):
+    """What SAINT's selection knows before it decides how many to drop.
+
+    Attributes:
+        order: int64 ``(batch, candidates)``, the even places, first to be dropped first.
+        counts: int64 ``(batch,)``, how many candidates are redundant enough to be counted.
+    """
+
+    order: torch.Tensor
+    counts: torch.Tensor
+
+
+def saint_ranking(
+    metric: torch.Tensor, threshold: float, min_neighbors: int, gamma: float
+) -> SaintRanking:
+    """Rank the even places of each row by how redundant they are with the odd places.
+
+    A candidate's neighbours are the odd places whose cosine with it is at least ``threshold``.
+    With neighbours its score is ``count * exp(gamma * (their mean cosine - threshold))``, else the
+    plain mean of its cosines with all odd places.
+
+    Args:
+        metric: ``(batch, n, d)``, any float dtype (computed in float32).
+        threshold: cosine in [-1, 1].
+        min_neighbors: neighbours that make a candidate count as redundant.
+        gamma: weight of the neighbours' mean cosine.
+
+    Returns:
+        order and counts; with fewer than two tokens nothing counts.
+    """
+    unit = unit_rows(metric)
+    even, odd = unit[:, 0::2], unit[:, 1::2]
+    cosines = even @ odd.transpose(1, 2)
+    near = cosines >= threshold
+    neighbors = near.sum(dim=-1)
+    near_sum = torch.where(near, cosines, 0.0).sum(dim=-1)
+    near_mean = near_sum / neighbors.clamp(min=1)
+    plain_mean = cosines.sum(dim=-1) / max(odd.shape[1], 1)
+    weighted = neighbors * torch.exp(gamma * (near_mean - threshold))
+    score = torch.where(neighbors > 0, weighted, plain_mean)
+    order = 2 * torch.sort(score, dim=-1, descending=True, stable=True).indices
+    return SaintRanking(order, (neighbors >= min_neighbors).sum(dim=-1))
+
+
+def saint_drop(
+    metric: torch.Tensor, threshold: float, min_neighbors: int, gamma: float
+) -> torch.Tensor:
+    """SAINT's selection, each row with a count of its own.
+
+    As many candidates (even places) are dropped as have at least ``min_neighbors`` neighbours;
+    the highest ranked ones go, so the ones dropped need not be exactly the ones counted. Odd
+    places always stay. Parameters as in :func:`saint_ranking`.
+
+    Returns:
+        bool ``(batch, n)``, True stays.
+    """
+    order, counts = saint_ranking(metric, threshold, min_neighbors, gamma)
+    rank = torch.arange(order.shape[1], device=order.device)
+    keep = torch.ones(metric.shape[:2], dtype=torch.bool, device=metric.device)
+    return keep.scatter(1, order, rank >= counts.unsqueeze(1))
+
+
+def saint_kept_raw(metric: torch.Tensor, ranking: SaintRanking) -> torch.Tensor:
+    """The published code's own answer: one drop count for a batch, and its unsorted order.
+
+    The count is the batch average of the rows' counts, rounded down. For comparison only:
+    :func:`saint_drop` gives each row its own count.
+
+    Returns:
+        int64 ``(batch, kept)``: surviving even places by falling rank, then the odd places;
+        ``0 ... n-1`` where nothing is dropped.
+    """
+    batch, n = metric.shape[:2]
+    places = torch.arange(n, device=metric.device).expand(batch, n)
+    drop = int(ranking.counts.sum()) // batch
+    if drop == 0:
+        return places
+    return torch.cat([ranking.order[:, drop:], places[:, 1::2]], dim=1)
+
+
+def drop_schedule(patches: int, keep: int, r: int) -> list[int]:
+    """How many patches each round of the iterative drop takes, down to ``keep``.
+
+    A round takes the smaller of what is still too many and ``remaining // r`` (at least 1), and
+    that number is the ``r`` of the next round. The published code divides by zero where
+    ``remaining // r`` is 0.
+    """
+    rounds = []
+    while patches > keep:
+        r = min(patches - keep, max(patches // r, 1))
+        rounds.append(r)
+        patches -= r
+    return rounds
+
+
+def iterative_keep(metric: torch.Tensor, keep_num: int, r: int) -> tuple[torch.Tensor, list[int]]:
+    """Drop the patches that are most similar to all others, a few at a time.
+
+    Each round scores the remaining patches by the sum of their cosines with all remaining ones
+    and drops the highest, as many as :func:`drop_schedule` says.
+
+    Args:
+        metric: ``(batch, patches, d)``, without CLS.
+        keep_num: tokens to keep, **CLS counted**: ``keep_num - 1`` patches stay, at most
+            ``patches``.
+        r: pace of the first round.
+
+    Returns:
+        int64 ``(batch, keep_num - 1)`` ascending, and the number dropped in each round.
+    """
+    batch, patches = metric.shape[:2]
+    rounds = drop_schedule(patches, keep_num - 1, r)
+    unit = unit_rows(metric)
+    alive = torch.ones(batch, patches, dtype=torch.bool, device=metric.device)
+    for drop in rounds:
+        score = sum_of_cosines(unit, alive).masked_fill(~alive, -math.inf)
+        alive = alive.scatter(1, top_k_ascending(score, drop), False)
+    # A stable sort instead of a bool index: its size is known, so a GPU is not waited for.
+    return top_k_ascending(alive.int(), keep_num - 1), rounds
+
+
+# -- inside the tower ----------------------------------------------------------------------------
 @dataclass(frozen=True)
-class SAINTViT:
+class SAINTViT(Declared):
     """SAINT inside the vision tower: drop the patches most similar to all others.
 
     After the attention of each layer in ``layers``, patches go a few at a time (those with the
     highest sum of key cosines with all remaining patches) until ``keep_num - 1`` are left. CLS
     always stays and takes no part.
-
-    Attributes:
-        layers: 0-based tower layers, ascending; None: every layer, which comes to the first one,
-            since no later layer finds more than ``keep_num`` tokens.
-        keep_num: tokens left, CLS counted; one for all layers or one per layer, never growing.
-        r: pace: the first round drops patches // r; one for all layers or one per layer.
-
-    Raises:
-        InputError: for a value outside these ranges.
     """
 
-    layers: tuple[int, ...] | None = (19,)
-    keep_num: int | tuple[int, ...] = 376
-    r: int | tuple[int, ...] = 16
+    layers: tuple[int, ...] | None = option(
+        (19,),
+        anything(),
+        "0-based tower layers, ascending; None: every layer, which comes to the first one, since "
+        "no later layer finds more than keep_num tokens.",
+    )
+    keep_num: int | tuple[int, ...] = option(
+        376,
+        anything(),
+        "Tokens left, CLS counted; one for all layers or one per layer, never growing.",
+    )
+    r: int | tuple[int, ...] = option(
+        16,
+        anything(),
+        "Pace: the first round drops patches // r; one for all layers or one per layer.",
+    )
 
-    def __post_init__(self) -> None:
-        plain_numbers(self)
+    def check(self) -> None:
+        """Layers ascend; counts and paces are one, or one per layer."""
         for field in ("layers", "keep_num", "r"):  # lists, as files have them, become tuples
             value = getattr(self, field)
             if isinstance(value, list):
@@ -80,16 +216,16 @@ class SAINTViT:
             isinstance(self.layers, tuple) and bool(self.layers), "layers", self.layers, accepted
         )
         for layer in self.layers:
-            require_int("layers", layer, 0)
+            an_integer(0).check("layers", layer)
         ascending = list(self.layers) == sorted(set(self.layers))
         require(ascending, "layers", self.layers, accepted)
 
     def _check_per_layer(self, name: str, value: object, low: int) -> None:
         if not isinstance(value, tuple):
-            require_int(name, value, low)
+            an_integer(low).check(name, value)
             return
         for entry in value:
-            require_int(name, entry, low)
+            an_integer(low).check(name, entry)
         expected = len(self.layers) if self.layers is not None else None
         accepted = f"one number, or {expected} numbers for layers={self.layers}"
         if expected is None:
@@ -135,6 +271,7 @@ def _keep_patches(keys: torch.Tensor, keep_num: int, r: int) -> torch.Tensor:
     return iterative_keep(mean_over_heads(keys), keep_num, r)[0]
 
 
+@register
 @dataclass(frozen=True)
 class SAINT(Method):
     """Drop visual tokens that are similar to others, layer after layer and in the vision tower.
@@ -153,77 +290,68 @@ class SAINT(Method):
     have had without pruning (there: one more, in every layer but the first; see
     ``reference_positions``); few patches cause no division by zero, keys of length zero no NaN;
     ties go to the lower place. A single sample's prefill is the same.
-
-    Attributes:
-        start: first layer after which tokens go, 0-based; None: none in the language model.
-        end: last such layer, start ... number of layers - 1.
-        threshold: cosine from which two tokens are neighbours, in [-1, 1].
-        min_neighbors: neighbours that make a token count as redundant, at least 1.
-        gamma: weight of the neighbours' mean cosine in the ranking, in [0, 40].
-        sys_length: tokens in front of the image; None is detected, a wrong one is an error.
-        image_token_length: visual tokens of the prompt; None is detected, a wrong one is an error.
-        vit: what to do in the vision tower (a SAINTViT, or a mapping of its fields); None: nothing.
-        reference_positions: true gives decode steps the published code's positions (one too many
-            in every layer but the first) for exact comparison.
-
-    Raises:
-        InputError: for a value outside these ranges.
     """
 
-    start: int | None = 7
-    end: int = 16
-    threshold: float = 0.83
-    min_neighbors: int = 5
-    gamma: float = 10.0
-    sys_length: int | None = None
-    image_token_length: int | None = None
-    vit: SAINTViT | None = None
-    reference_positions: bool = False
+    name = "saint"
+    paper = "arXiv 2503.11549"
+    code = "ArmenJeddi/saint"
+    sites = ("tower", "decoder")
+    budget_field = "threshold"
+    resets = ("set_saint",)
+    companions = (SAINTViT,)
 
-    name: ClassVar[str] = "saint"
-    paper: ClassVar[str] = "arXiv 2503.11549"
-    code: ClassVar[str] = "ArmenJeddi/saint"
-    CONFIG_FLAG: ClassVar[str] = "use_saint"
-    CONFIG_FIELDS: ClassVar[Mapping[str, str]] = {
-        "saint_sys_length": "sys_length",
-        "saint_image_token_length": "image_token_length",
-        "saint_start": "start",
-        "saint_end": "end",
-        "saint_threshold": "threshold",
-        "saint_prune_mode": "vit",
-        "saint_keep_num": "vit",
-        "saint_r": "vit",
-    }
-    BUDGET: ClassVar[str] = "threshold"
+    start: int | None = option(
+        7,
+        a_layer().optional(),
+        "First layer after which tokens go, 0-based; None: none in the language model.",
+    )
+    end: int = option(16, a_layer(), "Last such layer, start ... number of layers - 1.")
+    threshold: float = option(
+        0.83,
+        a_number(-1.0, 1.0, "a cosine in [-1, 1]"),
+        "Cosine from which two tokens are neighbours, in [-1, 1].",
+    )
+    min_neighbors: int = option(
+        5, an_integer(1), "Neighbours that make a token count as redundant, at least 1."
+    )
+    # Up to 40 the exponential of twice gamma fits in float32, so ranks stay distinct.
+    gamma: float = option(
+        10.0,
+        a_number(0.0, 40.0, "a number in [0, 40]"),
+        "Weight of the neighbours' mean cosine in the ranking, in [0, 40].",
+    )
+    sys_length: int | None = system_length()
+    image_token_length: int | None = image_length()
+    vit: SAINTViT | None = option(
+        None,
+        anything(),
+        "What to do in the vision tower (a SAINTViT, or a mapping of its fields); None: nothing.",
+        config=_VIT_FIELDS,
+        nested=SAINTViT,
+    )
+    reference_positions: bool = option(
+        False,
+        a_bool(),
+        "True gives decode steps the published code's positions (one too many in every layer but "
+        "the first) for exact comparison.",
+    )
 
-    def __post_init__(self) -> None:
-        plain_numbers(self)
-        if isinstance(self.vit, Mapping):
-            object.__setattr__(self, "vit", _vit_from_mapping(self.vit))
+    def check(self) -> None:
+        """Something is asked for, and the layers are in order."""
         is_vit = self.vit is None or isinstance(self.vit, SAINTViT)
         require(is_vit, "vit", self.vit, "a SAINTViT, a mapping of its fields, or None")
         some = self.start is not None or self.vit is not None
         require(some, "start", None, "a layer, unless vit says what to drop in the vision tower")
-        require_int("start", self.start, 0, none=True)
-        require_int("end", self.end, 0)
         if self.start is not None:
             require(self.end >= self.start, "end", self.end, f"at least start={self.start}")
-        cosine = require_number("threshold", self.threshold, -1.0, 1.0, "a cosine in [-1, 1]")
-        require_int("min_neighbors", self.min_neighbors, 1)
-        # Up to 40 the exponential of twice gamma fits in float32, so ranks stay distinct.
-        gamma = require_number("gamma", self.gamma, 0.0, 40.0, "a number in [0, 40]")
-        object.__setattr__(self, "threshold", cosine)
-        object.__setattr__(self, "gamma", gamma)
-        require_span(self.sys_length, "image_token_length", self.image_token_length)
-        is_bool = isinstance(self.reference_positions, bool)
-        require(is_bool, "reference_positions", self.reference_positions, "true or false")
 
     @property
-    def stated_span(self) -> tuple[int | None, int | None]:
-        """What the user stated about the layout of the prompt."""
-        return self.sys_length, self.image_token_length
+    def working_sites(self) -> tuple[Site, ...]:
+        """ViT-only, LLM-only or hybrid."""
+        tower: tuple[Site, ...] = ("tower",) if self.vit is not None else ()
+        return tower if self.start is None else (*tower, "decoder")
 
-    def stages(self, num_layers: int) -> tuple[Stage, ...]:
+    def plan(self, num_layers: int) -> tuple[Stage, ...]:
         """One stage behind each layer ``start ... end``, so in front of ``start + 1 ...``."""
         if self.start is None:
             return ()
@@ -274,14 +402,6 @@ class SAINT(Method):
                 raise InputError("vit and saint_prune_mode are one setting: give one of them.")
             settings["vit"] = vit
         return super().from_settings(settings)
-
-
-def _vit_from_mapping(values: Mapping[str, Any]) -> SAINTViT:
-    known = ("layers", "keep_num", "r")
-    for key in values:
-        if key not in known:
-            raise unknown_name("parameter of saint's vit", key, known)
-    return SAINTViT(**values)
 
 
 def _vit_from_config(config: Mapping[str, Any]) -> SAINTViT | None:

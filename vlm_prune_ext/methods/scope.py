@@ -6,14 +6,12 @@ Paper: Deng et al., "SCOPE: Saliency-Coverage Oriented Token Pruning for Efficie
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
-import torch
-
-from vlm_prune_ext.methods.base import Method, plain_numbers, require_budget, resolve_budget
+from vlm_prune_ext.lazy import torch
+from vlm_prune_ext.methods.base import Method, register, resolve_budget
 from vlm_prune_ext.methods.evidence import Budget, FeatureEvidence, FeatureStage
+from vlm_prune_ext.methods.option import a_budget, option
 from vlm_prune_ext.select import unit_rows
 
 
@@ -47,6 +45,7 @@ def coverage_order(features: torch.Tensor, saliency: torch.Tensor, count: int) -
     return order
 
 
+@register
 @dataclass(frozen=True)
 class SCOPE(Method):
     """Keep patches by saliency times coverage, before the language model.
@@ -57,25 +56,17 @@ class SCOPE(Method):
     Deviations from the published code: the budget is per image (there: shared by all images of a
     call); crops of one image share it equally, ``budget // crops`` each, at least one; any grid.
     Towers without CLS: mean attention received from all patches.
-
-    Attributes:
-        budget: visual tokens kept per image (int), or ratio (float in (0, 1]).
-
-    Raises:
-        InputError: for a value outside these ranges.
     """
 
-    budget: Budget = 64
+    name = "scope"
+    paper = "arXiv 2510.24214"
+    code = "kinredon/SCOPE"
+    sites = ("features",)
+    budget_field = "budget"
 
-    name: ClassVar[str] = "scope"
-    paper: ClassVar[str] = "arXiv 2510.24214"
-    code: ClassVar[str] = "kinredon/SCOPE"
-    BUDGET: ClassVar[str] = "budget"
-    LABEL: ClassVar[Mapping[str, str]] = {"budget": "keep"}
-
-    def __post_init__(self) -> None:
-        plain_numbers(self)
-        require_budget("budget", self.budget)
+    budget: Budget = option(
+        64, a_budget(), "Visual tokens kept per image, or their ratio.", tag="keep", always=True
+    )
 
     def feature_stage(self) -> FeatureStage:
         """Needs features and CLS attention."""

@@ -6,21 +6,20 @@ Paper: Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Lan
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
-
-from vlm_prune_ext.methods.base import Method, plain_numbers, require_int
+from vlm_prune_ext.lazy import torch
+from vlm_prune_ext.methods.base import Method, register, resolve_budget
 from vlm_prune_ext.methods.evidence import (
     CLS,
     MERGED,
+    Budget,
     FeatureEvidence,
     FeatureStage,
     NewTokens,
 )
+from vlm_prune_ext.methods.option import a_budget, option
 from vlm_prune_ext.select import take_rows, top_k_ascending, unit_rows
 
 
@@ -65,7 +64,7 @@ def visionzip(
     batch, count = features.shape[:2]
     kept = top_k_ascending(attention.float().sum(dim=1), dominant - int(cls)) + int(cls)
     if cls:
-        kept = F.pad(kept, (1, 0))  # CLS is row 0
+        kept = torch.nn.functional.pad(kept, (1, 0))  # CLS is row 0
     stays = torch.zeros(batch, count, dtype=torch.int32, device=features.device)
     stays.scatter_(1, kept, 1)
     rest = stays.argsort(dim=1, stable=True)[:, : count - dominant]
@@ -87,12 +86,13 @@ def _merge(
     features: torch.Tensor, unit: torch.Tensor, centres: torch.Tensor, others: torch.Tensor
 ) -> torch.Tensor:
     cosines = take_rows(unit, others) @ take_rows(unit, centres).transpose(1, 2)
-    owner = F.one_hot(cosines.argmax(dim=2), centres.shape[1]).float()
+    owner = torch.nn.functional.one_hot(cosines.argmax(dim=2), centres.shape[1]).float()
     total = owner.transpose(1, 2) @ take_rows(features, others).float()
     mean = total / owner.sum(dim=1).clamp(min=1)[..., None]
     return (take_rows(features, centres).float() + mean).to(features.dtype)
 
 
+@register
 @dataclass(frozen=True)
 class VisionZip(Method):
     """Keep the most attended tokens and merge the others, before the language model.
@@ -110,40 +110,41 @@ class VisionZip(Method):
     from all patches, and ``dominant`` patches. With several crops per image each crop is zipped:
     first the base crop, then dominant patches of the mosaic in raster order, the other crops' CLS
     tokens, and their contextual tokens.
-
-    Attributes:
-        dominant: tokens that stay, CLS counted, at least 1.
-        contextual: merged tokens, at least 0.
-
-    Raises:
-        InputError: for a value outside these ranges.
     """
 
-    dominant: int = 54
-    contextual: int = 10
+    name = "visionzip"
+    paper = "arXiv 2412.04467"
+    code = "dvlab-research/VisionZip"
+    sites = ("features",)
+    budget_field = "dominant"
 
-    name: ClassVar[str] = "visionzip"
-    paper: ClassVar[str] = "arXiv 2412.04467"
-    code: ClassVar[str] = "dvlab-research/VisionZip"
-    BUDGET: ClassVar[str] = "dominant"
-    LABEL: ClassVar[Mapping[str, str]] = {"dominant": "dominant", "contextual": "contextual"}
-    LABEL_ALWAYS: ClassVar[int] = 2
+    dominant: Budget = option(
+        54, a_budget(), "Tokens that stay, CLS counted, or their ratio.", always=True
+    )
+    contextual: Budget = option(
+        10, a_budget(zero=True), "Merged tokens, or their ratio.", always=True
+    )
 
-    def __post_init__(self) -> None:
-        plain_numbers(self)
-        require_int("dominant", self.dominant, 1)
-        require_int("contextual", self.contextual, 0)
+    @classmethod
+    def budget_settings(cls, budget: Any) -> dict[str, Any]:
+        """Published settings are 54 + 10, 108 + 20 and 162 + 30: ten of 64 are contextual."""
+        a_budget().check("budget", budget)
+        merged = budget * 10 / 64
+        contextual = merged if isinstance(budget, float) else round(merged)
+        return {"dominant": budget - contextual, "contextual": contextual}
 
     def feature_stage(self) -> FeatureStage:
         """Needs features, CLS attention and keys."""
-        budget = self.dominant + self.contextual
+        alike = isinstance(self.dominant, int) is isinstance(self.contextual, int)
+        budget = self.dominant + self.contextual if alike else None
         return FeatureStage(("features", "attention", "keys"), self._rule, budget=budget)
 
     def _rule(self, evidence: FeatureEvidence) -> NewTokens:
         assert evidence.features is not None
         assert evidence.attention is not None and evidence.keys is not None
-        dominant = min(self.dominant, evidence.patches)
-        contextual = min(self.contextual, evidence.patches - dominant)
+        dominant = resolve_budget("dominant", self.dominant, evidence.patches)
+        contextual = resolve_budget("contextual", self.contextual, evidence.patches)
+        contextual = min(contextual, evidence.patches - dominant)
         zipped = visionzip(
             evidence.features,
             evidence.attention,
@@ -152,7 +153,9 @@ class VisionZip(Method):
             contextual,
             evidence.cls,
         )
-        places = F.pad(zipped.kept - int(evidence.cls), (0, contextual), value=MERGED)
+        places = torch.nn.functional.pad(
+            zipped.kept - int(evidence.cls), (0, contextual), value=MERGED
+        )
         if evidence.cls:
             places[:, 0] = CLS
         added = contextual + int(evidence.cls)

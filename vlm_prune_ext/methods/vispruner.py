@@ -6,20 +6,12 @@ Pruning in VLMs" (arXiv 2412.01818, version 2 on, ICCV 2025). Code: ``Theia-4869
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
-import torch
-
-from vlm_prune_ext.methods.base import (
-    Method,
-    plain_numbers,
-    require_budget,
-    require_number,
-    resolve_budget,
-)
+from vlm_prune_ext.lazy import torch
+from vlm_prune_ext.methods.base import Method, register, resolve_budget
 from vlm_prune_ext.methods.evidence import Budget, FeatureEvidence, FeatureStage
+from vlm_prune_ext.methods.option import a_budget, a_number, option
 from vlm_prune_ext.select import falling, unit_rows
 
 ROUND = 8
@@ -67,6 +59,7 @@ def _shrink(pool: torch.Tensor, cosines: torch.Tensor, target: int) -> torch.Ten
     return pool
 
 
+@register
 @dataclass(frozen=True)
 class VisPruner(Method):
     """Keep the most attended patches and a diverse rest, before the language model.
@@ -81,31 +74,27 @@ class VisPruner(Method):
     Deviations from the published code: pools of odd size and small budgets work (there: an index
     error); each image of a batch is chosen for by itself. Towers without CLS: mean attention
     received from all patches.
-
-    Attributes:
-        budget: visual tokens kept per image or crop (int), or ratio (float in (0, 1]).
-        important_ratio: share of the budget that attention alone decides, in [0, 1].
-
-    Raises:
-        InputError: for a value outside these ranges.
     """
 
-    budget: Budget = 128
-    important_ratio: float = 0.5
+    name = "vispruner"
+    paper = "arXiv 2412.01818"
+    code = "Theia-4869/VisPruner"
+    sites = ("features",)
+    budget_field = "budget"
 
-    name: ClassVar[str] = "vispruner"
-    paper: ClassVar[str] = "arXiv 2412.01818"
-    code: ClassVar[str] = "Theia-4869/VisPruner"
-    BUDGET: ClassVar[str] = "budget"
-    LABEL: ClassVar[Mapping[str, str]] = {"budget": "keep", "important_ratio": "important"}
-
-    def __post_init__(self) -> None:
-        plain_numbers(self)
-        require_budget("budget", self.budget)
-        share = require_number(
-            "important_ratio", self.important_ratio, 0.0, 1.0, "a number in [0, 1]"
-        )
-        object.__setattr__(self, "important_ratio", share)
+    budget: Budget = option(
+        128,
+        a_budget(),
+        "Visual tokens kept per image or crop, or their ratio.",
+        tag="keep",
+        always=True,
+    )
+    important_ratio: float = option(
+        0.5,
+        a_number(0.0, 1.0, "a number in [0, 1]"),
+        "Share of the budget that attention alone decides, in [0, 1].",
+        tag="important",
+    )
 
     def feature_stage(self) -> FeatureStage:
         """Needs features and CLS attention."""
