@@ -148,8 +148,10 @@ def test_options_of_methods(words: str, label: str) -> None:
 
 
 def test_option_of_another_method_is_refused() -> None:
-    with pytest.raises(InputError, match="random_keep is a parameter of random, but the method is"):
+    with pytest.raises(
+        InputError, match="--random-keep is a parameter of random, but the method is"
+    ):
         settings_of(["--method", "downsample:9", "--random-keep", "5"])
     for method in ("random:9", "fastv:9", "none"):
-        with pytest.raises(InputError, match="downsample_keep is a parameter of downsample"):
+        with pytest.raises(InputError, match="--downsample-keep is a parameter of downsample"):
             settings_of(["--method", method, "--downsample-keep", "64"])

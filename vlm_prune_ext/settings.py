@@ -246,11 +246,11 @@ def _merge(file: _Layer, line: _Layer) -> tuple[str | None, dict[str, Any]]:
         parameters[key] = value
     if name is None or name == "none":
         if parameters:
-            raise _homeless(next(iter(parameters)), name)
+            raise _homeless(next(iter(parameters)), name, line)
         return None, {}
     for key in parameters:
         if key not in _own_names(name):
-            raise _homeless(key, name)
+            raise _homeless(key, name, line)
     return name, parameters
 
 
@@ -287,10 +287,13 @@ def _unknown(key: str, name: str | None) -> InputError:
     return unknown_name("setting", key, {*RUN_KEYS, "method", "baseline", *flags, *own})
 
 
-def _homeless(key: str, name: str | None) -> InputError:
+def _homeless(key: str, name: str | None, line: _Layer) -> InputError:
     owners = [n for n in METHODS if key in _own_names(n)]
     if not owners:
         return _unknown(key, name)
+    options = {option.key: option.option for option in method_options()}
+    if key in line.parameters:  # named as it was typed
+        key = options.get(key, key)
     if name is not None:
         chosen = "the baseline takes none" if name == "none" else f"the method is {name}"
         return InputError(f"{key} is a parameter of {' or '.join(owners)}, but {chosen}.")

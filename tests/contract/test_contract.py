@@ -131,7 +131,9 @@ def test_names(kind: str) -> None:
 
 
 def test_parameters_of_methods() -> None:
-    """Defaults and `model.config` names; new fields are free to come."""
+    """Defaults and `model.config` names; new fields and names are free to come."""
     now = observe.names()["methods"]
     for name, fields in frozen("names")["methods"].items():
-        assert {key: now[name].get(key) for key in fields} == fields
+        for key, (default, *config_names) in fields.items():
+            assert now[name][key][0] == default
+            assert set(config_names) <= set(now[name][key][1:])

@@ -128,7 +128,8 @@ class CDPruner(Method):
     text_tower: Any = option(
         None,
         anything(),
-        "CLIP with its text half: None: the checkpoint the tower came from; a folder; a hub name; or a vlm_prune_ext.models.clip_text.TextTower.",
+        "CLIP with its text half. None: the checkpoint the tower came from; a folder; a hub name; "
+        "or a vlm_prune_ext.models.clip_text.TextTower.",
         tag="text",
     )
 
