@@ -1,7 +1,7 @@
 """The demo: synthetic scenes, questions about them, and a small model that really sees.
 
 `CHECKPOINT` is the folder of the model (LLaVA-1.5, original format); `scenes` makes data of any
-amount; `train` makes the model from nothing; `report` measures it.
+amount; `report` measures it. `recipes/demo_model.py` trains such a model from nothing.
 """
 
 from pathlib import Path
