@@ -9,7 +9,18 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+
+from vlm_prune_ext.models.clip_text import TextTower
 
 FOLDER = Path(__file__).parent / "golden"
 TOLERANCE = 1e-4
@@ -114,3 +125,63 @@ def greedy_with_cache(
         logits.append(out.logits[0, -1])
         tokens.append(int(logits[-1].argmax()))
     return tokens, torch.stack(logits), lengths
+
+
+@lru_cache(maxsize=4)
+def llava_model(name: str, attention: str) -> LlavaForConditionalGeneration:
+    """The golden ``vision_model_*`` as transformers' LLaVA. The placeholder is the last id, which
+    the golden prompts do not use."""
+    case = load_case(name)
+    text = LlamaConfig(**case.info["language_model"], rope_theta=case.info["rope_theta"])
+    config = LlavaConfig(
+        text_config=text,
+        vision_config=CLIPVisionConfig(**case.info["vision_tower"]),
+        image_token_index=text.vocab_size - 1,
+        vision_feature_layer=case.info["select_layer"],
+        image_seq_length=case.info["num_patches"],
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    model.set_attn_implementation(attention)
+    renamed = {
+        "weights.vision_tower.vision_model.": "model.vision_tower.",
+        "weights.vision_tower.": "model.vision_tower.",
+        "weights.projector.": "model.multi_modal_projector.",
+        "weights.language_model.model.": "model.language_model.",
+        "weights.language_model.": "",
+    }
+    weights = {}
+    for key, value in case.tensors.items():
+        prefix = next((p for p in renamed if key.startswith(p)), None)
+        if prefix is not None:
+            weights[renamed[prefix] + key.removeprefix(prefix)] = value
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert not unexpected and all("position_ids" in m for m in missing), (missing, unexpected)
+    return model
+
+
+@lru_cache(maxsize=4)
+def text_tower(name: str, text: str, whole_segments: bool = False) -> TextTower:
+    """CLIP's text half of a golden ``vision_model_*``; whatever is asked, it is text ``text``."""
+    case = load_case(name)
+    model = CLIPTextModelWithProjection(CLIPTextConfig(**case.info["text_tower"])).eval()
+    prefix = "weights.text_tower."
+    found = {k.removeprefix(prefix): v for k, v in case.tensors.items() if k.startswith(prefix)}
+    missing, unexpected = model.load_state_dict(found, strict=False)
+    assert not unexpected and all("position_ids" in m for m in missing), (missing, unexpected)
+    weight = case.tensors["weights.visual_projection.weight"]
+    projection = torch.nn.Linear(*reversed(weight.shape), bias=False)
+    projection.load_state_dict({"weight": weight})
+    mask = case.tensors[f"text_attention_mask.{text}"].bool()
+    ids = case.tensors[f"text_input_ids.{text}"][mask].tolist()
+    return TextTower(model, projection, question=ids, whole_segments=whole_segments)
+
+
+def llava_prompt(name: str, images: int = 1, batch: str = "") -> dict[str, torch.Tensor]:
+    """Inputs of the golden prompt, with as many images as rows."""
+    case = load_case(name)
+    before, after = case.tensors["input_ids_before"], case.tensors["input_ids_after"]
+    token = case.info["language_model"]["vocab_size"] - 1
+    middle = torch.full((1, case.info["num_patches"]), token)
+    ids = torch.cat([before, middle, after], dim=1).repeat(images, 1)
+    pixels = case.tensors[f"{batch}pixel_values"]
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}

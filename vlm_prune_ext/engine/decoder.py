@@ -18,6 +18,7 @@ from torch import nn
 
 from vlm_prune_ext.engine.arguments import LayerArguments
 from vlm_prune_ext.engine.call import Call, State
+from vlm_prune_ext.engine.compose import FeatureSite
 from vlm_prune_ext.engine.entrance import Entrance
 from vlm_prune_ext.engine.evidence import AttentionReader, cached_keys, read
 from vlm_prune_ext.engine.parts import ModelParts, Undo
@@ -39,6 +40,7 @@ class DecoderPruner:
         visual_span: stated places of visual tokens, or ``None`` to have them found.
         trace: filled at each prefill.
         features_shrink: image features may arrive with rows marked as dropped (vision.py).
+        site: what chooses between tower and language model, if anything does.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class DecoderPruner:
         visual_span: VisualSpan | None,
         trace: Trace,
         features_shrink: bool,
+        site: FeatureSite | None = None,
     ) -> None:
         assert parts.decoder is not None
         self.parts, self.method, self.trace = parts, method, trace
@@ -61,7 +64,9 @@ class DecoderPruner:
                 f"reference does on LLaMA; {type(parts.decoder).__name__} counts positions "
                 "differently: leave it False."
             )
-        self.entrance = Entrance(parts, method, visual_span, self.stages.get(0), features_shrink)
+        self.site = site
+        first = self.stages.get(0)
+        self.entrance = Entrance(parts, method, visual_span, first, features_shrink, site)
         self.arguments = LayerArguments(parts, shift)
         self.selection = Selection(self.stages, self.num_layers, trace)
         self.pending: tuple[torch.Tensor, list[list[int]] | None] | None = None
@@ -108,7 +113,7 @@ class DecoderPruner:
         first = min([*self.stages, self.num_layers])
         if any(self.arguments.shift):
             first = min(first, 1)
-        if self.features_shrink:
+        if self.features_shrink or self.site is not None:
             first = 0
         return range(first, self.num_layers)
 
@@ -129,6 +134,8 @@ class DecoderPruner:
             return self._enter_decode(given, kwargs, cache, seen, pending)
         images = self.entrance.images(given, pending)
         self.trace.clear_decoder()
+        if self.site is not None:
+            self.site.forget()
         self.trace.lengths[:] = [given.length] * self.num_layers
         self.trace.visual_tokens[0] = [0] * given.batch
         if not images:

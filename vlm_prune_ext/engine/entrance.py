@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from vlm_prune_ext.engine.call import State
+from vlm_prune_ext.engine.compose import FeatureSite
 from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.engine.prefill import Prefill
 from vlm_prune_ext.engine.shorten import (
@@ -33,6 +34,7 @@ class Entrance:
         visual_span: stated places of visual tokens, or ``None`` to have them found.
         first_stage: the stage at layer 0, if there is one.
         features_shrink: image features may arrive with rows marked as dropped (vision.py).
+        site: what chooses between tower and language model, if anything does.
     """
 
     def __init__(
@@ -42,9 +44,11 @@ class Entrance:
         visual_span: VisualSpan | None,
         first_stage: Stage | None,
         features_shrink: bool,
+        site: FeatureSite | None = None,
     ) -> None:
         self.parts, self.method, self.visual_span = parts, method, visual_span
         self.first_stage, self.features_shrink = first_stage, features_shrink
+        self.site = site
 
     def images(
         self, given: DecoderInput, pending: tuple[torch.Tensor, list[list[int]] | None] | None
@@ -94,7 +98,11 @@ class Entrance:
             trace: to be written to.
         """
         short: Shortened | None = None
-        if self.features_shrink:
+        if self.site is not None:
+            short = self.site.shorten(given, images)
+            # The features that came were addresses, also where all of them stay.
+            kwargs = {**kwargs, "inputs_embeds": short.given.embeds, "input_ids": None}
+        elif self.features_shrink:
             short = without_marked(given, images)
         elif self.first_stage is not None:
             counts = self.parts.counts_real

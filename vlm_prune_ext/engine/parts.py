@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+Undo = Callable[[], None]
+
 
 class Projection(Protocol):
     """Queries or keys of some positions, after norm and rotary embedding.
@@ -22,12 +24,24 @@ class Projection(Protocol):
         """Project some positions."""
 
 
+class Joint(Protocol):
+    """The joint space of image and question, of a CLIP checkpoint's two halves."""
+
+    def attach(self) -> list[Undo]:
+        """Hooks that see a prompt's questions, taken off by the answers."""
+
+    def images(self, features: torch.Tensor) -> torch.Tensor:
+        """``(tiles, N, C)``, patches of the feature layer -> ``(tiles, N, P)``."""
+
+    def texts(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The questions of the prompt that was seen last: ``(batch, M, P)``, and bool
+        ``(batch, M)``, which segments each has."""
+
+
 SpanSink = Callable[[torch.Tensor, "list[list[int]] | None"], None]
 """``sink(mask, lengths)``: ``mask`` ``(batch, seq)`` bool, True where the next prefill's input is
 a visual token; ``lengths``: per sample, visual tokens of each image in order (``None``: every
 unbroken run is one image)."""
-
-Undo = Callable[[], None]
 
 
 @dataclass
@@ -42,6 +56,7 @@ class VisionParts:
         projector: module that maps tower features ``(images, patches, dim)`` to the language
             model's width; ``None`` for a bare tower.
         grid: patches per side.
+        cls: whether CLS is the first of its tokens.
     """
 
     tower: nn.Module
@@ -50,6 +65,7 @@ class VisionParts:
     grid: int
     feature_layer: int | None = None
     projector: nn.Module | None = None
+    cls: bool = True
 
 
 @dataclass
@@ -72,6 +88,8 @@ class ModelParts:
         why_no_vision: sentence for methods that need the tower, where it is not CLIP-like.
         watch_spans: attaches whatever tells the engine where visual tokens are, returns undos;
             ``None`` where only ``visual_span`` can tell (a bare language model).
+        joint: what ``FeatureStage.text_tower`` says -> the joint space of image and question;
+            ``None`` where there can be none.
     """
 
     model: nn.Module
@@ -86,3 +104,4 @@ class ModelParts:
     vision: VisionParts | None = None
     why_no_vision: str = "the model has no vision tower"
     watch_spans: Callable[[SpanSink], list[Undo]] | None = None
+    joint: Callable[[Any], Joint] | None = None

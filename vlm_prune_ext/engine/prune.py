@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from vlm_prune_ext.engine import kernels
+from vlm_prune_ext.engine.compose import FeatureSite, feature_site
 from vlm_prune_ext.engine.decoder import DecoderPruner
 from vlm_prune_ext.engine.parts import ModelParts, Undo
 from vlm_prune_ext.engine.spans import VisualSpan
@@ -110,21 +111,27 @@ def run(
         session.close()
 
 
+Pruner = DecoderPruner | VisionPruner | FeatureSite
+
+
 def _pruners(
     parts: ModelParts, method: Method, visual_span: VisualSpan | None, trace: Trace
-) -> list[DecoderPruner | VisionPruner]:
-    sites = method.working_sites
-    wants_tower = "tower" in sites or "features" in sites
-    bare = parts.vision is None or ("features" in sites and parts.vision.projector is None)
+) -> list[Pruner]:
+    sites, site = method.working_sites, feature_site(parts, method, trace)
+    resizes = type(method).resize is not Method.resize
+    wants_tower = "tower" in sites or resizes
+    bare = parts.vision is None or (resizes and parts.vision.projector is None)
     if wants_tower and bare:
         raise InputError(f"{method.name} works on the vision tower: {parts.why_no_vision}.")
-    pruners: list[DecoderPruner | VisionPruner] = []
+    pruners: list[Pruner] = []
     if wants_tower:
         assert parts.vision is not None
         pruners.append(VisionPruner(parts.vision, method, trace))
     if parts.decoder is not None:
-        pruners.append(DecoderPruner(parts, method, visual_span, trace, wants_tower))
-    elif "decoder" in sites:
+        if site is not None and site.works_in_tower:
+            pruners.append(site)
+        pruners.append(DecoderPruner(parts, method, visual_span, trace, wants_tower, site))
+    elif "decoder" in sites or site is not None:
         raise InputError(
             f"{method.name} drops tokens in a language model, but this is a bare vision tower: "
             "only methods that work in the tower (SAINT with vit=..., start=None) apply."

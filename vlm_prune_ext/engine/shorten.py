@@ -223,7 +223,7 @@ def without_marked(given: DecoderInput, images: list[Image]) -> Shortened:
     layout, _ = state.layout.drop(~marked, held)
     kept_images = _without(images, marked, layout)
     return Shortened(
-        given, layout, None, _count_anew(layout, given), lost[:, None], kept_images, held
+        given, layout, None, count_anew(layout, given), lost[:, None], kept_images, held
     )
 
 
@@ -244,7 +244,7 @@ def _without(images: list[Image], marked: torch.Tensor, layout: Layout) -> list[
     return left
 
 
-def _count_anew(layout: Layout, given: DecoderInput) -> torch.Tensor:
+def count_anew(layout: Layout, given: DecoderInput) -> torch.Tensor:
     """Positions 0, 1, 2, ... over what is left, not counting padding, ``(batch, n)``."""
     real = given.real
     left = torch.ones_like(layout.slots) if real is None else real.long().gather(1, layout.slots)

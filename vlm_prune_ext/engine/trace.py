@@ -23,10 +23,15 @@ class Trace:
             Where samples keep different numbers, the shorter rows start with ``-1`` (empty slots).
         lengths: tokens entering each decoder layer.
         vision_kept: vision layer -> int64 ``(images, n)``, patch indices in grid order that
-            survive it.
+            survive it. Methods behind the tower have one entry, for the layer whose output they
+            choose from (-1: they choose from the prompt's tokens): places that stay; for VisionZip
+            rows with CLS first, for PruMerge the centres and for HoloV the places in the order of
+            their tokens. -1 fills up rows of crops that keep fewer.
         visual_input: visual tokens of each sample in the prompt, before anything was dropped.
         visual_tokens: layer -> visual tokens of each sample that enter that layer; layer 0 and
             each layer at which a rule ran.
+        merged: layer -> most rows that a method added to a sample in front of it, -1: to an image
+            or crop between vision tower and language model.
         backend: what ran the model last.
     """
 
@@ -35,6 +40,7 @@ class Trace:
     vision_kept: dict[int, torch.Tensor] = field(default_factory=dict)
     visual_input: list[int] = field(default_factory=list)
     visual_tokens: dict[int, list[int]] = field(default_factory=dict)
+    merged: dict[int, int] = field(default_factory=dict)
     backend: Backend = "transformers"
 
     def clear_decoder(self) -> None:

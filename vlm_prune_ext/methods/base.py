@@ -21,6 +21,7 @@ from vlm_prune_ext.errors import InputError, unknown_name
 from vlm_prune_ext.methods.evidence import (  # noqa: F401 - a method's file imports from one place
     Budget,
     Evidence,
+    FeatureStage,
     Need,
     Rule,
     Stage,
@@ -146,6 +147,10 @@ class Method(Declared):
     def resize(self, grid: torch.Tensor) -> torch.Tensor | None:
         """Image features ``(images, side, side, hidden)`` -> a smaller grid, or ``None`` to leave
         them."""
+        return None
+
+    def feature_stage(self) -> FeatureStage | None:
+        """The selection between vision tower and language model, if there is one."""
         return None
 
     @property
@@ -283,9 +288,6 @@ def register(cls: type[_M]) -> type[_M]:
     """
     if not cls.__dict__.get("name"):
         raise TypeError(f"{cls.__name__} has no name: a method states its registry name.")
-    for one in cls.options().values():
-        if not one.help:
-            raise TypeError(f"{cls.__name__}.{one.name} is not declared: use option(...).")
     if cls.budget_field and cls.budget_field not in cls.options():
         raise TypeError(f"{cls.__name__}: budget_field={cls.budget_field!r} is none of its fields.")
     known = REGISTERED.get(cls.name)

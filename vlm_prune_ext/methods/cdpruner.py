@@ -135,7 +135,9 @@ class CDPruner(Method):
 
     def feature_stage(self) -> FeatureStage:
         """Needs projected tokens, and patches and question in the joint space."""
-        return FeatureStage(("projected", "joint"), self._rule, budget=self.budget)
+        return FeatureStage(
+            ("projected", "joint"), self._rule, budget=self.budget, text_tower=self.text_tower
+        )
 
     def _rule(self, evidence: FeatureEvidence) -> torch.Tensor:
         assert evidence.projected is not None

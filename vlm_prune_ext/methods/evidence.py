@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 if TYPE_CHECKING:
     import torch
@@ -173,9 +173,11 @@ class FeatureStage:
             ``"picture"``: all crops of a picture in one sequence. ``"span"``: the picture's tokens
             as the language model would get them, row-end tokens included (needs no tower).
         budget: what the rule keeps per row, for messages and FLOPs (``None``: data decide).
+        text_tower: for need ``joint``: what the user said about the text half of CLIP.
     """
 
     needs: tuple[FeatureNeed, ...]
     rule: Callable[[FeatureEvidence], torch.Tensor | NewTokens]
     over: Literal["crop", "picture", "span"] = "crop"
     budget: Budget | None = None
+    text_tower: Any = None

@@ -19,6 +19,8 @@ from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.models.base import Family, LoadOptions, PromptProcessor, check_keywords
 from vlm_prune_ext.models.catalogue import check_versions
 from vlm_prune_ext.models.checkpoint import FETCHING, Checkpoint
+from vlm_prune_ext.models.clip_text import joint_space
+from vlm_prune_ext.models.clip_tower import is_clip
 from vlm_prune_ext.models.fields import check_fields, check_flash_attention
 
 logger = logging.getLogger("vlm_prune_ext")
@@ -75,8 +77,15 @@ def parts_of(model: nn.Module) -> ModelParts:
         )
     for family in families():
         if family.owns(model):
-            return family.parts(model)
+            return _with_joint_space(model, family.parts(model))
     raise InputError(f"{name} is not a model that can be pruned. Accepted: {_titles()}.")
+
+
+def _with_joint_space(model: nn.Module, parts: ModelParts) -> ModelParts:
+    tower = None if parts.vision is None else parts.vision.tower
+    if tower is not None and is_clip(tower):
+        parts.joint = functools.partial(joint_space, model, tower)
+    return parts
 
 
 def _titles() -> str:

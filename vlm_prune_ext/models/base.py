@@ -16,6 +16,7 @@ from vlm_prune_ext.errors import InputError, unknown_name
 from vlm_prune_ext.models.checkpoint import FETCHING
 from vlm_prune_ext.models.images import ImageLike, open_image
 from vlm_prune_ext.models.prompts import IMAGE, STYLES, Style, Turn
+from vlm_prune_ext.models.questions import Questions, answers_for
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -168,6 +169,8 @@ class PromptProcessor:
         self.default_style = default_style
         self.styles = styles
         self.pad_token_id = self._choose_pad()
+        self._questions = Questions((self.pad_token_id, image_token_id))
+        answers_for(model, self)
 
     # -- where inputs go ---------------------------------------------------------------------
     @property
@@ -251,7 +254,24 @@ class PromptProcessor:
         prompts = [
             template.single(text, len(own)) for text, own in zip(texts, pictures, strict=True)
         ]
-        return self._encode(prompts, pictures)
+        made = self._encode(prompts, pictures)
+        self._questions.remember(made["input_ids"], texts)
+        return made
+
+    def questions(self, input_ids: torch.Tensor) -> list[str]:
+        """What was asked in prompts that this processor made; of others their whole text.
+
+        Args:
+            input_ids: int64 ``(batch, seq)``.
+        """
+        return [self._question(ids) for ids in input_ids.tolist()]
+
+    def _question(self, ids: list[int]) -> str:
+        found = self._questions.find(ids)
+        if found is not None:
+            return found
+        text = self.tokenizer.decode(self._questions.key(ids), skip_special_tokens=True)
+        return str(text).strip()
 
     def messages(
         self, messages: Sequence[Mapping[str, Any]], *, style: str | None = None

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 from torch import nn
 
 from vlm_prune_ext.engine.parts import ModelParts, VisionParts
 from vlm_prune_ext.models.base import Family
+
+_CAME_FROM: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+
+
+def came_from(tower: nn.Module, name: str) -> None:
+    """Remember the folder or hub name of the checkpoint that a tower was read from."""
+    _CAME_FROM[tower] = name
+
+
+def checkpoint_of(tower: nn.Module) -> str | None:
+    """What :func:`came_from` was told of a tower."""
+    return _CAME_FROM.get(tower)
 
 
 def clip_body(tower: Any) -> Any:

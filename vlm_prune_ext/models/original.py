@@ -38,6 +38,7 @@ from vlm_prune_ext.models.checkpoint import (
     read_json,
     read_weights,
 )
+from vlm_prune_ext.models.clip_tower import came_from
 from vlm_prune_ext.models.fields import explained
 
 ARCHITECTURES = {
@@ -196,6 +197,7 @@ class OriginalCheckpoint:
                 None, config=config, state_dict=weights, **options.from_pretrained_arguments()
             )
         add_placeholder_row(model)
+        came_from(model.model.vision_tower, str(self.tower.folder or self.tower.name))
         model.generation_config = self._generation_config(config)
         return model.eval()
 
