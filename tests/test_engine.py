@@ -392,14 +392,14 @@ class TestBadInput:
         ):
             model(inputs_embeds=prompts()[0])
 
-    def test_budget_above_what_is_there(self) -> None:
-        model = make("sdpa")
+    def test_budget_above_what_is_there_keeps_all(self) -> None:
+        model, embeds = make("sdpa"), prompts()[0]
         method = vp.FastV(agg_layer=2, attention_rank=21)
-        with (
-            pytest.raises(vp.InputError, match=r"attention_rank=21.*20"),
-            vp.prune(model, method, visual_span=(3, 20)),
-        ):
-            model(inputs_embeds=prompts()[0])
+        with torch.no_grad():
+            whole = model(inputs_embeds=embeds).logits
+            with vp.prune(model, method, visual_span=(3, 20)) as trace:
+                assert torch.equal(model(inputs_embeds=embeds).logits, whole)
+        assert trace.visual_tokens[2] == [20]
 
     def test_layer_beyond_the_model(self) -> None:
         with (

@@ -27,8 +27,9 @@ from tests import family_makers, makers
 from vlm_prune_ext.demo.writers import write_lmms_parquet, write_vlmeval_tsv
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.evals import lmms as models
+from vlm_prune_ext.evals.decoding import Decoding, decoding_of
 from vlm_prune_ext.evals.likelihood import Row, score_rows
-from vlm_prune_ext.evals.lmms_requests import Decoding, decoding_of
+from vlm_prune_ext.evals.lmms_requests import chat_prompt
 from vlm_prune_ext.evals.lmms_tally import Sums, _added, _metrics
 from vlm_prune_ext.experiment.flops import DecoderShape, flops_ratio
 
@@ -111,6 +112,12 @@ def to_messages(row: dict[str, Any], **_: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": content}]
 
 
+def as_lmms_eval_asks(row: dict[str, Any]) -> str:
+    """A question as lmms-eval's own LLaVA words it: images joined by blanks, then a line break."""
+    images = " ".join(["<image>"] * len(row["images"]))
+    return f"{images}\n{row['question']}" if images else row["question"]
+
+
 def to_visual(row: dict[str, Any]) -> list[Any]:
     return row["images"]
 
@@ -164,7 +171,7 @@ def test_batches_and_interfaces_agree(make: Make, name: str) -> None:
     answerer = model.answerer
     alone = []
     for sample in ROWS:
-        inputs = answerer.processor.prompt(sample["question"], sample["images"])
+        inputs = answerer.processor.prompt(as_lmms_eval_asks(sample), sample["images"])
         with vp.prune(answerer.model, answerer.method):
             out = answerer.model.generate(**inputs, max_new_tokens=6, do_sample=False)
         alone += answerer.processor.decode(out, inputs)
@@ -232,12 +239,74 @@ def test_decoding_settings() -> None:
     given: dict[str, Any] = {"max_new_tokens": 5, "until": "a", "temperature": 0, "top_p": 0}
     assert decoding_of(given) == greedy
     assert decoding_of({**given, "num_beams": 1, "image_aspect_ratio": "original"}) == greedy
+    assert decoding_of({**given, "repetition_penalty": None, "seed": 0}) == greedy
+    assert decoding_of({"stop_sequences": ["a"], "max_gen_toks": 5}) == greedy
     assert decoding_of({}).max_new_tokens == 1024
     sampled = decoding_of({"temperature": 0.5, "top_p": 0.9, "do_sample": False})
     assert dict(sampled.options) == {"do_sample": True, "temperature": 0.5, "top_p": 0.9}
-    for wrong in ({"until": [3]}, {"max_new_tokens": 0}, {"max_new_tokens": "many"}):
-        with pytest.raises(InputError):
-            decoding_of(wrong)
+    searched = decoding_of({"num_beams": 3, "repetition_penalty": 1.2, "length_penalty": 0.5})
+    assert len(searched.options) == 3
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"until": [3]}, "until"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"max_new_tokens": "many"}, "max_new_tokens"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens"),
+        ({"repetition_penality": 1.2}, "Did you mean 'repetition_penalty'"),
+        ({"visual_cot": True}, "visual_cot"),
+        ({"no_repeat_ngram_size": 3}, "no_repeat_ngram_size"),
+        ({"skip_special_tokens": False}, "skip_special_tokens"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": 1.0, "top_p": 0}, "top_p"),
+        ({"do_sample": "yes"}, "do_sample"),
+        ({"do_sample": True, "seed": 3}, "--seed"),
+    ],
+)
+def test_options_are_honoured_or_refused(wrong: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        decoding_of(wrong)
+
+
+def test_repetition_penalty(make: Make) -> None:
+    """As transformers applies it to the prompt's text and the answer; a batch as single prompts."""
+    model = make("LlavaBaselineChat", "")
+    asked = {**KWARGS, "max_new_tokens": 12, "repetition_penalty": 3.0}
+    together = texts(model.generate_until(requests([0, 1, 3], kwargs=asked)))
+    alone = [texts(model.generate_until(requests([doc], kwargs=asked)))[0] for doc in (0, 1, 3)]
+    assert together == alone != texts(model.generate_until(requests([0, 1, 3])))
+    answerer = model.answerer  # sample 3 has no image, so transformers' own rule works
+    inputs = answerer.processor.prompt(ROWS[3]["question"])
+    out = answerer.model.generate(
+        **inputs, max_new_tokens=12, do_sample=False, repetition_penalty=3.0
+    )
+    assert answerer.processor.decode(out, inputs)[0] == together[2]
+
+
+def test_markers_in_a_question_place_its_images(make: Make) -> None:
+    model = make()
+    processor = model.answerer.processor
+
+    def prompt(text: str, count: int) -> tuple[str, int]:
+        images = [{"type": "image", "url": makers.photo()}] * count
+        chat = [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
+        made = chat_prompt(chat, processor, "plain")
+        return made.text, len(made.images)
+
+    assert prompt("Question: <image>\nwhat?", 1) == ("Question: <image>\nwhat?", 1)
+    assert prompt("Question: <image>\nwhat?", 2) == ("Question: <image> <image>\nwhat?", 2)
+    assert prompt("Is <image> like <image>?", 2) == ("Is <image> like <image>?", 2)
+    assert prompt("what?", 2) == ("<image> <image>\nwhat?", 2)
+    assert prompt("what?", 0) == ("what?", 0)
+    for text, count in (("<image> <image> what?", 1), ("<image> what?", 0), ("<image><image>?", 3)):
+        with pytest.raises(InputError, match=f"marker.* for {count} image"):
+            prompt(text, count)
+    told = [{"type": "text", "text": "a"}, {"type": "image", "url": makers.photo()}]
+    chat = [{"role": "user", "content": [*told, {"type": "text", "text": "b"}]}]
+    assert chat_prompt(chat, processor, "plain").text == "a<image>\nb"
 
 
 def test_padding_requests_cost_nothing(make: Make) -> None:
@@ -291,7 +360,7 @@ def likelihood_requests(choices: list[str], docs: Any = range(4)) -> list[Instan
 
 def reference_loss(answerer: Any, sample: dict[str, Any], text: str) -> float:
     """One forward pass over prompt and continuation, without pruning."""
-    inputs = answerer.processor.prompt(sample["question"], sample["images"])
+    inputs = answerer.processor.prompt(as_lmms_eval_asks(sample), sample["images"])
     whole = answerer.processor.prompt(
         f"{_rendered(answerer, sample)} {text}", sample["images"], style="plain"
     )
@@ -304,7 +373,8 @@ def reference_loss(answerer: Any, sample: dict[str, Any], text: str) -> float:
 
 
 def _rendered(answerer: Any, sample: dict[str, Any]) -> str:
-    return answerer.processor.messages(to_messages(sample))[0]
+    chat = [{"role": "user", "content": as_lmms_eval_asks(sample)}]
+    return answerer.processor.messages(chat)[0]
 
 
 def test_likelihood_of_the_baseline_is_a_forward_pass(make: Make) -> None:

@@ -16,6 +16,7 @@ from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteria
 
 from vlm_prune_ext.engine.trace import Trace
 from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.evals.decoding import RepetitionPenalty
 from vlm_prune_ext.experiment.flops import tower_images
 from vlm_prune_ext.experiment.measure import TokenClock
 from vlm_prune_ext.fast.generate import check_method
@@ -43,7 +44,7 @@ class Query:
         max_new_tokens: the answer's limit.
         until: strings that end the answer; neither they nor what follows is part of it.
         options: what ``generate`` is to do instead of greedy decoding (``do_sample``,
-            ``temperature``, ``top_p``, ``top_k``, ``num_beams``, ``repetition_penalty``).
+            ``temperature``, ..., see :data:`vlm_prune_ext.evals.decoding.OPTIONS`).
     """
 
     text: str
@@ -156,6 +157,12 @@ class Answerer:
         stops = stop_ids(self.model, self.processor)
         ends = _Ends(self.processor, queries, stops)
         beams = options["num_beams"] > 1  # rows are beams then: answers are cut afterwards
+        processors = LogitsProcessorList([clock])
+        own = self.model.generation_config.repetition_penalty or 1.0
+        if (penalty := options.pop("repetition_penalty", own)) != 1.0:
+            mask = inputs["attention_mask"]
+            processors.append(RepetitionPenalty(penalty, mask, self.processor.image_token_id))
+            options["repetition_penalty"] = 1.0  # or transformers' own would come on top
         with prune(self.model, self.method) as trace:
             output = self.model.generate(
                 **inputs,
@@ -163,7 +170,7 @@ class Answerer:
                 use_cache=True,
                 max_new_tokens=max(query.max_new_tokens for query in queries),
                 pad_token_id=self.processor.pad_token_id,
-                logits_processor=LogitsProcessorList([clock]),
+                logits_processor=processors,
                 stopping_criteria=StoppingCriteriaList([] if beams else [ends]),
             )
             clock.stop()

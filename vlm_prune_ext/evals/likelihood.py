@@ -149,6 +149,8 @@ def _score_batch(
             **inputs,
             do_sample=False,
             num_beams=1,
+            repetition_penalty=1.0,  # what a checkpoint's own settings would do to the scores
+            no_repeat_ngram_size=0,
             max_new_tokens=max(len(row.path) for row in rows) + 1,
             eos_token_id=stop,
             pad_token_id=stop,

@@ -27,16 +27,15 @@ from tqdm import tqdm
 from vlm_prune_ext.demo import CHECKPOINT
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.evals.answer import Answer, Answerer, Query
+from vlm_prune_ext.evals.decoding import Decoding, decoding_of
 from vlm_prune_ext.evals.lazy import LazyAnswers
 from vlm_prune_ext.evals.likelihood import Row, RowScore, continuation_ids, score_rows
 from vlm_prune_ext.evals.lmms_args import method_of, value_of
 from vlm_prune_ext.evals.lmms_plugin import class_name, models
 from vlm_prune_ext.evals.lmms_requests import (
-    Decoding,
     Prompt,
     Source,
     chat_prompt,
-    decoding_of,
     fetch,
     or_fault,
     simple_prompt,

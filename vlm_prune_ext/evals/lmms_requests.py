@@ -15,9 +15,6 @@ from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.models.images import open_image
 
 IMAGE = "<image>"
-DEFAULT_NEW_TOKENS = 1024
-"""As lmms-eval's own models take it where a task states none."""
-
 Messages = list[dict[str, Any]]
 Dataset = Mapping[str, Mapping[str, Sequence[Any]]]
 
@@ -32,22 +29,6 @@ class Source:
 
     def __str__(self) -> str:
         return f"task {self.task}, split {self.split}, sample {self.doc}"
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How to generate. Requests with equal settings may share a batch.
-
-    Attributes:
-        max_new_tokens: new tokens at most.
-        until: texts that end an answer (and are not part of it).
-        options: what else ``generate`` is given (``do_sample``, ``temperature``, ``top_p``,
-            ``top_k``, ``num_beams``, ``repetition_penalty``), as sorted pairs; empty is greedy.
-    """
-
-    max_new_tokens: int = DEFAULT_NEW_TOKENS
-    until: tuple[str, ...] = ()
-    options: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass
@@ -65,39 +46,6 @@ class Prompt:
     fault: str = ""
 
 
-def decoding_of(given: Mapping[str, Any]) -> Decoding:
-    """A task's ``generation_kwargs`` (never changed here: lmms-eval's cache keys on them).
-
-    Raises:
-        InputError: ``until`` or ``max_new_tokens`` of another kind.
-    """
-    until = given.get("until") or ()
-    until = (until,) if isinstance(until, str) else tuple(until)
-    if not all(isinstance(stop, str) for stop in until):
-        raise InputError(f"until={given['until']!r} is not valid: a text or a list of texts.")
-    count = given.get("max_new_tokens", given.get("max_gen_toks", DEFAULT_NEW_TOKENS))
-    if isinstance(count, bool) or not isinstance(count, int | float) or count < 1:
-        raise InputError(f"max_new_tokens={count!r} is not valid: an integer of at least 1.")
-    return Decoding(int(count), tuple(stop for stop in until if stop), _options(given))
-
-
-def _options(given: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """What differs from greedy decoding. As in lmms-eval's own models, a temperature above 0
-    means sampling, whatever ``do_sample`` says, and 0 means none."""
-    options: dict[str, Any] = {}
-    temperature = given.get("temperature")
-    sample = bool(given.get("do_sample")) if temperature is None else temperature > 0
-    if sample:
-        options["do_sample"] = True
-        for name in ("temperature", "top_p", "top_k"):
-            if given.get(name) is not None:
-                options[name] = given[name]
-    for name, neutral in (("num_beams", 1), ("repetition_penalty", 1.0)):
-        if given.get(name) not in (None, neutral):
-            options[name] = given[name]
-    return tuple(sorted(options.items()))
-
-
 def fetch(dataset: Dataset, source: Source) -> Any:
     """A row of a task's data set. Its images are decoded here, so this may fail for one row."""
     return dataset[source.task][source.split][source.doc]
@@ -107,34 +55,90 @@ def chat_prompt(messages: Any, processor: Any, style: str | None) -> Prompt:
     """The prompt of a conversation in lmms-eval's form (``content`` items with ``type`` and
     ``text`` or ``url``).
 
+    Text that spells ``<image>``, as several benchmarks word their questions, places the images of
+    its message: one each, or all of them at the only marker.
+
     Raises:
-        InputError: audio or video, an unknown role or item, an image that does not decode.
+        InputError: audio or video, an unknown role or item, an image that does not decode, markers
+            and images that differ in number.
     """
     if not isinstance(messages, list | tuple) or not messages:
         raise InputError(f"messages={messages!r} is not valid: a list of messages.")
     _refuse_other_media(messages)
     if not any(_has_text(message) for message in messages if message.get("role") != "system"):
         return Prompt(fault="the question is empty")
-    text, images = processor.messages(messages, style=style)
+    # Other families, and VLMEvalKit's template, have images where they put them, unless told.
+    spelled = any(IMAGE in _said(item) for message in messages for item in _items(message))
+    as_lmms_eval = processor.family in _LLAVA and style != "vlmeval"
+    if not as_lmms_eval and not spelled:
+        return Prompt(*processor.messages(messages, style=style))
+    images: list[Any] = []
+    written = [_write_images(message, images) for message in messages]
+    text, _ = processor.messages(written, style=style)
     return Prompt(text, images)
 
 
 def simple_prompt(text: Any, visuals: Any, processor: Any, style: str | None) -> Prompt:
-    """The prompt of a text and its images; ``<image>`` in the text places them, otherwise they go
-    in front."""
+    """The prompt of a text and its images; see :func:`chat_prompt`."""
     pictures = [visual for visual in (visuals or []) if visual is not None]
-    if not isinstance(text, str) or not text.replace(IMAGE, "").strip():
-        return Prompt(fault="the question is empty")
-    if IMAGE in text:
-        images = [open_image(picture) for picture in pictures]
-        if text.count(IMAGE) != len(images):
-            count = text.count(IMAGE)
-            return Prompt(fault=f"the text has {count} {IMAGE} marker(s) for {len(images)} images")
-        prompt, _ = processor.messages([{"role": "user", "content": text}], style=style)
-        return Prompt(prompt, images)
-    content = [{"type": "image", "image": picture} for picture in pictures]
-    return chat_prompt(
-        [{"role": "user", "content": [*content, {"type": "text", "text": text}]}], processor, style
+    content: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
+    content.append({"type": "text", "text": text if isinstance(text, str) else ""})
+    return chat_prompt([{"role": "user", "content": content}], processor, style)
+
+
+_LLAVA = ("llava", "llava_next")
+
+
+def _write_images(message: Mapping[str, Any], found: list[Any]) -> Mapping[str, Any]:
+    """A message whose images are markers in its text, the way lmms-eval's own LLaVA writes them:
+    side by side they are joined by blanks, and a line break divides them from the text.
+
+    Args:
+        message: in lmms-eval's form.
+        found: takes the images, opened.
+    """
+    items = _items(message)
+    images = [open_image(_source(item)) for item in items if _kind_of(item) == "image"]
+    said = "".join(_said(item) for item in items)
+    markers = said.count(IMAGE)
+    if any(_kind_of(item) not in ("image", "text") for item in items) or not (markers or images):
+        return message  # the processor names what it does not know
+    if markers not in (0, len(images)) and not (markers == 1 and images):
+        raise InputError(f"the text has {markers} {IMAGE} marker(s) for {len(images)} image(s)")
+    found += images
+    if markers == 1:
+        said = said.replace(IMAGE, " ".join([IMAGE] * len(images)))
+    return {**message, "content": said if markers else _joined(items)}
+
+
+def _joined(items: Sequence[Mapping[str, Any]]) -> str:
+    text, last = "", ""
+    for item in items:
+        kind = _kind_of(item)
+        between = {("image", "image"): " ", ("image", "text"): "\n"}.get((last, kind), "")
+        text += between + (IMAGE if kind == "image" else _said(item))
+        last = kind
+    return text
+
+
+def _items(message: Mapping[str, Any]) -> Sequence[Any]:
+    content = message.get("content")
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    return content if isinstance(content, list | tuple) else ()
+
+
+def _kind_of(item: Any) -> str:
+    return str(item.get("type")) if isinstance(item, Mapping) else ""
+
+
+def _said(item: Any) -> str:
+    return str(item.get("text") or "") if _kind_of(item) == "text" else ""
+
+
+def _source(item: Mapping[str, Any]) -> Any:
+    return next(
+        (item[n] for n in ("url", "image", "path", "value") if item.get(n) is not None), None
     )
 
 
@@ -156,17 +160,11 @@ def _kind(error: Exception) -> str:
 
 
 def _has_text(message: Mapping[str, Any]) -> bool:
-    content = message.get("content")
-    if isinstance(content, str):
-        return bool(content.strip())
-    return any(
-        item.get("type") == "text" and str(item.get("text") or "").strip() for item in content or ()
-    )
+    return any(_said(item).replace(IMAGE, "").strip() for item in _items(message))
 
 
 def _refuse_other_media(messages: Sequence[Mapping[str, Any]]) -> None:
     for message in messages:
-        content = message.get("content")
-        for item in content if isinstance(content, list | tuple) else ():
-            if item.get("type") in ("video", "audio"):
-                raise InputError(f"{item['type']} is not supported: text and images are.")
+        for item in _items(message):
+            if _kind_of(item) in ("video", "audio"):
+                raise InputError(f"{_kind_of(item)} is not supported: text and images are.")

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from vlm_prune_ext.evals.lmms_requests import Decoding, Prompt, Source
+from vlm_prune_ext.evals.decoding import Decoding
+from vlm_prune_ext.evals.lmms_requests import Prompt, Source
 
 MakePrompt: TypeAlias = "Callable[[], Prompt]"
 

@@ -1,17 +1,18 @@
 """Building a VLMEvalKit data set so that a broken row costs that row and not the run.
 
 VLMEvalKit reads a whole TSV with pandas and stops at the first row it cannot use. Here such rows
-are named and left out, and the rest is the data set that VLMEvalKit would have built from them.
+are named and left out, and the rest is the data set that VLMEvalKit would have built from them. Its
+pictures are unpacked by content (:mod:`vlm_prune_ext.evals.pictures`), and of a TSV of one's own
+nothing outside VLMEvalKit's data folder is read.
 """
 
 from __future__ import annotations
 
-import csv
-import io
+import ast
 import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,14 @@ import vlmeval.dataset
 from vlmeval.dataset.image_base import ImageBaseDataset
 
 from vlm_prune_ext.errors import InputError, reason_of, unknown_name
+from vlm_prune_ext.evals.pictures import unpack
 from vlm_prune_ext.evals.shapes import LMUDATA
+from vlm_prune_ext.evals.vlmeval_files import own_reading
+from vlm_prune_ext.tables import BadRow, read_header, read_leniently
 
 # A cell of the image column that is shorter refers to the row that has the image.
 _REFERENCE = 64
-
-
-@dataclass(frozen=True)
-class BadRow:
-    """A row that could not be used: its index (or ``line N`` of the file), and why."""
-
-    index: str
-    reason: str
+_OWN = (vlmeval.dataset.CustomMCQDataset, vlmeval.dataset.CustomVQADataset)
 
 
 @dataclass
@@ -66,8 +63,7 @@ def class_of(name: str) -> type:
             f"{short} Accepted: VLMEvalKit's data sets, Shapes_MCQ, Shapes_YN, Shapes_VQA, "
             f"Shapes_Caption, or a TSV of your own at {str(path)!r}."
         )
-    with path.open(encoding="utf-8", errors="replace") as file:
-        header = set(file.readline().rstrip("\r\n").split("\t"))
+    header = set(read_header(path))
     if not {"A", "B"} <= header:
         return vlmeval.dataset.CustomVQADataset
     if header & {"image", "image_path"}:
@@ -115,11 +111,13 @@ def open_table(name: str) -> Table:
         InputError: an unknown data set, or its data cannot be had.
     """
     cls = class_of(name)
+    bad: list[BadRow] = []
     try:
-        if issubclass(cls, ImageBaseDataset):
-            dataset: Any = type(cls.__name__, (_Screening, cls), {})(dataset=name)
-        else:
-            dataset = cls(dataset=name)
+        with own_reading(bad):
+            if issubclass(cls, ImageBaseDataset):
+                dataset: Any = type(cls.__name__, (_Screening, cls), {"own": cls in _OWN})(name)
+            else:
+                dataset = cls(dataset=name)
     except InputError:
         raise
     except Exception as error:  # downloads, archives and parsers fail in many ways
@@ -127,93 +125,62 @@ def open_table(name: str) -> Table:
             f"Data of {name} cannot be had ({reason_of(error)}): put the right "
             f"{name}.tsv into {str(data_root())!r}, or let VLMEvalKit download it."
         ) from error
+    bad += getattr(dataset, "bad_rows", [])
     if dataset is None or not len(dataset):
-        raise InputError(f"Data of {name} has no row that can be used.")
-    bad = getattr(dataset, "bad_rows", [])
+        first = f" The first: row {bad[0].index}, {bad[0].reason}." if bad else ""
+        raise InputError(f"Data of {name} has no row that can be used.{first}")
     return Table(dataset, bad, getattr(dataset, "without_image", 0))
 
 
 class _Screening:
-    """Put in front of a data set's class: looks at its rows before the class does."""
+    """Put in front of a data set's class: looks at its rows before the class does, and unpacks
+    their pictures."""
 
+    own: bool  # a user's TSV, of which VLMEvalKit knows nothing
     bad_rows: list[BadRow]
     without_image: int
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, dataset: str) -> None:
         self.bad_rows, self.without_image = [], 0
-        super().__init__(*args, **kwargs)
-
-    def prepare_tsv(self, *args: Any, **kwargs: Any) -> pd.DataFrame:
-        """As in the class."""
-        return self._whole(lambda: super(_Screening, self).prepare_tsv(*args, **kwargs))  # type: ignore[misc]
+        super().__init__(dataset=dataset)  # type: ignore[call-arg]
 
     def load_data(self, dataset: str) -> pd.DataFrame:
         """As in the class, without rows that it could not use."""
-        data = self._whole(lambda: super(_Screening, self).load_data(dataset))  # type: ignore[misc]
-        kept, bad, self.without_image = screen(data)
+        if self.own:  # the class would cut a file above 1 GB up once, and never look at it again
+            data, broken = read_leniently(data_root() / f"{dataset}.tsv")
+            self.bad_rows += broken
+        else:
+            data = super().load_data(dataset)  # type: ignore[misc]
+        folder = Path(self.img_root) if self.own else None  # type: ignore[attr-defined]
+        kept, bad, self.without_image = screen(data, folder)
         self.bad_rows += bad
         return kept
 
-    def _whole(self, read: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-        """What ``read`` returns; a file with rows of a wrong length is read again row by row."""
-        try:
-            data = read()
-        except pd.errors.ParserError:
-            data = None
-        # A first row that is too long makes pandas take its first column for row names.
-        if data is not None and isinstance(data.index, pd.RangeIndex):
-            return data
-        own = data_root() / f"{self.dataset_name}.tsv"  # type: ignore[attr-defined]
-        data, bad = read_leniently(Path(getattr(self, "data_path", own)))
-        self.bad_rows += bad
-        return data
+    def dump_image(self, line: Any) -> list[str]:
+        """Files with the pictures of a row. Where the class has a way of its own, that is taken.
 
-
-# -- reading a file with broken lines ------------------------------------------------------------
-def read_leniently(path: Path) -> tuple[pd.DataFrame, list[BadRow]]:
-    """Read a TSV row by row; rows whose number of cells differs from the header's are left out."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    rows = _parsed(lines)
-    _, header = next(rows)
-    good, bad = [header], []
-    for line, row in rows:
-        if len(row) == len(header):
-            good.append(row)
-        else:
-            bad.append(BadRow(f"line {line}", f"{len(row)} cells where {len(header)} belong"))
-    text = io.StringIO()
-    csv.writer(text, delimiter="\t", lineterminator="\n").writerows(good)
-    text.seek(0)
-    return pd.read_csv(text, sep="\t"), bad
-
-
-def _parsed(lines: list[str]) -> Iterator[tuple[int, list[str]]]:
-    """Line number (from 1) and cells of each row. A quote that is never closed swallows what
-    follows it: a row over several lines that has the wrong length is read again line by line."""
-    limit = csv.field_size_limit(sys.maxsize)
-    try:
-        place, width = 0, None
-        while place < len(lines):
-            reader = csv.reader(iter(lines[place:]), delimiter="\t")
-            row = next(reader)
-            taken = reader.line_num
-            width = len(row) if width is None else width
-            if len(row) != width and taken > 1:
-                row, taken = lines[place].rstrip("\r\n").split("\t"), 1
-                row = row if len(row) != width else [*row, ""]  # the open quote makes it broken
-            if row:
-                yield place + 1, row
-            place += taken
-    finally:
-        csv.field_size_limit(limit)
+        Raises:
+            InputError: a picture that is not base64.
+        """
+        theirs = type(self).__mro__[2].dump_image  # type: ignore[attr-defined]
+        if theirs is not ImageBaseDataset.dump_image or "image" not in line:
+            return theirs(self, line)
+        images = line["image"] if isinstance(line["image"], list) else [line["image"]]
+        return [unpack(image) for image in images]
 
 
 # -- looking at rows -----------------------------------------------------------------------------
-def screen(data: pd.DataFrame) -> tuple[pd.DataFrame, list[BadRow], int]:
-    """Sort out rows that VLMEvalKit's classes would fail on.
+def screen(
+    data: pd.DataFrame, folder: Path | None = None
+) -> tuple[pd.DataFrame, list[BadRow], int]:
+    """Sort out rows that VLMEvalKit's classes would fail on, or would do something for that
+    nobody asked for.
 
     Args:
         data: as read from a file.
+        folder: ``images/NAME`` of VLMEvalKit's data folder, where pictures of ``image_path`` are
+            for a table that has none in it; a path may lead anywhere in the data folder. ``None``:
+            not looked at.
 
     Returns:
         the rows to go on with, the broken ones, and how many have no image but are whole otherwise
@@ -221,57 +188,144 @@ def screen(data: pd.DataFrame) -> tuple[pd.DataFrame, list[BadRow], int]:
     """
     if "index" not in data:
         raise InputError(f"column 'index' is missing; there are {', '.join(map(str, data))}.")
+    data = data.reset_index(drop=True)
     reasons: dict[int, str] = {}
-    whole = _mostly_whole_numbers(data["index"])
-    wanted = [name for name in ("question", "answer") if name in data and _mostly_there(data[name])]
-    images = data["image"].astype(object) if "image" in data else None
-    long = _long_images(data) if images is not None else set()
+    whole = _mostly(data["index"].map(_is_whole))
+    wanted = [n for n in ("question", "answer") if n in data and _mostly(data[n].notna())]
+    images = _Images(data) if "image" in data else None
+    paths = data["image_path"].astype(object) if "image_path" in data else None
+    seen: dict[Any, int] = {}
     for place, index in enumerate(data["index"]):
         missing = [name for name in wanted if pd.isna(data[name].iloc[place])]
+        key = _spelt_alike(index)
         if pd.isna(index):
             reasons[place] = "no index"
         elif whole and not _is_whole(index):
             reasons[place] = "the index is no number"
+        elif key in seen:
+            reasons[place] = f"row {seen[key] + 1} of the file has this index already"
         elif missing:
             reasons[place] = f"no {' and no '.join(missing)}"
-        elif images is not None and not pd.isna(images.iloc[place]):
-            image = str(images.iloc[place])
-            if len(image) <= _REFERENCE and image not in long:
-                reasons[place] = "the image is neither base64 data nor the index of a row with some"
+        elif images is not None and images.absent(place):
+            seen[key] = place
+        elif paths is not None and pd.isna(paths.iloc[place]):
+            reasons[place] = "no image_path"
+        else:
+            try:
+                if images is not None:
+                    images.resolve(place)
+                if paths is not None:
+                    paths.iloc[place] = _paths(paths.iloc[place], None if images else folder)
+                seen[key] = place
+            except ValueError as error:
+                reasons[place] = str(error)
     bad = [BadRow(_name(data, place), reason) for place, reason in reasons.items()]
-    kept = data.drop(index=data.index[list(reasons)]) if reasons else data
+    if images is not None:
+        data = data.assign(image=images.cells)
+    if paths is not None:
+        data = data.assign(image_path=paths)
+    kept = data.drop(index=list(reasons)).reset_index(drop=True)
     if whole and kept["index"].dtype != "int64" and len(kept):
-        kept = kept.assign(index=[int(float(x)) for x in kept["index"]])
+        kept = kept.assign(index=[_whole(x) for x in kept["index"]])
     without = int(kept["image"].isna().sum()) if images is not None else 0
-    return kept.reset_index(drop=True) if reasons else kept, bad, without
+    return kept, bad, without
+
+
+class _Images:
+    """The image column: base64 pictures, lists of them, and references to rows that have some."""
+
+    def __init__(self, data: pd.DataFrame) -> None:
+        self.cells = data["image"].astype(object)
+        long = [self._is_long(cell) for cell in self.cells]
+        pairs = zip(data["index"], self.cells, long, strict=True)
+        self._by_index = {_spelt_alike(i): cell for i, cell, is_long in pairs if is_long}
+
+    @staticmethod
+    def _is_long(cell: Any) -> bool:
+        return not pd.isna(cell) and len(str(cell)) > _REFERENCE
+
+    def absent(self, place: int) -> bool:
+        """Whether the row has none."""
+        return bool(pd.isna(self.cells.iloc[place]))
+
+    def resolve(self, place: int) -> None:
+        """Put the picture where a reference is, so that the row it leads to may be broken.
+
+        Raises:
+            ValueError: no picture, and why.
+        """
+        cell = self.cells.iloc[place]
+        if not self._is_long(cell):
+            if _spelt_alike(cell) not in self._by_index:
+                raise ValueError(
+                    "the image is neither base64 data nor the index of a row with some"
+                )
+            cell = self.cells.iloc[place] = self._by_index[_spelt_alike(cell)]
+        if str(cell).startswith("["):
+            _texts(str(cell), "image")
+
+
+def _paths(cell: Any, folder: Path | None) -> str:
+    """``image_path`` as VLMEvalKit wants it; with a folder, as absolute paths that lie in it.
+
+    Raises:
+        ValueError: no path, or one that leads out.
+    """
+    several = str(cell).startswith("[")
+    names = _texts(str(cell), "image_path") if several else [str(cell)]
+    if folder is None:
+        return str(names) if several else names[0]
+    root = Path(os.path.normpath(folder)).parent.parent
+    found = []
+    for name in names:
+        path = os.path.normpath(folder / name)  # links stay: whoever put them there asked for it
+        if not Path(path).is_relative_to(root):
+            raise ValueError(f"image_path {name[:80]!r} leads out of {str(root)!r}")
+        found.append(path)
+    return str(found) if several else found[0]
+
+
+def _texts(cell: str, name: str) -> list[str]:
+    """A list of texts. VLMEvalKit evaluates such a cell as Python, whatever it says.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        found = ast.literal_eval(cell)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        found = None
+    if not isinstance(found, list) or not found or not all(isinstance(x, str) for x in found):
+        raise ValueError(f"the {name} begins like a list, but is no list of texts")
+    return found
 
 
 def _name(data: pd.DataFrame, place: int) -> str:
     index = data["index"].iloc[place]
-    if pd.isna(index):
-        return f"row {place + 1}"
-    return str(int(float(index))) if _is_whole(index) else str(index)
+    return f"row {place + 1}" if pd.isna(index) else str(_spelt_alike(index))
 
 
-def _mostly_there(column: pd.Series) -> bool:
-    return bool(column.notna().mean() > 0.5)
+def _mostly(truths: Iterable[bool]) -> bool:
+    found = list(truths)
+    return sum(found) > len(found) / 2
 
 
-def _mostly_whole_numbers(column: pd.Series) -> bool:
-    if column.dtype.kind in "iu":
-        return True
-    return sum(map(_is_whole, column)) > len(column) / 2
+def _whole(value: Any) -> int | None:
+    """A whole number, however it is spelt (``1``, ``01``, ``1.0``); ``None``: something else."""
+    try:
+        number = Decimal(str(value).strip())
+    except InvalidOperation:
+        return None
+    if not number.is_finite() or number.adjusted() > 30 or number != number.to_integral_value():
+        return None
+    return int(number)
 
 
 def _is_whole(value: Any) -> bool:
-    try:
-        return float(value).is_integer()
-    except (TypeError, ValueError):
-        return False
+    return _whole(value) is not None
 
 
-def _long_images(data: pd.DataFrame) -> set[str]:
-    """Indices of rows that have an image of their own, as text."""
-    long = data["image"].astype(str).str.len() > _REFERENCE
-    indices = data["index"][long & data["index"].notna()]
-    return {str(int(float(x))) if _is_whole(x) else str(x) for x in indices}
+def _spelt_alike(value: Any) -> Any:
+    """The same for all spellings of an index."""
+    number = _whole(value)
+    return str(value).strip() if number is None else number

@@ -8,7 +8,6 @@ in the user's cache folder (``XDG_CACHE_HOME``, else ``~/.cache``). VLMEvalKit's
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from vlmeval.dataset import ImageCaptionDataset, ImageMCQDataset, ImageVQADatase
 from vlmeval.smp import load
 
 from vlm_prune_ext.errors import InputError
-from vlm_prune_ext.evals.cache import VARIABLE, cache_folder, demo_data
+from vlm_prune_ext.evals.cache import VARIABLE, demo_data
 
 LMUDATA = "LMUData"
 
@@ -46,9 +45,6 @@ class _Shapes:
                 "`vlm-prune demo-data`, or not be set."
             )
         self.data_path = str(path)
-        # Pictures are unpacked once and found by their index again: other data, other folder.
-        digest = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()[:12]
-        self.img_root = str(cache_folder() / "images" / f"{name}_{digest}")
         return load(str(path))
 
 

@@ -1,9 +1,11 @@
-"""Keeps the files of several VLMEvalKit processes apart, and those of killed ones from being read.
+"""Keeps the files of several VLMEvalKit processes apart, those of killed ones from being read, and
+words in tables from being taken for missing values.
 
 VLMEvalKit (checked: 0.0.20) writes pictures straight to their place, where another process, or the
 next run after a kill, takes the first half of one for the whole; and its scoring of multiple choice
 writes ``/tmp/<time to the second>.xlsx`` and reads it back, which two processes do in the same
-second.
+second. Its readers take ``None``, ``NA`` and ``null``, which options and answers may be, for
+missing values.
 """
 
 from __future__ import annotations
@@ -15,18 +17,23 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from vlmeval.dataset.utils import multiple_choice
+from vlmeval.smp import file as reading
 from vlmeval.smp import vlm
+
+from vlm_prune_ext.tables import TEXT_CELLS, BadRow, read_leniently
 
 
 @contextmanager
 def own_files() -> Iterator[None]:
-    """While this is open, pictures appear whole or not at all, and scoring files have own names.
+    """While this is open, pictures appear whole or not at all, scoring files have own names, and
+    tables are read as :func:`own_reading` has it.
 
     Only names inside VLMEvalKit's modules are exchanged, and they are put back.
     """
     tag = uuid.uuid4().hex
-    with ExitStack() as stack:
+    with own_reading([]), ExitStack() as stack:
         for module in _users_of(vlm.decode_base64_to_image_file):
             _exchange(stack, module, "decode_base64_to_image_file", whole(module))
         plain = multiple_choice.timestr
@@ -38,7 +45,39 @@ def own_files() -> Iterator[None]:
                 left.unlink(missing_ok=True)
 
 
-def _exchange(stack: ExitStack, module: Any, name: str, new: Callable[..., Any]) -> None:
+@contextmanager
+def own_reading(bad: list[BadRow]) -> Iterator[None]:
+    """While this is open, VLMEvalKit reads tables so that words stay words, and rows break alone.
+
+    Args:
+        bad: takes the broken rows of TSV files.
+    """
+    with ExitStack() as stack:
+        _exchange(stack, reading, "pd", _Pandas(bad))
+        yield
+
+
+class _Pandas:
+    """pandas, as far as the module of VLMEvalKit's that reads files uses it."""
+
+    def __init__(self, bad: list[BadRow]) -> None:
+        self._bad = bad
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(pd, name)
+
+    def read_csv(self, path: Any, sep: str = ",", **options: Any) -> pd.DataFrame:
+        """A table's whole rows."""
+        data, bad = read_leniently(Path(path), sep, **options)
+        self._bad += bad
+        return data
+
+    def read_excel(self, path: Any, **options: Any) -> pd.DataFrame:
+        """As in pandas."""
+        return pd.read_excel(path, **TEXT_CELLS, **options)
+
+
+def _exchange(stack: ExitStack, module: Any, name: str, new: Any) -> None:
     stack.callback(setattr, module, name, getattr(module, name))
     setattr(module, name, new)
 

@@ -8,6 +8,7 @@ interrupted run goes on from that log, whatever number of processes it had.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -41,6 +42,8 @@ from vlm_prune_ext.experiment import host, measure
 from vlm_prune_ext.models import load
 from vlm_prune_ext.models.checkpoint import Checkpoint
 from vlm_prune_ext.settings import Settings, method_as_json
+
+_NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 UNTRAINED = "The weights of this checkpoint are random: scores are those of guessing."
 
@@ -287,6 +290,10 @@ class RowModel(BaseModel):
             if not self._dataset_first and self.inner.use_custom_prompt(dataset or ""):
                 return self.inner.build_prompt(line, dataset)
             return self.dataset.build_prompt(line)
+        except OSError as error:
+            if error.errno in _NO_PLACE:  # no row's fault
+                raise InputError(f"Pictures cannot be unpacked ({error}).") from error
+            return Failure(_one_line(error))
         except Exception as error:  # whatever a broken row makes VLMEvalKit's code do
             return Failure(_one_line(error))
 
@@ -310,7 +317,7 @@ class RowModel(BaseModel):
 
     def _query(self, message: Any, dataset: str | None) -> Any:
         try:
-            return self.inner.query(self.preproc_content(message), dataset)
+            return self.inner.query(_items(message), dataset)
         except Exception as error:  # decoders raise whatever they like on damaged files
             return Failure(_one_line(error))
 
@@ -323,6 +330,13 @@ class RowModel(BaseModel):
         if self.on_sample is not None:
             self.on_sample()
         return sample.prediction
+
+
+def _items(message: Any) -> list[dict[str, Any]]:
+    """A message as a list of items. VLMEvalKit's own way to make one takes text that is the name of
+    a file for the file, and fetches text that is an address."""
+    items = [message] if isinstance(message, str | dict) else list(message)
+    return [{"type": "text", "value": item} if isinstance(item, str) else item for item in items]
 
 
 def _one_line(error: Exception) -> str:

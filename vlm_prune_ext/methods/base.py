@@ -288,6 +288,9 @@ def register(cls: type[_M]) -> type[_M]:
     """
     if not cls.__dict__.get("name"):
         raise TypeError(f"{cls.__name__} has no name: a method states its registry name.")
+    for one in cls.options().values():
+        if not one.help:
+            raise TypeError(f"{cls.__name__}.{one.name} is not declared: use option(...).")
     if cls.budget_field and cls.budget_field not in cls.options():
         raise TypeError(f"{cls.__name__}: budget_field={cls.budget_field!r} is none of its fields.")
     known = REGISTERED.get(cls.name)

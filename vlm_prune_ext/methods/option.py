@@ -289,12 +289,14 @@ def _rebuilt(cls: type, state: dict[str, Any]) -> Any:
 
 
 def _option_of(declared: Any) -> Option:
-    about = dict(declared.metadata)
-    if not about:
-        raise TypeError(f"Field {declared.name!r} is not declared: use option(...).")
+    """A field's declaration. A plain field, of a method that nobody registers, takes anything."""
+    default = declared.default
+    if declared.default_factory is not MISSING:
+        default = declared.default_factory()
+    about = dict(declared.metadata) or {"accepts": anything(), "help": "", "tag": _BY_NAME}
     if about["tag"] == _BY_NAME:
         about["tag"] = declared.name
-    return Option(declared.name, declared.default, **about)
+    return Option(declared.name, default, **about)
 
 
 def plain(value: Any) -> Any:

@@ -1,0 +1,185 @@
+"""Tables of examples in text files (TSV, CSV): cells are text, and a broken row costs that row.
+
+pandas parses; in front of it every row's cells are counted, because pandas fills short rows up
+without a word and stops at long ones.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm_prune_ext.errors import InputError, first_line
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MISSING = ("", "nan", "NaN", "<NA>", "#N/A")
+"""What stands for no value. ``None``, ``NA`` and ``null``, which pandas takes for such as well, are
+words that options and answers may be."""
+
+TEXT_CELLS: dict[str, Any] = {"keep_default_na": False, "na_values": list(MISSING)}
+"""Options of pandas' readers."""
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that could not be used: its index (or ``line N`` of the file), and why."""
+
+    index: str
+    reason: str
+
+
+def read_leniently(
+    path: Path, separator: str = "\t", **options: Any
+) -> tuple[pd.DataFrame, list[BadRow]]:
+    """Read a table; rows whose number of cells differs from the header's are left out and named.
+
+    Args:
+        path: of a file in UTF-8, with or without a byte order mark.
+        separator: of cells.
+        options: further ones of ``pandas.read_csv`` (``dtype=str``: cells stay as written).
+
+    Raises:
+        InputError: it cannot be read, or is empty.
+    """
+    import pandas as pd
+
+    try:
+        source, bad = _screened(path, separator)
+        return pd.read_csv(
+            source, sep=separator, encoding="utf-8-sig", **TEXT_CELLS, **options
+        ), bad
+    except OSError as error:
+        raise InputError(f"{str(path)!r} cannot be read: {error.strerror}.") from error
+    except (ValueError, StopIteration) as error:  # pandas' errors are ValueErrors
+        said = first_line(error)
+        raise InputError(f"{str(path)!r} is not a table with a header: {said}.") from error
+
+
+def read_header(path: Path, separator: str = "\t") -> list[str]:
+    """Names of a table's columns.
+
+    Raises:
+        InputError: as :func:`read_leniently`.
+    """
+    with _open(path) as file:
+        lines = [file.readline()]
+    try:
+        return next(_rows(lines, separator)).cells
+    except (OSError, StopIteration) as error:
+        raise InputError(f"{str(path)!r} is not a table with a header.") from error
+
+
+def _open(path: Path) -> Any:
+    # Undecodable bytes become lone surrogates: the row that holds one is named. `newline=""` splits
+    # at line ends only and leaves them as they are.
+    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def _screened(path: Path, separator: str) -> tuple[Any, list[BadRow]]:
+    """What pandas can parse: the path where all rows are whole, else the whole rows' text."""
+    with _open(path) as file:
+        if not any(row.reason for row in _rows(file, separator)):
+            return path, []
+        file.seek(0)
+        lines = list(file)
+    good, bad = [], []
+    for row in _rows(lines, separator):
+        if row.reason:
+            bad.append(BadRow(f"line {row.line}", row.reason))
+        else:
+            good.append(row.cells)
+    text = io.StringIO()
+    csv.writer(text, delimiter=separator, lineterminator="\n").writerows(good)
+    text.seek(0)
+    return text, bad
+
+
+@dataclass(frozen=True)
+class _Row:
+    line: int  # its first one, from 1
+    cells: list[str]
+    reason: str = ""
+
+
+def _rows(file: Any, separator: str) -> Iterator[_Row]:
+    """All rows, the header first; empty lines are none."""
+    limit = csv.field_size_limit(sys.maxsize)
+    try:
+        width = None
+        for line, cells in _parsed(_Lines(file), separator):
+            if width is None:
+                width = len(cells or [])
+            if cells is None:
+                yield _Row(line, [], "it holds a NUL byte")
+            elif len(cells) != width:
+                yield _Row(line, cells, f"{len(cells)} cells where {width} belong")
+            elif any("\udc80" <= sign <= "\udcff" for cell in cells for sign in _odd(cell)):
+                yield _Row(line, cells, "bytes that are not UTF-8")
+            else:
+                yield _Row(line, cells)
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _odd(cell: str) -> str:
+    """The cell where it holds a surrogate; encoding finds that faster than looking at signs."""
+    if cell.isascii():
+        return ""
+    try:
+        cell.encode()
+    except UnicodeEncodeError:
+        return cell
+    return ""
+
+
+class _Lines:
+    """Lines with a way back to where a row began."""
+
+    def __init__(self, lines: Any) -> None:
+        self._lines, self._again, self.taken = iter(lines), list[str](), list[str]()
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        line = self._again.pop() if self._again else next(self._lines)
+        self.taken.append(line)
+        return line
+
+    def begin(self) -> None:
+        self.taken = []
+
+    def back(self) -> None:
+        """Give all lines of this row but the first to the rows to come."""
+        self._again += reversed(self.taken[1:])
+        del self.taken[1:]
+
+
+def _parsed(lines: _Lines, separator: str) -> Iterator[tuple[int, list[str] | None]]:
+    """Line number (from 1) and cells of each row. A quote that is never closed swallows what
+    follows it: a row over several lines that has the wrong length is read again line by line."""
+    line, width = 1, None
+    while True:
+        lines.begin()
+        try:
+            row: list[str] | None = next(csv.reader(lines, delimiter=separator))
+        except StopIteration:
+            return
+        except csv.Error:
+            row = None
+        if width is None:
+            width = len(row or [])
+        elif len(lines.taken) > 1 and (row is None or len(row) != width):
+            lines.back()
+            row = lines.taken[0].rstrip("\r\n").split(separator)
+            row = row if len(row) != width else [*row, ""]  # the open quote makes it broken
+        if row is None or row:
+            yield line, row
+        line += len(lines.taken)
