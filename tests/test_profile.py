@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,21 @@ from tests.family_makers import KINDS, internvl_chat
 from tests.makers import photo, tiny_hf_llava, tiny_next
 from vlm_prune_ext.cli import main
 from vlm_prune_ext.errors import InputError
-from vlm_prune_ext.profiling import plots
+from vlm_prune_ext.experiment.grid import Line, read_lines
+from vlm_prune_ext.experiment.log import Log
 from vlm_prune_ext.profiling.data import CSV, Entry, read_answers, read_folder, write_folder
-from vlm_prune_ext.profiling.grid import AXES, Cell, Optimization, plan
+from vlm_prune_ext.profiling.grid import AXES, Optimization, plan
 from vlm_prune_ext.profiling.loading import check_optimization, language_layers, load_for, quantize
-from vlm_prune_ext.profiling.log import Log
 from vlm_prune_ext.profiling.prompts import Prompter
-from vlm_prune_ext.profiling.report import write_reports
-from vlm_prune_ext.profiling.rows import QUESTIONS, answer_to, rows_of
-from vlm_prune_ext.profiling.runner import LOG, cells_of, resolved, run_cells
+from vlm_prune_ext.profiling.report import (
+    LOG,
+    QUESTIONS,
+    answer_to,
+    budget_lines,
+    rows_of,
+    write_reports,
+)
+from vlm_prune_ext.profiling.runner import cells_of, resolved, run_cells
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("profile_*.yaml"))
 
@@ -67,11 +73,11 @@ def measure(
     chosen = resolved(plan({"repeat": 1, "max_new_tokens": 3, "warmup": 0, **settings}))
     examples = read_folder(folder)
 
-    def track(cells: Sequence[Cell], done: int) -> Iterator[Cell]:
-        for number, cell in enumerate(cells):
+    def track(lines: Iterator[Line], total: int, done: int) -> Iterator[Line]:
+        for number, line in enumerate(lines, 1):
+            yield line
             if number == stop_after:
                 raise KeyboardInterrupt
-            yield cell
 
     cells = cells_of(chosen, examples)
     return run_cells(cells, examples, out, track, lambda line: None, trust_remote_code=trust)
@@ -356,7 +362,7 @@ def test_interrupted_and_resumed(folder: Path, llava: Path, tmp_path: Path) -> N
     outcome = measure(folder, tmp_path, **settings)
     assert (outcome.done, outcome.before) == (2, 2)
     assert (tmp_path / LOG).read_text().startswith(first)
-    assert len(Log(tmp_path / LOG).read()) == 4
+    assert len(read_lines(Log(tmp_path / LOG))) == 4
     outcome = measure(folder, tmp_path, **settings)
     assert (outcome.done, outcome.before) == (0, 4)
     # Other examples make other cells.
@@ -400,7 +406,7 @@ def test_failed_cells_are_kept_and_tried_again(folder: Path, llava: Path, tmp_pa
     assert "agg_layer=99" in outcome.failed[0].why
     again = measure(folder, tmp_path, model_name=str(llava), device="cpu", method=methods)
     assert (again.done, again.before, len(again.failed)) == (0, 1, 1)
-    assert len(Log(tmp_path / LOG).read()) == 2
+    assert len(read_lines(Log(tmp_path / LOG))) == 2
     write_reports(tmp_path)
     page = (tmp_path / "pretty_results" / "llava.md").read_text()
     assert "## Failed" in page and "agg_layer=99" in page
@@ -481,13 +487,13 @@ def test_the_budget_is_answered_for_every_optimisation(
     measure(folder, tmp_path, **names, optimization=["fp32", "eager"], method=methods)
     measure(folder, tmp_path, **names, optimization="bf16", method="none")  # no budgets there
     measure(folder, tmp_path, **names, optimization="fp32", method=methods[:2], batch_size=2)
-    rows = rows_of(Log(tmp_path / LOG).read())
+    rows = rows_of(read_lines(Log(tmp_path / LOG)).values())
     question = next(q for q in QUESTIONS if q.axis == "method")
     chosen = answer_to(question, rows)
     found = {(row.setting("optimization"), row.line.cell["method"]["name"]) for row in chosen}
     assert found == {(o, m) for o in ("fp32", "eager") for m in ("none", "fastv", "random")}
     assert {row.setting("batch_size") for row in chosen} == {1}
-    lines = plots._budget_lines(chosen)
+    lines = budget_lines(chosen)
     assert len(lines) == 4 and {len(line) for line in lines.values()} == {2}
     write_reports(tmp_path)
     text = (tmp_path / "pretty_results" / "llava.md").read_text()

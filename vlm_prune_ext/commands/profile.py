@@ -13,7 +13,8 @@ OUT/pretty_results: a page a model, index.md, and index.html, which holds everyt
 What the figures are:
   latency    of a whole generate call on a prepared batch, waited for at its end; the median, p10
              and p90 of all batches x --repeat, inputs of that shape having run before
-  vision     of it, the vision tower and projector; prefill: the rest until the first new token
+  TTFT       time to first token; vision: of it, the vision tower and projector; prefill: the rest
+  TPOT       time per output token: of decoding, per step of the batch
   energy     joules per example: NVML's counter on a GPU, RAPL on a CPU where it can be read;
              empty where nothing counts
   FLOPs      per example until the first new token, counted by torch; beside it by formula
@@ -27,7 +28,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ from vlm_prune_ext.commands.common import METHOD_HELP, TRUST_HELP
 from vlm_prune_ext.errors import InputError
 
 if TYPE_CHECKING:
-    from vlm_prune_ext.profiling.grid import Cell
+    from vlm_prune_ext.experiment.grid import Line
 
 OPTIMIZATIONS = "fp32 fp16 bf16 int8 int4, flash sdpa eager, compile fast; joined as in bf16+eager"
 _AXES = ("model_name", "device", "optimization", "img_size", "max_input_len", "batch_size")
@@ -132,10 +133,10 @@ def _settings(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return settings, source
 
 
-def _track(cells: Sequence[Cell], done: int) -> Iterator[Cell]:
+def _track(lines: Iterator[Line], total: int, done: int) -> Iterator[Line]:
     from vlm_prune_ext.commands.terminal import track
 
-    return track(cells, "cells", done=done)
+    return track(lines, "cells", total=total, done=done)
 
 
 def _say(line: str) -> None:

@@ -43,21 +43,25 @@ def _print_rich(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     Console().print(table)
 
 
-def track(items: Sequence[Item], title: str, *, done: int = 0) -> Iterator[Item]:
+def track(
+    items: Iterable[Item], title: str, *, done: int = 0, total: int | None = None
+) -> Iterator[Item]:
     """Go through ``items`` with progress and time left on standard error.
 
     Args:
         items: what is to do.
         title: what is being done.
         done: how many more were done before this start, counted in what is shown.
+        total: of both; ``None``: as many as ``items`` and ``done``.
     """
-    if sys.stderr.isatty():
-        yield from _track_rich(items, title, done)
-    else:
-        yield from _track_plain(items, title, done)
+    if total is None:
+        items = list(items)
+        total = done + len(items)
+    show = _track_rich if sys.stderr.isatty() else _track_plain
+    yield from show(items, title, done, total)
 
 
-def _track_rich(items: Sequence[Item], title: str, done: int) -> Iterator[Item]:
+def _track_rich(items: Iterable[Item], title: str, done: int, total: int) -> Iterator[Item]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -76,20 +80,19 @@ def _track_rich(items: Sequence[Item], title: str, done: int) -> Iterator[Item]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(title, total=done + len(items), completed=done)
+        task = progress.add_task(title, total=total, completed=done)
         for item in items:
             yield item
             progress.advance(task)
 
 
-def _track_plain(items: Sequence[Item], title: str, done: int) -> Iterator[Item]:
+def _track_plain(items: Iterable[Item], title: str, done: int, total: int) -> Iterator[Item]:
     start = last = time.monotonic()
-    for index, item in enumerate(items):
+    for index, item in enumerate(items, done + 1):
         yield item
         now = time.monotonic()
-        if now - last < _PLAIN_PERIOD and index + 1 < len(items):
+        if now - last < _PLAIN_PERIOD and index < total:
             continue
         last = now
-        left = (now - start) / (index + 1) * (len(items) - index - 1)
-        said = f"{title}: {done + index + 1} of {done + len(items)}, {left:.0f} s left"
-        print(said, file=sys.stderr, flush=True)
+        left = (now - start) / (index - done) * (total - index)
+        print(f"{title}: {index} of {total}, {left:.0f} s left", file=sys.stderr, flush=True)

@@ -8,9 +8,11 @@ sequence reaches a terminal, and a spreadsheet takes it for text whatever it beg
 
 from __future__ import annotations
 
+import base64
 import csv
 import html
 import io
+import itertools
 import json
 import sys
 import unicodedata
@@ -91,6 +93,7 @@ class Column:
         left: whether it is text, flush left.
         key: its name in CSV and JSON, where that is another.
         unit: written behind numbers.
+        empty: what stands where there is no value.
     """
 
     name: str
@@ -99,11 +102,12 @@ class Column:
     left: bool = False
     key: str = ""
     unit: str = ""
+    empty: str = "-"
 
     def text(self, value: object) -> object:
-        """A value as people read it: numbers rounded, ``-`` where there is none."""
+        """A value as people read it: numbers rounded."""
         if value is None:
-            return "-"
+            return self.empty
         if isinstance(value, bool) or not isinstance(value, int | float):
             return value
         return f"{value:.{self.digits}f}{self.unit}"
@@ -158,18 +162,23 @@ class Table:
 
     def html(self) -> str:
         """As an HTML page without anything from elsewhere."""
-        head = "".join(f"<th>{html_cell(column.name)}</th>" for column in self.columns)
-        aligned = [' class="t"' if column.left else "" for column in self.columns]
+        notes = (f"<p>{html_cell(note)}</p>" for note in (self.legend(), *self.notes) if note)
+        return html_page(self.title, [self.html_table(), *notes])
+
+    def html_table(self) -> str:
+        """As part of an HTML page; a click on a heading sorts."""
+        head = "".join(
+            f'<th title="{html_cell(column.note)}">{html_cell(column.name)}</th>'
+            for column in self.columns
+        )
         body = "".join(
-            "<tr>"
-            + "".join(f"<td{a}>{html_cell(c)}</td>" for a, c in zip(aligned, row, strict=True))
-            + "</tr>\n"
-            for row in self.cells()
+            f"<tr>{''.join(map(_html_cell, self.columns, values, shown))}</tr>\n"
+            for values, shown in zip(self.rows, self.cells(), strict=True)
         )
-        said = "".join(
-            f"<p>{html_cell(note)}</p>\n" for note in (self.legend(), *self.notes) if note
+        return (
+            f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n'
+            f"{body}</tbody></table></div>"
         )
-        return _PAGE.format(title=html_cell(self.title), head=head, body=body, notes=said)
 
     def records(self) -> list[dict[str, Any]]:
         """Rows as objects."""
@@ -234,19 +243,59 @@ def write_table(folder: Path, stem: str, table: Table, formats: Iterable[str] = 
         write_whole(folder / f"{stem}.{name}", made[name]())
 
 
+def _html_cell(column: Column, value: object, shown: object) -> str:
+    kind = ' class="t"' if column.left else ""
+    sorts = html_cell("" if value is None else value)
+    return f'<td{kind} data-value="{sorts}">{html_cell(shown)}</td>'
+
+
+def html_page(title: str, parts: Iterable[str]) -> str:
+    """A page of parts that are HTML already."""
+    return _PAGE.format(title=html_cell(title), body="\n".join(parts), script=_SORT)
+
+
+def html_image(path: Path, title: str) -> str:
+    """A picture, in the page itself."""
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    return f'<img alt="{html_cell(title)}" src="data:image/png;base64,{data}">'
+
+
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
-body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em }}
+:root {{ color-scheme: light dark }}
+body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 110em; padding: 0 1em }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
-th, td {{ padding: .25em .7em; border-bottom: 1px solid #ddd; text-align: right }}
-th, .t {{ text-align: left }}
+th, td {{ padding: .25em .7em; border-bottom: 1px solid #8886; text-align: right }}
+th, .t {{ text-align: left }} th {{ cursor: pointer; vertical-align: bottom }}
+th[aria-sort=ascending]::after {{ content: " \\25B2" }}
+th[aria-sort=descending]::after {{ content: " \\25BC" }}
+img {{ max-width: 100%; height: auto; background: white; margin: .8em 0 }}
+.scroll {{ overflow-x: auto }}
 </style></head><body>
 <h1>{title}</h1>
-<table><thead><tr>{head}</tr></thead><tbody>
-{body}</tbody></table>
-{notes}</body></html>
+{body}
+<script>{script}</script>
+</body></html>
+"""
+
+# Empty cells go last in both directions.
+_SORT = """
+document.querySelectorAll("th").forEach(head => head.addEventListener("click", () => {
+  const body = head.closest("table").tBodies[0], place = head.cellIndex;
+  const up = head.getAttribute("aria-sort") !== "ascending";
+  head.parentNode.querySelectorAll("th").forEach(other => other.removeAttribute("aria-sort"));
+  head.setAttribute("aria-sort", up ? "ascending" : "descending");
+  const value = row => row.cells[place].dataset.value;
+  Array.from(body.rows).sort((one, two) => {
+    const a = value(one), b = value(two);
+    if (a === "" || b === "") return (a === "") - (b === "");
+    const numbers = !isNaN(a) && !isNaN(b);
+    const side = numbers ? a - b : isNaN(a) - isNaN(b) || (a < b ? -1 : a > b ? 1 : 0);
+    return up ? side : -side;
+  }).forEach(row => body.appendChild(row));
+}));
 """
 
 
@@ -276,7 +325,7 @@ def line_plot(
     path: Path,
     *,
     x: str,
-    y: str,
+    y: str | None,
     log_x: bool = False,
     ticks: Sequence[float] | None = None,
     limits: tuple[float, float] | None = None,
@@ -287,7 +336,8 @@ def line_plot(
     Args:
         panels: title of a panel -> its lines.
         path: PNG (or PDF, SVG: by the name's ending).
-        x, y: labels of the axes.
+        x, y: labels of the axes; without ``y`` each panel has an axis of its own from 0, named by
+            its title.
         log_x: whether the x axis is logarithmic, base 2.
         ticks: places on the x axis that are marked.
         limits: of the y axis.
@@ -299,7 +349,7 @@ def line_plot(
     colors = mpl.color_sequences["tab10"]
     size = (3.4 + 3.8 * len(panels), 4.2)
     figure = Figure(figsize=size, dpi=130, layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    axes = figure.subplots(1, len(panels), sharey=y is not None, squeeze=False)[0]
     for axis, (name, lines) in zip(axes, panels.items(), strict=True):
         for line in lines:
             order = sorted(range(len(line.points)), key=lambda i: line.points[i])
@@ -316,10 +366,15 @@ def line_plot(
             axis.minorticks_off()
         if limits:
             axis.set_ylim(*limits)
-        axis.set_title(_plain(name), fontsize=10)
+        if y is None:
+            axis.set_ylabel(_plain(name))
+            axis.set_ylim(0, axis.get_ylim()[1])
+        else:
+            axis.set_title(_plain(name), fontsize=10)
         axis.set_xlabel(x)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel(y)
+    if y is not None:
+        axes[0].set_ylabel(y)
     handles, _ = axes[-1].get_legend_handles_labels()
     if handles:
         axes[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
@@ -329,7 +384,7 @@ def line_plot(
 
 
 def bar_plot(
-    panels: Mapping[str, Sequence[float | None]],
+    panels: Mapping[str, Sequence[float | None] | Mapping[str, Sequence[float | None]]],
     names: Sequence[str],
     path: Path,
     *,
@@ -340,7 +395,8 @@ def bar_plot(
     """Horizontal bars, a panel per figure, the same rows in each, the first on top.
 
     Args:
-        panels: title of a panel -> a value per row; ``None`` has no bar.
+        panels: title of a panel -> a value per row; ``None`` has no bar. Several parts by name are
+            stacked.
         names: of the rows.
         path: PNG.
         digits: of the numbers behind the bars.
@@ -353,8 +409,16 @@ def bar_plot(
     figure = Figure(figsize=(2.2 + 2.3 * len(panels), height), layout="constrained", dpi=150)
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     places = range(len(names))
-    for axis, (name, values) in zip(axes, panels.items(), strict=True):
-        bars = axis.barh(places, [value or 0.0 for value in values], color="#4c78a8")
+    for axis, (name, given) in zip(axes, panels.items(), strict=True):
+        parts = given if isinstance(given, Mapping) else {"": given}
+        values: list[float | None] = [None] * len(names)
+        for part, color in zip(parts, itertools.cycle(_COLORS)):
+            left = [value or 0.0 for value in values]
+            more = [value or 0.0 for value in parts[part]]
+            bars = axis.barh(places, more, left=left, color=color, label=_plain(part) or None)
+            values = [_sum(a, b) for a, b in zip(values, parts[part], strict=True)]
+        if len(parts) > 1:
+            axis.legend(fontsize=7)
         said = ["–" if value is None else f"{value:.{digits}f}" for value in values]
         axis.bar_label(bars, said, padding=2, fontsize=8)
         if floors and name in floors:
@@ -367,6 +431,15 @@ def bar_plot(
     if title:
         figure.suptitle(_plain(title), fontsize=9)
     save(figure, path)
+
+
+_COLORS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2")
+
+
+def _sum(first: float | None, second: float | None) -> float | None:
+    """Of what there is."""
+    there = [value for value in (first, second) if value is not None]
+    return sum(there) if there else None
 
 
 def save(figure: Any, path: Path) -> None:

@@ -6,14 +6,13 @@ Two cells are the same exactly if all of that is.
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 from vlm_prune_ext.errors import InputError, unknown_name
+from vlm_prune_ext.experiment import grid
 from vlm_prune_ext.methods.base import Method
 from vlm_prune_ext.methods.registry import get_method, parse_method
 from vlm_prune_ext.settings import method_as_json
@@ -78,7 +77,7 @@ class Optimization:
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination of settings.
+    """One combination of settings; equal ones are one cell.
 
     Attributes:
         model_name: folder or repository; ``"demo"`` is the demo's checkpoint.
@@ -117,31 +116,18 @@ class Cell:
     data: str
     processor: str
 
-    def as_json(self) -> dict[str, Any]:
-        """Plain values, the method as its name and all of its parameters."""
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "method"}
-        return {**plain, "method": method_as_json(self.method)}
+    def plain(self) -> grid.Cell:
+        """As the grid runner takes it: plain values, the method as its name and parameters."""
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        own["method"] = method_as_json(self.method)
+        group = json.dumps([self.model_name, self.device, self.optimization])
+        return grid.Cell(own, group, method_label(self.method))
 
-    @property
-    def key(self) -> str:
-        """The same for equal cells only."""
-        text = json.dumps(self.as_json(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:20]
-
-    @property
-    def label(self) -> str:
-        """Axes in short, for progress and messages."""
-        return ", ".join(
-            [
-                self.model_name.rstrip("/").rpartition("/")[2],
-                self.optimization or "default",
-                f"image {self.img_size or 'as is'}",
-                f"batch {self.batch_size}",
-                f"text {self.max_input_len or 'as is'}",
-                "cached" if self.cached else "no cache",
-                method_label(self.method),
-            ]
-        )
+    @staticmethod
+    def of(cell: grid.Cell) -> Cell:
+        """What :meth:`plain` was made of."""
+        own = dict(cell.settings)
+        return Cell(**{**own, "method": _method(own["method"])})
 
 
 def method_label(method: Method | None) -> str:
@@ -161,21 +147,21 @@ class Plan:
     axes: Mapping[str, Sequence[Any]]
     shared: Mapping[str, Any]
 
-    def cells(self, data: str, processors: Mapping[str, str]) -> list[Cell]:
-        """All combinations, each once, models and precisions outermost.
+    def cells(self, data: str, processors: Mapping[str, str]) -> list[grid.Cell]:
+        """All combinations, each once, those that one loaded model serves together.
 
         Args:
             data: digest of the examples.
             processors: device -> name of the hardware.
         """
-        found: dict[str, Cell] = {}
-        for values in itertools.product(*(self.axes[name] for name in AXES)):
-            chosen = dict(zip(AXES, values, strict=True))
+        found: dict[str, grid.Cell] = {}
+        for chosen in grid.product({name: self.axes[name] for name in AXES}):
             chosen["optimization"] = str(chosen["optimization"])
             processor = processors[chosen["device"]]
-            cell = Cell(**chosen, **self.shared, data=data, processor=processor)
+            cell = Cell(**chosen, **self.shared, data=data, processor=processor).plain()
             found.setdefault(cell.key, cell)
-        return list(found.values())
+        groups = list(dict.fromkeys(cell.group for cell in found.values()))
+        return sorted(found.values(), key=lambda cell: groups.index(cell.group))
 
 
 DEFAULTS: Mapping[str, Any] = {
@@ -290,16 +276,3 @@ def _flag(value: Any) -> bool:
     if not isinstance(value, bool):
         raise InputError(f"cached={value!r} is not valid: true or false.")
     return value
-
-
-def groups(cells: Sequence[Cell]) -> Iterator[tuple[tuple[str, str, str], list[Cell]]]:
-    """Cells that one loaded model serves, in order, under ``(model, device, optimization)``."""
-    found: dict[tuple[str, str, str], list[Cell]] = {}
-    for cell in cells:
-        found.setdefault((cell.model_name, cell.device, cell.optimization), []).append(cell)
-    yield from found.items()
-
-
-def plain_cell(cell: Cell) -> dict[str, Any]:
-    """A cell as a table shows it: the method as its short name."""
-    return {**asdict(cell), "method": method_label(cell.method)}

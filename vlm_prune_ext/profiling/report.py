@@ -1,98 +1,387 @@
-"""Reports from the log: a Markdown page a model with plots, an index, and one HTML page."""
+"""Reports of a profile's log: a Markdown page a model with plots, an index, and one HTML page."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
 from vlm_prune_ext.errors import InputError
-from vlm_prune_ext.profiling.log import Line, Log
-from vlm_prune_ext.profiling.page import html_page
-from vlm_prune_ext.profiling.plots import draw
-from vlm_prune_ext.profiling.rows import (
-    FIGURES,
-    QUESTIONS,
-    Question,
-    Row,
-    answer_to,
-    cell_text,
-    energy_note,
-    failures_of,
-    held_fixed,
-    hosts_of,
-    image_note,
-    order,
-    rows_of,
-    shared_settings,
-    varying,
+from vlm_prune_ext.experiment.grid import DONE, FAILED, Line, read_lines
+from vlm_prune_ext.experiment.log import Log, write_whole
+from vlm_prune_ext.experiment.metrics import METRICS, everywhere
+from vlm_prune_ext.experiment.report import (
+    Column,
+    Markup,
+    Table,
+    bar_plot,
+    html_cell,
+    html_image,
+    html_page,
+    line_plot,
+    markdown_cell,
 )
-from vlm_prune_ext.profiling.sections import ModelReport, Section, columns_of, failed_text
+from vlm_prune_ext.experiment.report import Line as Drawn
 
 FOLDER = "pretty_results"
+LOG = "cells.jsonl"
 
 
-def write_reports(out: Path) -> list[Path]:
-    """Write all reports of a log.
+# -- what is shown -------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Figure(Column):
+    """A column of figures.
 
-    Args:
-        out: folder of the log.
-
-    Returns:
-        the pages: index, HTML, then one a model.
-
-    Raises:
-        InputError: no log, or nothing in it.
+    Attributes:
+        path: where a cell's result has it, names joined by dots; of several, joined by ``+``, the
+            sum.
+        scale: from there to what is shown.
     """
-    from vlm_prune_ext.profiling.runner import LOG
 
-    lines = Log(out / LOG).read()
-    if not lines:
-        raise InputError(f"--out {str(out)!r} has no {LOG} with cells: measure some first.")
-    folder = out / FOLDER
+    empty: str = ""
+    path: str = ""
+    scale: float = 1.0
+
+    def of(self, result: Mapping[str, Any]) -> Any:
+        """Its value; ``None`` where there is none."""
+        found = [_dig(result, path) for path in self.path.split("+")]
+        if any(value is None for value in found):
+            return None
+        return found[0] if self.left else sum(found) * self.scale
+
+
+def _dig(result: Any, path: str) -> Any:
+    return reduce(lambda part, key: part[key], path.split("."), result)
+
+
+_MS = 1e3
+FIGURES = (
+    Figure("visual", 0, "visual tokens of the prompt, mean per example", path="tokens.visual"),
+    Figure(
+        "kept", 0, "of these, held by a decoder layer, mean over layers", path="tokens.visual_kept"
+    ),
+    Figure("text", 1, "text tokens, template included, padding not", path="tokens.text"),
+    Figure(
+        "width",
+        0,
+        "positions of the prompt that are computed, padding included",
+        path="tokens.width",
+    ),
+    Figure("new", 1, "generated tokens", path="tokens.new"),
+    Figure("latency ms", 1, "of a batch, median", path="latency.total.median", scale=_MS),
+    Figure("p10", 1, "of the latency", path="latency.total.p10", scale=_MS),
+    Figure("p90", 1, "of the latency", path="latency.total.p90", scale=_MS),
+    Figure(
+        "vision ms",
+        1,
+        "vision tower and projector, median of runs of their own",
+        path="latency.vision",
+        scale=_MS,
+    ),
+    Figure("prefill ms", 1, "the rest of TTFT", path="latency.prefill", scale=_MS),
+    Figure(
+        "TTFT ms",
+        1,
+        "time to first token, median",
+        path="latency.first_token.median",
+        scale=_MS,
+    ),
+    Figure(
+        "decode ms",
+        1,
+        "behind the first new token, median",
+        path="latency.decode.median",
+        scale=_MS,
+    ),
+    Figure(
+        "TPOT ms",
+        2,
+        "time per output token: decoding, per step of the batch",
+        path="latency.per_token",
+        scale=_MS,
+    ),
+    Figure("examples/s", 2, "batch size over latency", path="examples_per_second"),
+    Figure("score", 1, "see the column beside it, in percent", path="quality.value"),
+    Figure(
+        "scored by",
+        0,
+        "vqa: VQA accuracy; accuracy: exact match; bleu4: BLEU-4",
+        True,
+        path="quality.name",
+    ),
+    Figure("WER", 2, METRICS["wer"].help, path="quality.wer"),
+    Figure("J/example", 2, "energy; empty where nothing counts it", path="energy.counted"),
+    Figure(
+        "GFLOP",
+        3,
+        "per example until the first new token, counted by torch, the rule's own included",
+        path="flops.vision+flops.prefill",
+        scale=1e-9,
+    ),
+    Figure(
+        "GFLOP analytic",
+        3,
+        "the same by formula, the rule's own not included",
+        path="flops.analytic_vision+flops.analytic_prefill",
+        scale=1e-9,
+    ),
+    Figure(
+        "peak GiB",
+        2,
+        "memory: tensors on a GPU, the process on a CPU",
+        path="peak_memory",
+        scale=2**-30,
+    ),
+)
+
+
+def figures() -> list[Figure]:
+    """All columns: those above, and the metrics that every command shows."""
+    more = [METRICS[name] for name in everywhere()]
+    return [
+        *FIGURES,
+        *(Figure(m.title, m.digits, m.help, path=f"quality.metrics.{m.name}") for m in more),
+    ]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question of the study: what does this axis do?
+
+    Attributes:
+        axis: name of a cell's setting.
+        title: of its table.
+        column: heading of its values.
+    """
+
+    axis: str
+    title: str
+    column: str
+
+
+QUESTIONS = (
+    Question("img_size", "Image size", "image"),
+    Question("batch_size", "Batch size", "batch"),
+    Question("max_input_len", "Prompt length", "text limit"),
+    Question("optimization", "Optimisation", "optimisation"),
+    Question("cached", "KV cache", "KV cache"),
+    Question("method", "Pruning budget", "pruning"),
+    Question("device", "Device", "device"),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A cell that is done, as a table shows it.
+
+    Attributes:
+        line: from the log.
+        figures: name of a column -> value; ``None`` where there is none.
+    """
+
+    line: Line
+    figures: dict[str, Any]
+
+    def setting(self, axis: str) -> Any:
+        """The value of an axis, as it sorts."""
+        return self.line.label if axis == "method" else self.line.cell[axis]
+
+    def shown(self, axis: str) -> str:
+        """The value of an axis, as it reads."""
+        value = self.setting(axis)
+        if axis == "cached":
+            return "yes" if value else "no"
+        if axis == "optimization":
+            precision = (self.line.result or {}).get("precision", "")
+            return value if precision in value or not value else f"{value} ({precision})"
+        if axis in ("img_size", "max_input_len"):
+            return "as is" if value is None else str(value)
+        return str(value)
+
+
+def rows_of(lines: Iterable[Line]) -> list[Row]:
+    """Cells that are done."""
+    columns = figures()
+    return [
+        Row(line, {column.name: _of(column, line.result or {}) for column in columns})
+        for line in lines
+        if line.status == DONE
+    ]
+
+
+def _of(column: Figure, result: Mapping[str, Any]) -> Any:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        models = [_model(name, lines, folder) for name in _names(lines)]
-        pages = []
-        for model in models:
-            pages.append(folder / f"{model.stem}.md")
-            pages[-1].write_text(markdown(model), encoding="utf-8")
-        (folder / "index.md").write_text(index(models), encoding="utf-8")
-        (folder / "index.html").write_text(html_page(models, folder), encoding="utf-8")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{str(out / LOG)!r} has a line that vlm-prune profile did not write ({error!r}): give "
-            "another --out."
-        ) from error
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise InputError(f"--out {str(folder)!r} cannot be written ({reason}).") from error
-    return [folder / "index.md", folder / "index.html", *pages]
+        return column.of(result)
+    except KeyError:
+        if column.path.startswith("quality.metrics."):  # measured before there was this metric
+            return None
+        raise
 
 
-def _names(lines: Sequence[Line]) -> list[str]:
-    return list(dict.fromkeys(line.cell["model_name"] for line in lines))
+# -- from cells to questions ---------------------------------------------------------------------
+def varying(rows: Sequence[Row]) -> list[Question]:
+    """Axes with several values among these rows."""
+    return [q for q in QUESTIONS if _values(q, rows) > 1]
 
 
-def _model(name: str, lines: Sequence[Line], folder: Path) -> ModelReport:
+def answer_to(question: Question, rows: Sequence[Row]) -> list[Row]:
+    """Rows that differ in this axis (and in the method) only.
+
+    Of the groups of cells that share everything else, the one with the most values of the axis is
+    taken; of equals, the first. The pruning budget is answered for every optimisation: what it
+    saves depends on that most.
+    """
+    free = {question.axis, "method"}
+    best = max(_alike(rows, free), key=lambda group: _values(question, group), default=[])
+    if question.axis == "method" and best:
+        inside = _but(best[0], free | {"optimization"})
+        near = [row for row in rows if _but(row, free | {"optimization"}) == inside]
+        groups = [group for group in _alike(near, free) if _values(question, group) > 1]
+        best = [row for group in groups for row in group]
+        return sorted(best, key=lambda r: (order(r, "optimization")[:2], order(r, "method")))
+    return sorted(best, key=lambda row: order(row, question.axis))
+
+
+def _but(row: Row, axes: set[str]) -> str:
+    """A cell without some of its axes."""
+    return repr({k: v for k, v in row.line.cell.items() if k not in axes})
+
+
+def _alike(rows: Sequence[Row], free: set[str]) -> list[list[Row]]:
+    """Groups of rows that share everything but some axes."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(_but(row, free), []).append(row)
+    return list(groups.values())
+
+
+def _values(question: Question, group: Sequence[Row]) -> int:
+    return len({repr(row.setting(question.axis)) for row in group})
+
+
+def order(row: Row, axis: str) -> tuple[Any, ...]:
+    """Rows by the value of an axis (true before false), then from most visual tokens to fewest."""
+    value = row.setting(axis)
+    if isinstance(value, bool):  # what people run first
+        value = not value
+    number = value if isinstance(value, int | float) else float("inf")
+    last = (-row.figures["kept"], row.line.label)
+    return last if axis == "method" else (number, str(value), *last)
+
+
+# -- a model's page ------------------------------------------------------------------------------
+@dataclass
+class Section:
+    """A table on a model's page, with sentences before it and a plot behind it."""
+
+    title: str
+    table: Table
+    notes: list[str] = field(default_factory=list)
+    plot: str = ""
+
+    def markdown(self) -> list[str]:
+        """As lines of a page."""
+        parts = [f"## {self.title}", ""]
+        parts += [part for note in self.notes for part in (markdown_cell(note), "")]
+        parts += [self.table.markdown()]
+        return [*parts, f"![{self.title}]({self.plot})", ""] if self.plot else parts
+
+    def html(self, folder: Path) -> list[str]:
+        """As parts of a page."""
+        parts = [f"<h3>{html_cell(self.title)}</h3>"]
+        parts += [f"<p>{html_cell(note)}</p>" for note in self.notes]
+        parts.append(self.table.html_table())
+        return [*parts, html_image(folder / self.plot, self.title)] if self.plot else parts
+
+
+@dataclass
+class Model:
+    """All about one model.
+
+    Attributes:
+        name: as it was given.
+        stem: of file names.
+        rows: all cells that are done.
+        failed: sentences about cells that failed.
+        hosts: sentences about hardware and software.
+        facts: what all cells share.
+        sections: tables.
+    """
+
+    name: str
+    stem: str
+    rows: list[Row]
+    failed: list[str]
+    hosts: list[str]
+    facts: list[str] = field(default_factory=list)
+    sections: list[Section] = field(default_factory=list)
+
+    def markdown(self) -> str:
+        """Its page."""
+        parts = [f"# {markdown_cell(self.name)}", ""]
+        parts += [*(f"- {markdown_cell(said)}" for said in (*self.hosts, *self.facts)), ""]
+        parts += [line for section in self.sections for line in section.markdown()]
+        if self.rows:
+            parts += ["; ".join(f"*{c.name}*: {c.note}" for c in figures()) + ".", ""]
+        if self.failed:
+            parts += ["## Failed", "", *(f"- {markdown_cell(said)}" for said in self.failed), ""]
+        return "\n".join(parts)
+
+    def html(self, folder: Path) -> list[str]:
+        """Its part of the one page."""
+        parts = [f'<h2 id="{html_cell(self.stem)}">{html_cell(self.name)}</h2>']
+        parts += [f"<p>{html_cell(said)}</p>" for said in self.facts]
+        parts += [part for section in self.sections for part in section.html(folder)]
+        if self.failed:
+            said = "".join(f"<li>{html_cell(text)}</li>" for text in self.failed)
+            parts.append(f"<h3>Failed</h3><ul>{said}</ul>")
+        return parts
+
+
+def table(rows: Sequence[Row], axes: Sequence[Question]) -> Table:
+    """Rows under the axes that tell them apart, and their figures."""
+    columns = [*(Column(q.column, left=True) for q in axes), *map(_without_note, figures())]
+    made = Table(columns)
+    for row in rows:
+        made.rows.append([*(row.shown(q.axis) or "default" for q in axes), *row.figures.values()])
+    return made
+
+
+def _without_note(figure: Figure) -> Column:
+    """The legend stands once on a page, not under every table."""
+    return Column(figure.name, figure.digits, left=figure.left, empty="")
+
+
+def _model(name: str, names: Sequence[str], lines: Sequence[Line], folder: Path) -> Model:
     own = [line for line in lines if line.cell["model_name"] == name]
-    rows = sorted(rows_of(own), key=_all_axes)
-    stem = _stem(name, _names(lines))
-    sections = []
+    rows = sorted(rows_of(own), key=lambda row: [order(row, q.axis)[:2] for q in QUESTIONS])
+    failed = [failed_text(line) for line in own if line.status == FAILED]
+    model = Model(name, _stem(name, names), rows, failed, hosts_of(own))
+    if rows:
+        model.facts = [_shared(rows), _energy_note(rows)]
     for question in varying(rows):
         chosen = answer_to(question, rows)
-        if len({repr(row.setting(question.axis)) for row in chosen}) < 2:
-            continue
-        plot = f"{stem}_{question.axis}.png"
-        draw(question, chosen, folder / plot)
-        note = image_note(chosen) if question.axis == "img_size" else ""
-        sections.append(Section(question, chosen, held_fixed(question, chosen, rows), note, plot))
-    return ModelReport(name, stem, rows, sections, failures_of(own), hosts_of(own))
+        if _values(question, chosen) > 1:
+            model.sections.append(_section(question, chosen, rows, model.stem, folder))
+    if rows:
+        model.sections.append(Section("All cells", table(rows, varying(rows))))
+    return model
 
 
-def _all_axes(row: Row) -> tuple:
-    return tuple(order(row, question.axis)[:2] for question in QUESTIONS)
+def _section(
+    question: Question, chosen: Sequence[Row], rows: Sequence[Row], stem: str, folder: Path
+) -> Section:
+    fixed = _held_fixed(question, chosen, rows)
+    note = _image_note(chosen) if question.axis == "img_size" else ""
+    notes = [said for said in (f"Everything else: {fixed}." if fixed else "", note) if said]
+    plot = f"{stem}_{question.axis}.png"
+    draw(question, chosen, folder / plot)
+    axes = list(dict.fromkeys([question, *varying(chosen)]))
+    return Section(question.title, table(chosen, axes), notes, plot)
 
 
 def _stem(name: str, all_names: Sequence[str]) -> str:
@@ -107,65 +396,236 @@ def _stem(name: str, all_names: Sequence[str]) -> str:
     return stem
 
 
-# -- Markdown ------------------------------------------------------------------------------------
-def markdown(model: ModelReport) -> str:
-    """A model's page."""
-    parts = [f"# {model.name}", "", *(f"- {host}" for host in model.hosts)]
-    if model.rows:
-        parts += [f"- {shared_settings(model.rows)}", f"- {energy_note(model.rows)}", ""]
-    for section in model.sections:
-        parts += [f"## {section.question.title}", ""]
-        parts += [f"Everything else: {section.fixed}.", ""] if section.fixed else []
-        parts += [section.note, ""] if section.note else []
-        parts += [table(section.rows, columns_of(section)), ""]
-        parts += [f"![{section.question.title}]({section.plot})", ""]
-    if model.rows:
-        parts += ["## All cells", "", table(model.rows, varying(model.rows)), "", legend(), ""]
-    if model.failed:
-        parts += ["## Failed", "", *(f"- {failed_text(line)}" for line in model.failed), ""]
-    return "\n".join(parts)
+# -- sentences -----------------------------------------------------------------------------------
+def _held_fixed(question: Question, rows: Sequence[Row], all_rows: Sequence[Row]) -> str:
+    """What the other axes are in a question's table, where they vary elsewhere."""
+    here = varying(rows)
+    return ", ".join(
+        f"{other.column} {rows[0].shown(other.axis)}"
+        for other in varying(all_rows)
+        if other.axis not in (question.axis, "method") and other not in here
+    )
 
 
-def table(rows: Sequence[Row], axes: Sequence[Question]) -> str:
-    """Rows as a Markdown table."""
-    heads = [question.column for question in axes] + [column.name for column in FIGURES]
-    rules = ["---"] * len(axes) + ["---:"] * len(FIGURES)
-    lines = [heads, rules]
-    for row in rows:
-        shown = [row.shown(question.axis) or "default" for question in axes]
-        lines.append(shown + [cell_text(c, row.figures[c.name]) for c in FIGURES])
-    return "\n".join(f"| {' | '.join(_escaped(cell) for cell in line)} |" for line in lines)
+def _image_note(rows: Sequence[Row]) -> str:
+    """What a model made of pictures of several sizes."""
+    shapes = {tuple((row.line.result or {})["tokens"]["pixels"][1:]) for row in rows}
+    shape = next(iter(shapes))
+    if len(shapes) != 1 or len(shape) < 3:
+        return ""
+    return (
+        f"This model's processor resizes every picture to {shape[-1]} x {shape[-2]} pixels itself, "
+        "so the size in front of it changes neither the visual tokens nor their cost."
+    )
 
 
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|")
+def _energy_note(rows: Sequence[Row]) -> str:
+    """How energy was measured, or that nothing counts it."""
+    if not _has_energy(rows):
+        return "No energy counter could be read on this hardware, so energy is left empty."
+    found = {row.line.host.get("idle_watts") for row in rows}
+    watts = sorted(value for value in found if value is not None)
+    idle = f" Idle power: {', '.join(f'{value:.0f} W' for value in watts)}." if watts else ""
+    return f"Energy is that of the hardware's counter, idle power included.{idle}"
 
 
-def legend() -> str:
-    """What the columns are."""
-    return "; ".join(f"*{column.name}*: {column.note}" for column in FIGURES) + "."
+def hosts_of(lines: Sequence[Line]) -> list[str]:
+    """Sentences about hardware and software, each different one once."""
+    said: dict[str, list[str]] = {}
+    for line in lines:
+        if "hardware" in line.host:
+            said.setdefault(_host_text(line.host), []).append(line.host["date"][:10])
+    return [f"{text} ({_dates(dates)})" for text, dates in said.items()]
 
 
-def index(models: Sequence[ModelReport]) -> str:
-    """The page that leads to the others."""
-    parts = [
-        "# Profiles",
-        "",
-        "| model | cells | failed | latency ms (best) | examples/s (best) | J/example (least) |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+def _host_text(host: Mapping[str, Any]) -> str:
+    hardware, versions = host["hardware"], host["versions"]
+    where = f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['threads']} thread(s)"
+    if "gpu" in hardware:
+        where = f"{hardware['gpu']} ({hardware['gpu_memory_gib']} GiB), {where}"
+    names = ("python", "torch", "transformers", "vlm-prune-ext", "bitsandbytes")
+    software = ", ".join(f"{name} {versions[name]}" for name in names if name in versions)
+    head, dash, state = (host.get("commit") or "").partition("-")
+    return f"{where}; {software}" + (f", commit {head[:12]}{dash}{state}" if head else "")
+
+
+def _dates(dates: list[str]) -> str:
+    first, last = min(dates), max(dates)
+    return first if first == last else f"{first} to {last}"
+
+
+def _shared(rows: Sequence[Row]) -> str:
+    """Samples, repeats and the like, where all cells share them."""
+    said = []
+    for name in ("samples", "repeat", "warmup", "max_new_tokens", "seed"):
+        values = sorted({row.line.cell[name] for row in rows})
+        said.append(f"{name.replace('_', ' ')} {' / '.join(map(str, values))}")
+    return ", ".join(said)
+
+
+def failed_text(line: Line) -> str:
+    """A failed cell in a line."""
+    cell = line.cell
+    settings = [
+        f"optimisation {cell['optimization'] or 'default'}",
+        f"image {cell['img_size'] or 'as is'}",
+        f"batch {cell['batch_size']}",
+        f"text limit {cell['max_input_len'] or 'as is'}",
+        f"KV cache {'yes' if cell['cached'] else 'no'}",
+        line.label,
     ]
-    for model in models:
-        figures = [row.figures for row in model.rows]
-        energy = [f["J/example"] for f in figures if f["J/example"] is not None]
-        cells = [
-            f"[{model.name}]({model.stem}.md)",
-            str(len(model.rows)),
-            str(len(model.failed)),
-            f"{min(f['latency ms'] for f in figures):.1f}" if figures else "",
-            f"{max(f['examples/s'] for f in figures):.2f}" if figures else "",
-            f"{min(energy):.2f}" if energy else "",
+    return f"{', '.join(settings)}: {line.why}"
+
+
+# -- plots ---------------------------------------------------------------------------------------
+def _has_energy(rows: Sequence[Row]) -> bool:
+    return any(row.figures["J/example"] is not None for row in rows)
+
+
+def draw(question: Question, rows: Sequence[Row], path: Path) -> None:
+    """Draw what an axis does: latency in parts, arithmetic or energy, and the score.
+
+    Args:
+        question: the axis.
+        rows: of its table, in order.
+        path: of the PNG.
+    """
+    energy = {"joules per example": "J/example"} if _has_energy(rows) else {}
+    flops = {"GFLOP per example until first token": "GFLOP"}
+    score = {f"{'/'.join(sorted({r.figures['scored by'] for r in rows}))}, %": "score"}
+    if question.axis == "method":
+        costs = {"ms per batch": "latency ms", **energy, **flops, **score}
+        _draw_budgets(rows, costs, path)
+        return
+    several = len({row.line.label for row in rows}) > 1
+    names = [
+        f"{question.column} {row.shown(question.axis) or 'default'}"
+        + (f", {row.line.label}" if several else "")
+        for row in rows
+    ]
+    parts = ("vision", "prefill", "decode")
+    latency = {part: [row.figures[f"{part} ms"] for row in rows] for part in parts}
+    costs = {**(energy or flops), **score}
+    panels: dict[str, Any] = {"ms per batch (median)": latency}
+    panels |= {title: [row.figures[name] for row in rows] for title, name in costs.items()}
+    bar_plot(panels, names, path, digits=1, title=question.title)
+
+
+def _draw_budgets(rows: Sequence[Row], costs: Mapping[str, str], path: Path) -> None:
+    """Everything against the visual tokens that decoder layers hold on average."""
+    lines = budget_lines(rows)
+    panels = {
+        title: [
+            Drawn(
+                name,
+                [
+                    (row.figures["kept"], row.figures[column])
+                    for row in own
+                    if row.figures[column] is not None
+                ],
+                color=number,
+            )
+            for number, (name, own) in enumerate(lines.items())
         ]
-        parts.append(f"| {' | '.join(cells)} |")
-    hosts = dict.fromkeys(host for model in models for host in model.hosts)
-    parts += ["", *(f"- {host}" for host in hosts), "", "Everything in one page: index.html.", ""]
-    return "\n".join(parts)
+        for title, column in costs.items()
+    }
+    x = "visual tokens held, mean over layers"
+    line_plot(panels, path, x=x, y=None, title="Pruning budget")
+
+
+def budget_lines(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Name -> rows: a line for each method and optimisation, the baseline at its end."""
+    optimizations = dict.fromkeys(row.shown("optimization") for row in rows)
+    methods = dict.fromkeys(row.line.cell["method"]["name"] for row in rows)
+    lines = {}
+    for optimization in optimizations:
+        for method in [name for name in methods if name != "none"] or methods:
+            name = f"{optimization or 'default'}, {method}" if len(optimizations) > 1 else method
+            own = [
+                row
+                for row in rows
+                if row.shown("optimization") == optimization
+                and row.line.cell["method"]["name"] in (method, "none")
+            ]
+            if any(row.line.cell["method"]["name"] == method for row in own):
+                lines[name] = own
+    return lines
+
+
+# -- all pages -----------------------------------------------------------------------------------
+def write_reports(out: Path) -> list[Path]:
+    """Write all reports of a log.
+
+    Args:
+        out: folder of the log.
+
+    Returns:
+        the pages: index, HTML, then one a model.
+
+    Raises:
+        InputError: no log, or nothing in it, or a folder that cannot be written.
+    """
+    lines = list(read_lines(Log(out / LOG)).values())
+    if not lines:
+        raise InputError(f"--out {str(out)!r} has no {LOG} with cells: measure some first.")
+    folder = out / FOLDER
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        names = list(dict.fromkeys(line.cell["model_name"] for line in lines))
+        models = [_model(name, names, lines, folder) for name in names]
+        pages = {folder / f"{model.stem}.md": model.markdown() for model in models}
+        index = {folder / "index.md": _index(models), folder / "index.html": _page(models, folder)}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{str(out / LOG)!r} has a line that vlm-prune profile did not write ({error!r}): give "
+            "another --out."
+        ) from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(f"--out {str(folder)!r} cannot be written ({reason}).") from error
+    for path, text in {**index, **pages}.items():
+        write_whole(path, text)
+    return [*index, *pages]
+
+
+_INDEX = (
+    Column("model", left=True),
+    Column("cells", 0),
+    Column("failed", 0),
+    Column("latency ms (best)", 1, empty=""),
+    Column("examples/s (best)", 2, empty=""),
+    Column("J/example (least)", 2, empty=""),
+)
+
+
+def _index(models: Sequence[Model]) -> str:
+    """The page that leads to the others."""
+    made = Table(_INDEX)
+    for model in models:
+        found = {
+            name: [r.figures[name] for r in model.rows if r.figures[name] is not None]
+            for name in ("latency ms", "examples/s", "J/example")
+        }
+        link = Markup(f"[{markdown_cell(model.name)}]({model.stem}.md)")
+        best = min(found["latency ms"], default=None), max(found["examples/s"], default=None)
+        least = min(found["J/example"], default=None)
+        made.rows.append([link, len(model.rows), len(model.failed), *best, least])
+    parts = ["# Profiles", "", made.markdown()]
+    parts += [*(f"- {markdown_cell(host)}" for host in _all_hosts(models)), ""]
+    return "\n".join([*parts, "Everything in one page: index.html.", ""])
+
+
+def _all_hosts(models: Sequence[Model]) -> list[str]:
+    return list(dict.fromkeys(host for model in models for host in model.hosts))
+
+
+def _page(models: Sequence[Model], folder: Path) -> str:
+    """Everything, plots included, in one file."""
+    hosts = "".join(f"<li>{html_cell(host)}</li>" for host in _all_hosts(models))
+    legend = "; ".join(f"<b>{html_cell(c.name)}</b>: {html_cell(c.note)}" for c in figures())
+    parts = [f"<ul>{hosts}</ul>", f"<p>A click on a heading sorts. {legend}.</p>"]
+    if len(models) > 1:
+        links = (f'<a href="#{html_cell(m.stem)}">{html_cell(m.name)}</a>' for m in models)
+        parts.append(f"<p>{' · '.join(links)}</p>")
+    parts += [part for model in models for part in model.html(folder)]
+    return html_page("Profiles of vision-language models", parts)

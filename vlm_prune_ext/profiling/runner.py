@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import gc
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 
-from vlm_prune_ext.errors import InputError, reason_of
-from vlm_prune_ext.experiment.host import cpu_name, host, now
+from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.experiment import grid
+from vlm_prune_ext.experiment.grid import Line
+from vlm_prune_ext.experiment.host import cpu_name, host
+from vlm_prune_ext.experiment.log import Log, lock
 from vlm_prune_ext.experiment.measure import idle_power
 from vlm_prune_ext.experiment.metrics import require
 from vlm_prune_ext.profiling.data import Folder
-from vlm_prune_ext.profiling.grid import Cell, Optimization, Plan, groups, method_label
+from vlm_prune_ext.profiling.grid import Cell, Optimization, Plan
 from vlm_prune_ext.profiling.loading import (
     Loaded,
     check_name,
@@ -23,12 +26,11 @@ from vlm_prune_ext.profiling.loading import (
     load_for,
     resolve_device,
 )
-from vlm_prune_ext.profiling.log import DONE, FAILED, Line, Log
-from vlm_prune_ext.profiling.measuring import CellMeasurer, Result
+from vlm_prune_ext.profiling.measuring import CellMeasurer
+from vlm_prune_ext.profiling.report import LOG, failed_text
 
-LOG = "cells.jsonl"
-Tracker = Callable[[Sequence[Cell], int], Iterator[Cell]]
-"""Goes through cells and shows progress; the number is how many were done before."""
+Tracker = Callable[[Iterator[Line], int, int], Iterator[Line]]
+"""Passes lines on and shows progress; the numbers are of all cells, and of those done before."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def resolved(plan: Plan) -> Plan:
     return Plan({**plan.axes, "device": devices}, plan.shared)
 
 
-def cells_of(plan: Plan, folder: Folder) -> list[Cell]:
+def cells_of(plan: Plan, folder: Folder) -> list[grid.Cell]:
     """The cells of a resolved plan over the examples of a folder."""
     count = len(folder.examples)
     shared = {**plan.shared, "samples": min(plan.shared["samples"] or count, count)}
@@ -76,7 +78,7 @@ def _processor(device: str) -> str:
 
 
 def run_cells(
-    cells: Sequence[Cell],
+    cells: Sequence[grid.Cell],
     folder: Folder,
     out: Path,
     track: Tracker,
@@ -84,7 +86,8 @@ def run_cells(
     *,
     trust_remote_code: bool = False,
 ) -> Outcome:
-    """Measure what is not in the log yet.
+    """Measure what is not in the log yet, one cell after the other: cells that share a machine
+    would be in each other's figures.
 
     Args:
         cells: the grid.
@@ -98,96 +101,48 @@ def run_cells(
         what was done. Cells that failed are in the log with the reason; the others are done.
 
     Raises:
-        InputError: the log cannot be read or written, or nothing at all could be measured.
+        InputError: the log cannot be read or written, another run writes it, or nothing at all
+            could be measured.
     """
-    log = Log(out / LOG)
-    known = {line.key for line in log.read() if line.status == DONE}
-    ordered = [cell for _, group in groups(cells) for cell in group]
-    pending = [cell for cell in ordered if cell.key not in known]
-    bench = _Bench(folder, log, trust_remote_code)
-    failed: list[Line] = []
-    for cell in track(pending, len(ordered) - len(pending)):
-        line = bench.measure(cell)
-        if line.status == FAILED:
-            failed.append(line)
-            say(f"Failed: {cell.label}: {line.why}")
-    bench.close()
+    with lock(out):
+        log = Log(out / LOG)
+        known = {key for key, line in grid.read_lines(log).items() if line.status == grid.DONE}
+        pending = [cell for cell in cells if cell.key not in known]
+        before = len(cells) - len(pending)
+        lines = grid.run(pending, make_job, (folder, trust_remote_code), log=log)
+        failed: list[Line] = []
+        for line in track(lines, len(cells), before):
+            if line.status == grid.FAILED:
+                failed.append(line)
+                say(f"Failed: {failed_text(line)}")
     done = len(pending) - len(failed)
-    if failed and not done and len(pending) == len(ordered):
+    if failed and not done and not before:
         raise InputError(f"No cell could be measured. The first: {failed[0].why}")
-    return Outcome(done, len(ordered) - len(pending), failed)
+    return Outcome(done, before, failed)
 
 
-class _Bench:
-    """Holds one model at a time, and measures cells with it."""
+def make_job(folder: Folder, trust_remote_code: bool) -> grid.Job:
+    """What measures cells over the examples of a folder, one loaded model at a time."""
 
-    def __init__(self, folder: Folder, log: Log, trust_remote_code: bool) -> None:
-        self.folder, self.log, self.trust = folder, log, trust_remote_code
-        self._held: tuple[str, str, str] | None = None
-        self._loaded: Loaded | None = None
-        self._broken: Exception | None = None
-        self._hosts: dict[str, dict[str, Any]] = {}
+    def load(group: str) -> Loaded:
+        name, device, how = json.loads(group)
+        optimization = Optimization.parse(how) if how else Optimization()
+        return load_for(name, device, optimization, trust_remote_code=trust_remote_code)
 
-    def measure(self, cell: Cell) -> Line:
-        """Measure a cell and write its line."""
-        result: Result | None = None
-        why = None
-        where = self._host(cell.device)  # idle power is taken before a model is there
+    held, hosts = grid.Held(load), dict[str, dict[str, Any]]()
+
+    def job(cell: grid.Cell) -> dict[str, Any]:
+        own = Cell.of(cell)
+        if own.device not in hosts:  # idle power is taken before a model is there
+            held.release()
+            hosts[own.device] = host(own.device, idle_power(own.device))
+        where = hosts[own.device]
         try:
-            self._hold(cell)
-            assert self._loaded is not None
-            idle = where["idle_watts"]
-            result = CellMeasurer(self._loaded, cell, self.folder.examples, idle).measure()
+            measurer = CellMeasurer(held(cell.group), own, folder.examples, where["idle_watts"])
+            return {**asdict(measurer.measure()), "host": where}
         except torch.OutOfMemoryError:
-            why = f"a batch of {cell.batch_size} does not fit into the memory of {cell.device}."
-        except InputError as error:
-            why = str(error)
-        except Exception as error:  # whatever it is, the other cells are still to be measured
-            why = reason_of(error)
-        line = Line(
-            key=cell.key,
-            cell=cell.as_json(),
-            label=method_label(cell.method),
-            status=DONE if result is not None else FAILED,
-            result=asdict(result) if result is not None else None,
-            why=why,
-            host={**where, "date": now()},
-        )
-        self.log.append(line)
-        if why is not None:
-            self._empty()
-        return line
+            raise InputError(
+                f"a batch of {own.batch_size} does not fit into the memory of {own.device}."
+            ) from None
 
-    def _hold(self, cell: Cell) -> None:
-        """Load the model that a cell needs, unless it is held; a failure to load is kept too."""
-        wanted = (cell.model_name, cell.device, cell.optimization)
-        if wanted != self._held:
-            self.close()
-            self._held = wanted
-            optimization = Optimization()
-            if cell.optimization:
-                optimization = Optimization.parse(cell.optimization)
-            try:
-                self._loaded = load_for(
-                    cell.model_name, cell.device, optimization, trust_remote_code=self.trust
-                )
-            except Exception as error:
-                self._broken = error.with_traceback(None)
-        if self._broken is not None:
-            raise self._broken
-
-    def close(self) -> None:
-        """Let go of the model."""
-        self._held = self._loaded = self._broken = None
-        self._empty()
-
-    @staticmethod
-    def _empty() -> None:
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-    def _host(self, device: str) -> dict[str, Any]:
-        if device not in self._hosts:
-            self._hosts[device] = host(device, idle_power(device))
-        return self._hosts[device]
+    return job
