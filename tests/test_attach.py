@@ -146,3 +146,29 @@ def test_flags_are_true_or_false(model) -> None:
     assert attachment.method is None
     with pytest.raises(vp.InputError, match="NoneType is not a model"):
         vp.attach(None)
+
+
+def test_hooks_that_record_outputs_go_with_the_method() -> None:
+    """transformers hooks every layer when hidden states are first asked for; entering and leaving
+    looks at submodels only, so that it costs little, and still finds them all."""
+    from tests.makers import tiny_bare_llama
+
+    model = tiny_bare_llama(layers=3)
+    inputs = torch.randn(1, 16, 64)
+
+    def hooks() -> list[tuple[int, ...]]:
+        return [tuple(module._forward_hooks) for module in model.modules()]
+
+    clean = hooks()
+    for _ in range(2):
+        with vp.prune(model, vp.FastV(1, 3), visual_span=(2, 10)), torch.no_grad():
+            states = model(inputs_embeds=inputs, output_hidden_states=True).hidden_states
+        assert states[-1].shape[1] == 9
+        assert hooks() == clean
+        assert not any("_output_capturing_hooks_installed" in vars(m) for m in model.modules())
+    model(inputs_embeds=inputs, output_hidden_states=True)
+    theirs = hooks()
+    assert theirs != clean
+    with vp.prune(model, vp.FastV(1, 3), visual_span=(2, 10)), torch.no_grad():
+        model(inputs_embeds=inputs, output_hidden_states=True)
+    assert hooks() == theirs  # what was there before stays

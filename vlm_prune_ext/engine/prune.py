@@ -12,6 +12,7 @@ from vlm_prune_ext.engine import kernels
 from vlm_prune_ext.engine.compose import FeatureSite, feature_site
 from vlm_prune_ext.engine.decoder import DecoderPruner
 from vlm_prune_ext.engine.parts import ModelParts, Undo
+from vlm_prune_ext.engine.recorders import restore_recorders
 from vlm_prune_ext.engine.spans import VisualSpan
 from vlm_prune_ext.engine.trace import Trace
 from vlm_prune_ext.engine.vision import VisionPruner
@@ -23,7 +24,6 @@ from vlm_prune_ext.methods.base import Method
 _BUSY: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.WeakKeyDictionary()
 # Traces of models that nothing is attached to, for what else may answer for them.
 _BASELINES: weakref.WeakKeyDictionary[nn.Module, Trace] = weakref.WeakKeyDictionary()
-_RECORDERS = "_output_capturing_hooks_installed"
 
 
 class Session:
@@ -51,7 +51,7 @@ class Session:
                 "method off) before starting another."
             )
         kernels.leave_out_cudnn()
-        self._undos: list[Undo] = [kernels.let_in_cudnn, _restore_recorders(parts.model)]
+        self._undos: list[Undo] = [kernels.let_in_cudnn, restore_recorders(parts)]
         _BUSY.update({module: weakref.ref(self) for module in self._claimed})
         try:
             for pruner in pruners:
@@ -137,21 +137,3 @@ def _pruners(
             "only methods that work in the tower (SAINT with vit=..., start=None) apply."
         )
     return pruners
-
-
-def _restore_recorders(model: nn.Module) -> Undo:
-    """transformers puts recording hooks on a model the first time hidden states are asked for,
-    and leaves them there. Those that came while pruning go when it ends."""
-    flagged = {module for module in model.modules() if _RECORDERS in vars(module)}
-    hooked = {module: set(module._forward_hooks) for module in model.modules()}
-
-    def undo() -> None:
-        for module in model.modules():
-            if _RECORDERS in vars(module) and module not in flagged:
-                delattr(module, _RECORDERS)
-            hooks = module._forward_hooks
-            for key in set(hooks) - hooked.get(module, set()):
-                if "install_output_capuring_hook" in getattr(hooks[key], "__qualname__", ""):
-                    del hooks[key]
-
-    return undo
