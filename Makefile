@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 DEMO_DIR ?= outputs_demo
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint types clean
 
 # One environment for everything, at the exact versions of constraints.txt.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -29,6 +29,9 @@ test: $(VENV)/.installed-test
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+types: $(VENV)/.installed
 	$(BIN)/mypy
 
 clean:
