@@ -29,10 +29,17 @@ TEXT_CELLS: dict[str, Any] = {"keep_default_na": False, "na_values": list(MISSIN
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that could not be used: its index (or ``line N`` of the file), and why."""
+    """A row that could not be used.
+
+    Attributes:
+        index: of the row, or ``line N`` of the file.
+        reason: why.
+        place: which row of the file it is, from 0; ``None`` where that was not counted.
+    """
 
     index: str
     reason: str
+    place: int | None = None
 
 
 def read_leniently(
@@ -57,9 +64,34 @@ def read_leniently(
         ), bad
     except OSError as error:
         raise InputError(f"{str(path)!r} cannot be read: {error.strerror}.") from error
-    except (ValueError, StopIteration) as error:  # pandas' errors are ValueErrors
-        said = first_line(error)
-        raise InputError(f"{str(path)!r} is not a table with a header: {said}.") from error
+    except pd.errors.EmptyDataError as error:
+        raise InputError(f"{str(path)!r} is empty: a header and rows are needed.") from error
+    except ValueError as error:  # as pandas' own errors are
+        raise InputError(f"{str(path)!r} is not a table: {first_line(error)}.") from error
+
+
+def read_texts(
+    path: Path, separator: str
+) -> tuple[list[str], list[dict[str, str]], dict[int, BadRow]]:
+    """A table of text alone.
+
+    Args:
+        path, separator: as in :func:`read_leniently`.
+
+    Returns:
+        names of the columns, without blanks around them; all rows, the broken ones empty; and the
+        broken ones by their place.
+
+    Raises:
+        InputError: as :func:`read_leniently`.
+    """
+    data, bad = read_leniently(path, separator, dtype=str)
+    data.columns = [str(name).strip() for name in data]
+    broken = {row.place: row for row in bad if row.place is not None}
+    whole = iter(data.fillna("").to_dict("records"))
+    count = len(data) + len(broken)
+    rows: list[Any] = [{} if place in broken else next(whole) for place in range(count)]
+    return list(data), rows, broken
 
 
 def read_header(path: Path, separator: str = "\t") -> list[str]:
@@ -68,12 +100,14 @@ def read_header(path: Path, separator: str = "\t") -> list[str]:
     Raises:
         InputError: as :func:`read_leniently`.
     """
-    with _open(path) as file:
-        lines = [file.readline()]
     try:
-        return next(_rows(lines, separator)).cells
-    except (OSError, StopIteration) as error:
-        raise InputError(f"{str(path)!r} is not a table with a header.") from error
+        with _open(path) as file:
+            header = next(_rows(file, separator), None)
+    except OSError as error:
+        raise InputError(f"{str(path)!r} cannot be read: {error.strerror}.") from error
+    if header is None:
+        raise InputError(f"{str(path)!r} is empty: a header and rows are needed.")
+    return header.cells
 
 
 def _open(path: Path) -> Any:
@@ -90,9 +124,9 @@ def _screened(path: Path, separator: str) -> tuple[Any, list[BadRow]]:
         file.seek(0)
         lines = list(file)
     good, bad = [], []
-    for row in _rows(lines, separator):
+    for place, row in enumerate(_rows(lines, separator), -1):
         if row.reason:
-            bad.append(BadRow(f"line {row.line}", row.reason))
+            bad.append(BadRow(f"line {row.line}", row.reason, place))
         else:
             good.append(row.cells)
     text = io.StringIO()

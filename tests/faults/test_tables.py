@@ -8,6 +8,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
@@ -15,9 +16,12 @@ from PIL import Image
 pytest.importorskip("vlmeval")
 
 from tests.vlmeval_files import mcq_rows, picture
+from vlm_prune_ext.ablation.data import read_data
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.evals.pictures import keep, unpack
 from vlm_prune_ext.evals.rows import class_of, open_table
+from vlm_prune_ext.profiling.data import read_folder
+from vlm_prune_ext.profiling.sources import entries_from
 from vlm_prune_ext.tables import MISSING, read_leniently
 
 HEADER = ["index", "question", "answer"]
@@ -199,3 +203,50 @@ def test_a_half_written_picture_is_written_again(tmp_path: Path) -> None:
     assert keep(whole) == path and [p.name for p in path.parent.iterdir()] == [path.name]
     with pytest.raises(InputError, match="not base64"):
         unpack("not base64!" * 9)
+
+
+# -- the other readers -----------------------------------------------------------------------------
+BROKEN = b"1.png\tonly two\n"
+
+
+def texts_file(tmp_path: Path, header: str, ending: str) -> Path:
+    """Four rows: whole, too short, with an odd line break, with words for nothing."""
+    mark = "\t" if ending == "tsv" else ","
+    lines = [header, "0.png|What?|a", "1.png|What?", "2.png|What\u2028?|None", "3.png|NA|null"]
+    path = tmp_path / f"data.{ending}"
+    path.write_text("".join(f"{line.replace('|', mark)}\n" for line in lines), "utf-8-sig")
+    (tmp_path / "images").mkdir()
+    for name in range(4):
+        wide = np.full((40, 40), 32896, dtype=np.uint16)  # a 16-bit grey
+        Image.fromarray(wide).save(tmp_path / "images" / f"{name}.png")
+    return path
+
+
+@pytest.mark.parametrize("ending", ["tsv", "csv"])
+def test_ablate_reads_the_same_rows(tmp_path: Path, ending: str) -> None:
+    path = texts_file(tmp_path, "image|prompt|caption", ending)
+    data = read_data(path, image_folder=tmp_path / "images")
+    assert [row.index for row in data.rows] == [0, 2, 3]
+    assert [row.references for row in data.rows] == [("a",), ("None",), ("null",)]
+    assert data.rows[2].prompt == "NA"
+    assert [(s.index, s.reason) for s in data.skipped] == [(1, "line 3 has 2 cells where 3 belong")]
+
+
+def test_profile_reads_the_same_rows(tmp_path: Path) -> None:
+    texts_file(tmp_path, "image|question|answer", "csv")
+    folder = read_folder(tmp_path)
+    assert [example.row for example in folder.examples] == [1, 3, 4]
+    assert [example.answers for example in folder.examples] == [("a",), ("None",), ("null",)]
+    assert [str(f) for f in folder.failures] == ["row 2 (line 3): 2 cells where 3 belong"]
+    assert folder.examples[0].picture().getpixel((3, 3)) == (128, 128, 128)
+
+
+def test_profile_draws_from_tables_with_broken_rows(tmp_path: Path) -> None:
+    rows = mcq_rows(3)
+    rows[1]["A"] = "None"
+    path = tmp_path / "data" / "x.tsv"
+    pd.DataFrame(rows).to_csv(path, sep="\t", index=False)
+    path.write_bytes(path.read_bytes() + BROKEN)
+    entries, failures = entries_from(str(path), 4, seed=0)
+    assert len(entries) == 3 and any("\nA. None\n" in entry.question for entry in entries)
+    assert [str(f) for f in failures] == ["row 4 (line 5): 2 cells where 12 belong"]

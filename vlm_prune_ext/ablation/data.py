@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ast
-import csv
 import hashlib
-import io
 import json
 import re
 from collections.abc import Sequence
@@ -16,6 +14,7 @@ from urllib.parse import unquote, urlparse
 
 from vlm_prune_ext.ablation.clean import one_line
 from vlm_prune_ext.errors import InputError, unknown_name
+from vlm_prune_ext.tables import BadRow, read_texts
 
 DEFAULT_PROMPT = "Provide a one-sentence caption for the provided image."
 """Asked where neither the CSV nor ``--prompt`` says what to ask."""
@@ -120,7 +119,7 @@ def read_data(
     Raises:
         InputError: no such file, nothing in it, no usable column, or no row that can be used.
     """
-    header, table = _read_table(path)
+    header, table, broken = _read_table(path)
     columns = _columns(path, header, image_column, prompt_column, tuple(reference_columns))
     folder = image_folder if image_folder is not None else path.parent
     if not folder.is_dir():
@@ -128,6 +127,9 @@ def read_data(
     rows: list[Row] = []
     skipped: list[Skipped] = []
     for index, cells in enumerate(table[:limit]):
+        if index in broken:
+            skipped.append(Skipped(index, "", f"{broken[index].index} has {broken[index].reason}"))
+            continue
         found = _row(index, cells, columns, folder, prompt)
         (rows if isinstance(found, Row) else skipped).append(found)  # type: ignore[arg-type]
     if not rows:
@@ -136,27 +138,15 @@ def read_data(
     return Data(path, columns, rows, skipped)
 
 
-def _read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+def _read_table(path: Path) -> tuple[list[str], list[dict[str, str]], dict[int, BadRow]]:
+    separator = "\t" if path.suffix.lower() == ".tsv" else ","
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(f"--data {str(path)!r} cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"--data {str(path)!r} is not UTF-8 text: a CSV is accepted.") from error
-    tabs = path.suffix.lower() == ".tsv"
-    lines = io.StringIO(text, newline="")
-    reader = csv.DictReader(lines, delimiter="\t" if tabs else ",", restval="")
-    try:
-        header = [name.strip() for name in reader.fieldnames or ()]
-        reader.fieldnames = header
-        table = list(reader)
-    except csv.Error as error:
-        raise InputError(f"--data {str(path)!r} is not a CSV: {error}.") from error
-    if not header or not table:
-        raise InputError(
-            f"--data {str(path)!r} is empty: a header and at least one row are needed."
-        )
-    return header, table
+        header, table, broken = read_texts(path, separator)
+    except InputError as error:
+        raise InputError(f"--data {error}") from error
+    if not table:
+        raise InputError(f"--data {str(path)!r} is empty: a header and rows are needed.")
+    return header, table, broken
 
 
 def _columns(

@@ -17,7 +17,8 @@ from typing import Any
 
 from PIL import Image
 
-from vlm_prune_ext.errors import InputError, first_line
+from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.tables import BadRow, read_texts
 
 CSV = "data.csv"
 IMAGES = "images"
@@ -45,10 +46,11 @@ class Example:
         that is asked for.
 
         Raises:
-            OSError: it is missing or does not decode.
+            InputError: it is missing or does not decode.
         """
-        with Image.open(self.image) as file:
-            found = file.convert("RGB")
+        from vlm_prune_ext.models.images import open_image
+
+        found = open_image(self.image)
         if side is None:
             return found
         return found.resize((side, side), Image.Resampling.BICUBIC)
@@ -100,7 +102,10 @@ def read_folder(path: str | Path, samples: int | None = None) -> Folder:
     failures: list[Failure] = []
     digest = hashlib.sha256()
     for number, row in enumerate(rows if samples is None else rows[:samples], 1):
-        made = _example(path, number, row)
+        if isinstance(row, BadRow):
+            made: Example | Failure = Failure(number, row.index, row.reason)
+        else:
+            made = _example(path, number, row)
         if isinstance(made, Failure):
             failures.append(made)
             continue
@@ -113,7 +118,7 @@ def read_folder(path: str | Path, samples: int | None = None) -> Folder:
     return Folder(path, tuple(examples), tuple(failures), digest.hexdigest()[:16])
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
+def _rows(path: Path) -> list[dict[str, str] | BadRow]:
     table = path / CSV
     if not table.is_file():
         what = "is empty or has no" if path.is_dir() else "does not exist, so it has no"
@@ -121,13 +126,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
             f"Folder {str(path)!r} {what} {CSV}: a folder with {IMAGES}/ and {CSV} is accepted "
             "(vlm-prune profile-data makes one)."
         )
-    try:
-        with table.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            columns = reader.fieldnames or ()
-            rows = list(reader)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{str(table)!r} is not a CSV file in UTF-8: {error}.") from error
+    columns, rows, broken = read_texts(table, ",")
     missing = [name for name in COLUMNS if name not in columns]
     if missing:
         raise InputError(
@@ -136,7 +135,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
         )
     if not rows:
         raise InputError(f"{str(table)!r} has no rows.")
-    return rows
+    return [broken.get(place, row) for place, row in enumerate(rows)]
 
 
 def _example(path: Path, number: int, row: dict[str, str]) -> Example | Failure:
@@ -154,8 +153,8 @@ def _example(path: Path, number: int, row: dict[str, str]) -> Example | Failure:
     example = Example(number, image, question, answers)
     try:
         example.picture()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return Failure(number, name, f"the picture does not decode ({first_line(error)})")
+    except InputError as error:
+        return Failure(number, name, str(error))
     return example
 
 

@@ -13,12 +13,11 @@ import io
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from PIL import Image
+from typing import Any, TypeAlias
 
 from vlm_prune_ext.errors import InputError, first_line, unknown_name
 from vlm_prune_ext.profiling.data import Entry, Failure, read_answers
+from vlm_prune_ext.tables import BadRow, read_texts
 
 LETTERS = "ABCDEFGHIJ"
 CHOOSE = "Answer with the option's letter from the given choices directly."
@@ -68,7 +67,7 @@ def entries_from(
     return entries, failures
 
 
-Row = Mapping[str, Any]
+Row: TypeAlias = "Mapping[str, Any] | BadRow"
 
 
 def _draw(
@@ -82,10 +81,14 @@ def _draw(
     for place in order:
         if len(entries) == samples:
             break
+        row = rows[place]
+        if isinstance(row, BadRow):
+            failures.append(Failure(place + 1, row.index, row.reason))
+            continue
         try:
-            entries.append(_entry(rows[place], prompt))
+            entries.append(_entry(row, prompt))
         except _Unusable as error:
-            failures.append(Failure(place + 1, str(rows[place].get("index", "?")), str(error)))
+            failures.append(Failure(place + 1, str(row.get("index", "?")), str(error)))
     return entries, failures
 
 
@@ -93,7 +96,7 @@ class _Unusable(Exception):
     """A row that cannot be used."""
 
 
-def _entry(row: Row, prompt: str | None) -> Entry:
+def _entry(row: Mapping[str, Any], prompt: str | None) -> Entry:
     picture = _picture(row.get("image"))
     answers = _answers(row)
     if not answers:
@@ -114,16 +117,17 @@ def _picture(value: Any) -> bytes:
             raise _Unusable("its picture is not base64") from error
     if not isinstance(value, bytes) or not value:
         raise _Unusable("it has no picture")
+    from vlm_prune_ext.models.images import open_image
+
     try:
-        with Image.open(io.BytesIO(value)) as file:
-            file.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise _Unusable("its picture does not decode") from error
+        open_image(value)
+    except InputError as error:
+        raise _Unusable(str(error)) from error
     return value
 
 
 # -- questions and answers -------------------------------------------------------------------------
-def _question(row: Row) -> str:
+def _question(row: Mapping[str, Any]) -> str:
     """A row's question with its context and options, worded as LLaVA's evaluation words them."""
     asked = _text(row.get("question"))
     options = _options(row)
@@ -140,7 +144,7 @@ def _question(row: Row) -> str:
     return "\n".join(lines)
 
 
-def _options(row: Row) -> dict[str, str]:
+def _options(row: Mapping[str, Any]) -> dict[str, str]:
     """Options by letter: columns A, B, ... or a list of choices."""
     choices = row.get("choices")
     choices = choices if choices is not None else row.get("options")
@@ -150,7 +154,7 @@ def _options(row: Row) -> dict[str, str]:
     return {letter: said for letter, said in found.items() if said}
 
 
-def _answers(row: Row) -> tuple[str, ...]:
+def _answers(row: Mapping[str, Any]) -> tuple[str, ...]:
     for name in ("answers", "answer", "captions", "caption"):
         value = row.get(name)
         if isinstance(value, list | tuple):
@@ -191,20 +195,17 @@ def _text(value: Any) -> str:
 
 # -- files ---------------------------------------------------------------------------------------
 def _tsv_rows(path: Path) -> list[Row]:
-    import pandas as pd
-
     try:
-        table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
-    except (ValueError, OSError) as error:
-        said = first_line(error)
-        raise InputError(f"--from {str(path)!r} is not a TSV file: {said}.") from error
-    _require(path, table.columns, ("image",))
-    rows = table.to_dict("records")
-    by_index = {str(row.get("index")): row["image"] for row in rows}
-    for row in rows:
+        columns, rows, broken = read_texts(path, "\t")
+    except InputError as error:
+        raise InputError(f"--from {error}") from error
+    _require(path, columns, ("image",))
+    whole = [row for place, row in enumerate(rows) if place not in broken]
+    by_index = {row.get("index", ""): row["image"] for row in reversed(whole)}
+    for row in whole:
         if len(row["image"]) <= _SHORTEST:  # the picture of another row
             row["image"] = by_index.get(row["image"], row["image"])
-    return rows  # type: ignore[return-value]
+    return [broken.get(place, row) for place, row in enumerate(rows)]
 
 
 def _parquet_rows(paths: Sequence[Path]) -> list[Row]:
@@ -231,7 +232,7 @@ class _ArrowRows:
     def __len__(self) -> int:
         return int(self._table.num_rows)
 
-    def __getitem__(self, place: int) -> Row:
+    def __getitem__(self, place: int) -> Mapping[str, Any]:
         return self._table.slice(place, 1).to_pylist()[0]
 
 
