@@ -20,6 +20,9 @@ import sentencepiece
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+from vlm_prune_ext.models.clip_text import TextTower
 
 Tensors = dict[str, torch.Tensor]
 
@@ -117,6 +120,32 @@ def write_tokenizer(folder: Path, **fields: Any) -> None:
         folder / "special_tokens_map.json",
         {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"},
     )
+
+
+@functools.cache
+def text_tower() -> TextTower:
+    """CLIP's text half beside the towers made here; its tokens are letters."""
+    config = CLIPTextConfig(
+        vocab_size=128,
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        projection_dim=20,
+        bos_token_id=126,
+        eos_token_id=127,
+        initializer_factor=20.0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        model = CLIPTextModelWithProjection(config).eval()
+        projection = torch.nn.Linear(VISION_WIDTH, config.projection_dim, bias=False)
+
+    def letters(text: str) -> list[int]:
+        return [126, *(ord(letter) % 126 for letter in text), 127]
+
+    return TextTower(model, projection, letters)
 
 
 # ------------------------------------------------------------------------------ weights

@@ -23,6 +23,7 @@ from vlm_prune_ext.models.clip_tower import checkpoint_of, clip_body
 from vlm_prune_ext.models.original import KNOWN_TOWERS
 
 Question = str | Sequence[int]
+Reader = Callable[[torch.Tensor], "list[str]"]
 
 
 class TextTower:
@@ -35,7 +36,8 @@ class TextTower:
         tokenizer: text -> ids with start and end tokens (a tokenizer of transformers, or a
             function that returns a list); not needed where all questions are ids.
         question: ask this instead of what the prompt asks: a text, its ids with start and end
-            tokens, or a list of these, one per sample.
+            tokens, or a list of these, one per sample; or a function that reads the questions off
+            the prompt's own token ids, ``(batch, seq)`` -> texts.
         whole_segments: give each segment of a question longer than the tower start and end tokens
             of its own. As published (``False``) all but the last lack an end token, and the first
             is read at its start token, so that its words do not count.
@@ -50,7 +52,7 @@ class TextTower:
         visual_projection: nn.Module | None = None,
         tokenizer: Callable[[str], Any] | None = None,
         *,
-        question: Question | Sequence[Question] | None = None,
+        question: Question | Sequence[Question] | Reader | None = None,
         whole_segments: bool = False,
     ) -> None:
         self.model: Any = model
@@ -134,21 +136,21 @@ class JointSpace:
     def __init__(self, model: nn.Module, tower: nn.Module, text: TextTower) -> None:
         self.model, self.text = model, text
         self.norm: Any = clip_body(tower).post_layernorm
-        self._ids: torch.Tensor | None = None
 
     def attach(self) -> list[Undo]:
         """Watch what the model is asked."""
         watched = [self.model, getattr(self.model, "model", None)]
-        return [
+        undos: list[Undo] = [
             module.register_forward_pre_hook(self._see, with_kwargs=True).remove
             for module in watched
             if isinstance(module, nn.Module)
         ]
+        return [*undos, lambda: questions.forget(self.model)]
 
     def _see(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
         if isinstance(ids, torch.Tensor) and ids.dim() == 2 and ids.shape[1] > 1:
-            self._ids = ids
+            questions.note(self.model, ids)
 
     def images(self, features: torch.Tensor) -> torch.Tensor:
         """``(tiles, N, C)`` -> ``(tiles, N, P)``."""
@@ -176,17 +178,19 @@ class JointSpace:
         return parts[index], have[index]
 
     def _asked(self, batch: int) -> list[Any]:
-        given = self.text.question
-        if given is not None:
+        given, ids = self.text.question, questions.seen(self.model)
+        if callable(given) and ids is not None:
+            return list(given(ids))
+        if given is not None and not callable(given):
             single = isinstance(given, str) or isinstance(given[0], int)
             return [_fixed(one) for one in ([given] if single else given)]
         asks = questions.of_model(self.model)
-        if asks is None or self._ids is None:
+        if asks is None or ids is None:
             raise InputError(
                 "CDPruner needs to know what is asked: make prompts with the processor that "
                 "vp.load() returns, or give text_tower=TextTower(..., question=...)."
             )
-        return list(asks.questions(self._ids))
+        return list(asks.questions(ids))
 
 
 def _fixed(question: Any) -> Question:

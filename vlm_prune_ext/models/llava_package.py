@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from vlm_prune_ext.engine.parts import ModelParts, SpanSink, Undo
+from vlm_prune_ext.models import questions
 from vlm_prune_ext.models.base import Family
 from vlm_prune_ext.models.causal_lm import decoder_parts, find_decoder
 from vlm_prune_ext.models.clip_tower import is_clip, vision_parts
@@ -89,6 +90,7 @@ class _Wrapped:
         passes = images is None or self.model.get_vision_tower() is None
         if passes or input_ids.shape[1] == 1:
             return self.original(*head, attention_mask, past_key_values, labels, *tail)
+        questions.note(self.model, input_ids)
         mask = attention_mask
         if mask is None:
             mask = torch.ones_like(input_ids, dtype=torch.bool)

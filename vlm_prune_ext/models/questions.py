@@ -38,6 +38,24 @@ def of_model(model: nn.Module) -> Asks | None:
     return found() if found is not None else None
 
 
+_SEEN: weakref.WeakKeyDictionary[nn.Module, torch.Tensor] = weakref.WeakKeyDictionary()
+
+
+def note(model: nn.Module, input_ids: torch.Tensor) -> None:
+    """The prompt that a model is given, int64 ``(batch, seq)``, while somebody wants to know."""
+    _SEEN[model] = input_ids
+
+
+def seen(model: nn.Module) -> torch.Tensor | None:
+    """The prompt that was noted last."""
+    return _SEEN.get(model)
+
+
+def forget(model: nn.Module) -> None:
+    """Nobody wants to know any more."""
+    _SEEN.pop(model, None)
+
+
 class Questions:
     """Token ids of prompts, and the text they were made of.
 
