@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import (
     Tokenizer,
     decoders,
@@ -95,7 +96,7 @@ def scatter(model: nn.Module, seed: int = 0) -> Any:
             if isinstance(module, nn.Embedding):
                 fill(value, 1.0 / getattr(module, "scalar_embed_scale", 1.0))
             elif value.dim() == 1 and key == "weight":  # norms; Gemma's add one themselves
-                fill(value, 0.1, 0.0 if "Gemma3" in type(module).__name__ else 1.0)
+                fill(value, 0.1, 0.0 if "Gemma" in type(module).__name__ else 1.0)
             elif value.dim() == 1:
                 fill(value, 0.1)
             elif value.dim() == 2:
@@ -136,45 +137,6 @@ def _vision(**fields: Any) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------- makers
-
-
-def qwen2_5_vl(folder: Path, layers: int = 4) -> None:
-    from transformers import (
-        Qwen2_5_VLConfig,
-        Qwen2_5_VLForConditionalGeneration,
-        Qwen2_5_VLProcessor,
-        Qwen2VLImageProcessor,
-        Qwen2VLVideoProcessor,
-    )
-
-    names = ["<pad>", "<|im_end|>", "<|im_start|>", "<|vision_start|>", "<|vision_end|>"]
-    names += ["<|image_pad|>", "<|video_pad|>"]
-    tokenizer = fast_tokenizer(names, eos_token="<|im_end|>", pad_token="<pad>")
-    config = Qwen2_5_VLConfig(
-        text_config=_text(
-            layers,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
-        ),
-        vision_config={
-            "depth": 2,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": 2,
-            "patch_size": 14,
-            "out_hidden_size": HIDDEN,
-            "window_size": 56,
-            "fullatt_block_indexes": [1],
-        },
-        image_token_id=names.index("<|image_pad|>"),
-        video_token_id=names.index("<|video_pad|>"),
-        vision_start_token_id=names.index("<|vision_start|>"),
-        vision_end_token_id=names.index("<|vision_end|>"),
-    )
-    scatter(Qwen2_5_VLForConditionalGeneration(config)).save_pretrained(folder)
-    sizes = {"min_pixels": 28 * 28 * 4, "max_pixels": 28 * 28 * 16}
-    Qwen2_5_VLProcessor(
-        Qwen2VLImageProcessor(**sizes), tokenizer, Qwen2VLVideoProcessor()
-    ).save_pretrained(folder)
 
 
 GEMMA_LAYERS = ("sliding", "sliding", "full", "sliding", "full", "sliding")
@@ -220,7 +182,27 @@ def gemma3(folder: Path, kinds: tuple[str, ...] = GEMMA_LAYERS, window: int = 28
     )
     scatter(Gemma3ForConditionalGeneration(config)).save_pretrained(folder)
     pictures = Gemma3ImageProcessor(size={"height": 56, "width": 56})
-    Gemma3Processor(pictures, tokenizer, image_seq_length=16).save_pretrained(folder)
+    # As published: no system turn, a system message is said by the user.
+    template = (
+        "{{ bos_token }}{%- if messages[0]['role'] == 'system' -%}"
+        "{%- set first_user_prefix = (messages[0]['content'] if messages[0]['content'] is string "
+        "else messages[0]['content'][0]['text']) + '\n\n' -%}"
+        "{%- set loop_messages = messages[1:] -%}"
+        "{%- else -%}{%- set first_user_prefix = '' -%}{%- set loop_messages = messages -%}"
+        "{%- endif -%}{%- for message in loop_messages -%}"
+        "{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}"
+        "{{ raise_exception('Conversation roles must alternate user/assistant/...') }}{%- endif -%}"
+        "{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else 'user') + '\n' "
+        "+ (first_user_prefix if loop.first else '') }}"
+        "{%- if message['content'] is string -%}{{ message['content'] | trim }}{%- else -%}"
+        "{%- for item in message['content'] -%}{%- if item['type'] == 'image' -%}"
+        "{{ '<start_of_image>' }}{%- elif item['type'] == 'text' -%}{{ item['text'] | trim }}"
+        "{%- endif -%}{%- endfor -%}{%- endif -%}{{ '<end_of_turn>\n' }}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}"
+    )
+    Gemma3Processor(
+        pictures, tokenizer, image_seq_length=16, chat_template=template
+    ).save_pretrained(folder)
 
 
 def internvl(folder: Path, layers: int = 4) -> None:
@@ -252,7 +234,11 @@ def internvl(folder: Path, layers: int = 4) -> None:
     scatter(InternVLForConditionalGeneration(config)).save_pretrained(folder)
     pictures = GotOcr2ImageProcessor(size={"height": 28, "width": 28}, max_patches=4)
     InternVLProcessor(
-        pictures, tokenizer, InternVLVideoProcessor(), image_seq_length=4
+        pictures,
+        tokenizer,
+        InternVLVideoProcessor(),
+        image_seq_length=4,
+        chat_template=_chatml("<IMG_CONTEXT>\n"),
     ).save_pretrained(folder)
 
 
@@ -366,6 +352,221 @@ def fuyu(folder: Path, layers: int = 4) -> None:
     FuyuProcessor(pictures, tokenizer).save_pretrained(folder)
 
 
+# ------------------------------------------------------------------------ without a file of ours
+
+
+def _chatml(image: str, system: str = "") -> str:
+    """Qwen's and InternVL's template, as their checkpoints have it, for pictures."""
+    first = (
+        "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
+        + system
+        + "<|im_end|>\n{% endif %}"
+        if system
+        else ""
+    )
+    return (
+        "{% for message in messages %}"
+        + first
+        + "<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"
+        "{{ message['content'] }}{% else %}{% for content in message['content'] %}"
+        "{% if content['type'] == 'image' %}"
+        + image
+        + "{% elif content['type'] == 'text' %}{{ content['text'] }}{% endif %}{% endfor %}"
+        "{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+
+
+QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+QWEN_TOKENS = ["<pad>", "<|im_end|>", "<|im_start|>", "<|vision_start|>", "<|vision_end|>"]
+QWEN_TOKENS += ["<|image_pad|>", "<|video_pad|>"]
+QWEN_IDS = {
+    "image_token_id": 5,
+    "video_token_id": 6,
+    "vision_start_token_id": 3,
+    "vision_end_token_id": 4,
+}
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+
+
+def _qwen_processor(kind: str, folder: Path, system: str = "", side: int = 28) -> None:
+    names = {"Qwen3VL": "Qwen3VLVideoProcessor"}
+    video = getattr(transformers, names.get(kind, "Qwen2VLVideoProcessor"))
+    sizes = {"min_pixels": side * side * 4, "max_pixels": side * side * 16}
+    getattr(transformers, f"{kind}Processor")(
+        transformers.Qwen2VLImageProcessor(patch_size=side // 2, **sizes),
+        fast_tokenizer(QWEN_TOKENS, eos_token="<|im_end|>", pad_token="<pad>"),
+        video(patch_size=side // 2),
+        chat_template=_chatml(QWEN_IMAGE, system),
+    ).save_pretrained(folder)
+
+
+HELPFUL = "You are a helpful assistant."
+
+
+def qwen2_vl(folder: Path, layers: int = 4) -> None:
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": HIDDEN, "num_heads": 2, "patch_size": 14}
+    config = transformers.Qwen2VLConfig(
+        text_config=_text(layers, rope_parameters=MROPE), vision_config=vision, **QWEN_IDS
+    )
+    scatter(transformers.Qwen2VLForConditionalGeneration(config)).save_pretrained(folder)
+    _qwen_processor("Qwen2VL", folder, HELPFUL)
+
+
+def qwen2_5_vl(folder: Path, layers: int = 4) -> None:
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 2,
+        "patch_size": 14,
+        "out_hidden_size": HIDDEN,
+        "window_size": 56,
+        "fullatt_block_indexes": [1],
+    }
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=_text(layers, rope_parameters=MROPE), vision_config=vision, **QWEN_IDS
+    )
+    scatter(transformers.Qwen2_5_VLForConditionalGeneration(config)).save_pretrained(folder)
+    _qwen_processor("Qwen2_5_VL", folder, HELPFUL)
+
+
+def qwen3_vl(folder: Path, layers: int = 4) -> None:
+    vision = {
+        "depth": 3,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 2,
+        "patch_size": 16,
+        "out_hidden_size": HIDDEN,
+        "deepstack_visual_indexes": [0, 1, 2],
+        "num_position_embeddings": 16,
+    }
+    text = _text(layers, head_dim=16, rope_parameters=MROPE)
+    config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **QWEN_IDS)
+    scatter(transformers.Qwen3VLForConditionalGeneration(config)).save_pretrained(folder)
+    _qwen_processor("Qwen3VL", folder, side=32)
+
+
+def llava_onevision(folder: Path, layers: int = 4) -> None:
+    names = ["<pad>", "<|im_end|>", "<|im_start|>", "<image>", "<video>"]
+    pinpoints = [[28, 28], [28, 56], [56, 28], [56, 56]]
+    config = transformers.LlavaOnevisionConfig(
+        text_config=_text(layers, model_type="qwen2"),
+        vision_config=_vision(model_type="siglip_vision_model", vision_use_head=False),
+        image_token_index=3,
+        video_token_index=4,
+        image_grid_pinpoints=pinpoints,
+        tie_word_embeddings=False,
+    )
+    scatter(transformers.LlavaOnevisionForConditionalGeneration(config)).save_pretrained(folder)
+    # The published template puts all images of a turn in front of its text.
+    template = (
+        "{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}"
+        "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+        "{{ '<image>\n' }}{% endfor %}"
+        "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+        "{{ '\n' + content['text'] }}{% endfor %}{{'<|im_end|>'}}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    size = {"height": 28, "width": 28}
+    transformers.LlavaOnevisionProcessor(
+        transformers.LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=pinpoints),
+        fast_tokenizer(names, eos_token="<|im_end|>", pad_token="<pad>"),
+        transformers.LlavaOnevisionVideoProcessor(size=size),
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+        chat_template=template,
+    ).save_pretrained(folder)
+
+
+def _idefics(kind: str, folder: Path, layers: int) -> None:
+    names = ["<pad>", "<end_of_utterance>", "<|im_start|>", "<fake_token_around_image>"]
+    names += ["<image>", "<global-img>", *(f"<row_{a}_col_{b}>" for a in (1, 2) for b in (1, 2))]
+    tokenizer = fast_tokenizer(names, eos_token="<end_of_utterance>", pad_token="<pad>")
+    config = getattr(transformers, f"{kind}Config")(
+        text_config=_text(layers, model_type="llama"),
+        vision_config=_vision(),
+        image_token_id=4,
+        scale_factor=2,
+        tie_word_embeddings=False,
+    )
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+    scatter(model).save_pretrained(folder)
+    template = (
+        "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
+        "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
+        "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
+        "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}"
+        "<end_of_utterance>\n{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+    )
+    edge = {"longest_edge": 28}
+    pictures = getattr(transformers, f"{kind}ImageProcessor")(
+        size={"longest_edge": 56}, max_image_size=edge
+    )
+    parts = [pictures, tokenizer]
+    if kind == "SmolVLM":
+        parts.append(transformers.SmolVLMVideoProcessor(size=edge, max_image_size=edge))
+    getattr(transformers, f"{kind}Processor")(
+        *parts, image_seq_len=4, chat_template=template
+    ).save_pretrained(folder)
+
+
+def idefics3(folder: Path, layers: int = 4) -> None:
+    _idefics("Idefics3", folder, layers)
+
+
+def smolvlm(folder: Path, layers: int = 4) -> None:
+    _idefics("SmolVLM", folder, layers)
+
+
+def paligemma(folder: Path, layers: int = 4) -> None:
+    extra = {"image_token": "<image>"}
+    names = ["<pad>", "<eos>", "<bos>", "<image>"]
+    tokenizer = fast_tokenizer(
+        names, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", extra_special_tokens=extra
+    )
+    pictures = transformers.SiglipImageProcessor(size={"height": 28, "width": 28})
+    pictures.image_seq_length = 16
+    processor = transformers.PaliGemmaProcessor(pictures, tokenizer)
+    text = _text(layers, model_type="gemma", head_dim=16, bos_token_id=2)
+    text["vocab_size"] = len(processor.tokenizer) + 7  # its processor adds places and shapes
+    config = transformers.PaliGemmaConfig(
+        text_config=text,
+        vision_config=_vision(model_type="siglip_vision_model"),
+        image_token_index=3,
+        projection_dim=HIDDEN,
+    )
+    scatter(transformers.PaliGemmaForConditionalGeneration(config)).save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def mistral3(folder: Path, layers: int = 4) -> None:
+    names = ["<pad>", "</s>", "<s>", "[IMG]", "[IMG_BREAK]", "[IMG_END]", "[INST]", "[/INST]"]
+    tokenizer = fast_tokenizer(names, "<s>", bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    config = transformers.Mistral3Config(
+        text_config=_text(layers, model_type="mistral", head_dim=16, bos_token_id=2),
+        vision_config=_vision(model_type="pixtral", image_size=56, head_dim=16),
+        image_token_index=3,
+        spatial_merge_size=2,
+        tie_word_embeddings=False,
+    )
+    scatter(transformers.Mistral3ForConditionalGeneration(config)).save_pretrained(folder)
+    template = (
+        "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
+        "{% for block in message['content'] %}{{ block['text'] }}{% endfor %}{{ eos_token }}"
+        "{% else %}[INST]{% for block in message['content'] %}{% if block['type'] == 'image' %}"
+        "[IMG]{% else %}{{ block['text'] }}{% endif %}{% endfor %}[/INST]{% endif %}{% endfor %}"
+    )
+    pictures = transformers.PixtralImageProcessor(
+        size={"longest_edge": 56}, patch_size={"height": 7, "width": 7}
+    )
+    transformers.PixtralProcessor(
+        pictures, tokenizer, patch_size=7, spatial_merge_size=2, chat_template=template
+    ).save_pretrained(folder)
+
+
 # -------------------------------------------------------------------------------- families
 
 
@@ -375,52 +576,49 @@ class Kind:
 
     Attributes:
         make: writes a checkpoint into a folder.
-        model, processor: names of transformers' classes.
-        image: what stands for an image in our text, and what in the processor's.
+        name: of transformers' classes, without what they are.
         places: the text may place images.
+        whole: class of the model.
     """
 
     make: Callable[[Path], None]
-    model: str
-    processor: str
-    image: tuple[str, str]
-    places: bool = False
+    name: str
+    places: bool = True
+    whole: str = "ForConditionalGeneration"
+
+    @property
+    def model(self) -> Any:
+        """transformers' class of the model."""
+        return getattr(transformers, self.name + self.whole)
+
+    @property
+    def processor(self) -> Any:
+        """transformers' class of the processor."""
+        name = {"Mistral3": "Pixtral", "Blip2": "Blip2"}.get(self.name, self.name)
+        return getattr(transformers, f"{name}Processor")
 
 
 KINDS = {
-    "qwen2_5_vl": Kind(
-        qwen2_5_vl,
-        "Qwen2_5_VLForConditionalGeneration",
-        "Qwen2_5_VLProcessor",
-        ("<image>", "<|vision_start|><|image_pad|><|vision_end|>"),
-        places=True,
-    ),
-    "gemma3": Kind(
-        gemma3,
-        "Gemma3ForConditionalGeneration",
-        "Gemma3Processor",
-        ("<image>", "<start_of_image>"),
-        places=True,
-    ),
-    "blip2_opt": Kind(
-        blip2_opt, "Blip2ForConditionalGeneration", "Blip2Processor", ("<image>", "")
-    ),
-    "instructblip": Kind(
-        instructblip,
-        "InstructBlipForConditionalGeneration",
-        "InstructBlipProcessor",
-        ("<image>", ""),
-    ),
-    "internvl": Kind(
-        internvl,
-        "InternVLForConditionalGeneration",
-        "InternVLProcessor",
-        ("<image>", "<IMG_CONTEXT>"),
-        places=True,
-    ),
-    "fuyu": Kind(fuyu, "FuyuForCausalLM", "FuyuProcessor", ("<image>", "")),
-    "blip2_t5": Kind(blip2_t5, "Blip2ForConditionalGeneration", "Blip2Processor", ("<image>", "")),
+    "qwen2_5_vl": Kind(qwen2_5_vl, "Qwen2_5_VL"),
+    "gemma3": Kind(gemma3, "Gemma3"),
+    "internvl": Kind(internvl, "InternVL"),
+    "blip2_opt": Kind(blip2_opt, "Blip2", places=False),
+    "instructblip": Kind(instructblip, "InstructBlip", places=False),
+    "fuyu": Kind(fuyu, "Fuyu", places=False, whole="ForCausalLM"),
+    "blip2_t5": Kind(blip2_t5, "Blip2", places=False),
 }
+"""Families with tests of their own in both frameworks."""
+
+TABLE = {
+    "qwen2_vl": Kind(qwen2_vl, "Qwen2VL"),
+    "qwen3_vl": Kind(qwen3_vl, "Qwen3VL"),
+    "llava_onevision": Kind(llava_onevision, "LlavaOnevision"),
+    "smolvlm": Kind(smolvlm, "SmolVLM"),
+    "idefics3": Kind(idefics3, "Idefics3"),
+    "paligemma": Kind(paligemma, "PaliGemma"),
+    "mistral3": Kind(mistral3, "Mistral3"),
+}
+"""Families that are a line of the table and nothing else."""
 
 
 # -------------------------------------------------------------- InternVL as it was published

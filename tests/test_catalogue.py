@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 
 import pytest
+import torch
 
 import vlm_prune_ext as vp
 from vlm_prune_ext import cli
@@ -12,7 +16,7 @@ from vlm_prune_ext.models import catalogue, families
 
 
 def test_each_entry_belongs_to_a_family_that_loads():
-    loadable = {family.name for family in families() if family.load is not None}
+    loadable = {family.line.name for family in families() if family.load is not None}
     for entry in catalogue.CATALOGUE.values():
         assert entry.family in loadable
         assert entry.model_id.count("/") == 1 and entry.size > 1
@@ -21,7 +25,7 @@ def test_each_entry_belongs_to_a_family_that_loads():
 
 def test_vision_side_is_what_the_adapters_offer():
     """Only LLaVA's towers are CLIP-like."""
-    sided = {entry.family for entry in catalogue.CATALOGUE.values() if entry.vision_side}
+    sided = {line.name for line in catalogue.FAMILIES.values() if line.tower}
     assert sided == {"llava", "llava_next"}
 
 
@@ -36,6 +40,28 @@ def test_short_names(tmp_path, monkeypatch):
     assert catalogue.resolve("fuyu-8b") == "fuyu-8b"
     with pytest.raises(vp.InputError, match=r"'fuyu-8b' has no config\.json"):
         vp.load("fuyu-8b")
+
+
+def test_the_demo_by_its_name_and_without_one():
+    from vlm_prune_ext.demo import CHECKPOINT
+
+    assert catalogue.resolve("demo") == CHECKPOINT
+    (first, _), (second, processor) = vp.load(device="cpu"), vp.load("demo", device="cpu")
+    pairs = zip(first.parameters(), second.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+    assert processor.family == "llava"
+
+
+def test_the_list_is_fast_and_needs_no_library():
+    """`vlm-prune models` is data: nothing heavy is imported for it."""
+    code = (
+        "import sys; from vlm_prune_ext import cli; cli.main(['models']);"
+        "heavy = {'torch', 'transformers', 'PIL', 'numpy'} & set(sys.modules);"
+        "assert not heavy, heavy"
+    )
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+    assert time.perf_counter() - start < 2
 
 
 def test_versions_that_are_too_old(monkeypatch):

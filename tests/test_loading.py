@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -325,6 +326,44 @@ def test_conversion_loads_in_plain_transformers(
         assert torch.equal(found[..., :VOCAB], logits(model, inputs))
         assert (found[..., VOCAB:] <= found[..., :1]).all()
         assert torch.equal(generate(plain, inputs), generate(model, inputs))
+
+
+def published_names(layers: int, tower_layers: int, next_too: bool) -> set[str]:
+    """Weights of a checkpoint as llava-hf published them (llava-1.5-7b-hf, llava-v1.6-*-hf)."""
+    text, tower = "language_model.model.", "vision_tower.vision_model."
+    names = {"language_model.lm_head.weight", f"{text}embed_tokens.weight", f"{text}norm.weight"}
+    names |= {"image_newline"} if next_too else set()
+    for layer in range(layers):
+        names |= {f"{text}layers.{layer}.mlp.{p}_proj.weight" for p in ("gate", "up", "down")}
+        names |= {f"{text}layers.{layer}.self_attn.{p}_proj.weight" for p in "qkvo"}
+        norms = ("input_layernorm", "post_attention_layernorm")
+        names |= {f"{text}layers.{layer}.{norm}.weight" for norm in norms}
+    embeddings = ("class_embedding", "patch_embedding.weight", "position_embedding.weight")
+    names |= {f"{tower}embeddings.{name}" for name in embeddings}
+    pairs = [f"multi_modal_projector.linear_{n}" for n in (1, 2)]
+    pairs += [f"{tower}pre_layrnorm", f"{tower}post_layernorm"]
+    for layer in range(tower_layers):
+        inside = ("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2")
+        inside += tuple(f"self_attn.{p}_proj" for p in ("q", "k", "v", "out"))
+        pairs += [f"{tower}encoder.layers.{layer}.{name}" for name in inside]
+    return names | {f"{name}.{kind}" for name in pairs for kind in ("weight", "bias")}
+
+
+@pytest.mark.parametrize("name", ["original", "next-vicuna", "next-mistral"])
+def test_conversion_writes_the_published_names(
+    name: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """What other engines look for; and our own loader reads it back, weight for weight."""
+    folder = convert_to_hf(folders[name], tmp_path / "out")
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        written = set(file.keys())
+    model, _ = load(folder, device="cpu")
+    layers, tower = model.config.text_config, model.config.vision_config
+    counts = (layers.num_hidden_layers, tower.num_hidden_layers)
+    assert written == published_names(*counts, name.startswith("next"))
+    before = load(folders[name], device="cpu")[0].state_dict()
+    for key, value in model.state_dict().items():
+        assert torch.equal(value[: len(before[key])], before[key][: len(value)])
 
 
 def test_conversion_template_takes_every_form_of_chat(converted: Path, original: Loaded) -> None:

@@ -5,7 +5,6 @@ about that one. Any other checkpoint of these families loads by its own name or 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from typing import Any
 
@@ -27,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
         raise unknown_name("model", args.name, CATALOGUE)
     names = list(CATALOGUE) if args.name is None else [args.name]
     records: list[dict[str, Any]] = [
-        {**dataclasses.asdict(CATALOGUE[name]), "needs": dict(MINIMUM)} for name in names
+        {**CATALOGUE[name].record(), "needs": dict(MINIMUM)} for name in names
     ]
     if args.json:
         print(json.dumps(records if args.name is None else records[0], indent=2))
@@ -39,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-SUPPORT = ("evaluate", "batch", "llm_side", "vision_side", "fast")
+SUPPORT = ("evaluate", "batch", "llm_side", "vision_side", "video", "fast")
 
 
 def _print_all(records: list[dict[str, Any]]) -> None:
@@ -50,7 +49,9 @@ def _print_all(records: list[dict[str, Any]]) -> None:
         "batch",
         "LLM side",
         "vision side",
+        "video",
         "fast",
+        "licence",
         "model id",
         "note",
     )
@@ -59,6 +60,7 @@ def _print_all(records: list[dict[str, Any]]) -> None:
             record["name"],
             f"{record['size']:g}B",
             *(_said(record[key]) for key in SUPPORT),
+            record["licence"],
             record["model_id"],
             record["note"] or "-",
         )

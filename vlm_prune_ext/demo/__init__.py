@@ -4,6 +4,6 @@
 amount; `report` measures it. `recipes/demo_model.py` trains such a model from nothing.
 """
 
-from pathlib import Path
+from vlm_prune_ext.models.catalogue import DEMO as CHECKPOINT
 
-CHECKPOINT = Path(__file__).parent / "checkpoint"
+__all__ = ["CHECKPOINT"]

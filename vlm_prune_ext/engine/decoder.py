@@ -100,7 +100,24 @@ class DecoderPruner:
         undos.append(self._seal_caches)
         if self.parts.watch_spans is not None and self.visual_span is None:
             undos += self.parts.watch_spans(self._see_spans)
+        if self.parts.follow is not None:
+            undos += self.parts.follow(self._present)
         return undos
+
+    def _present(self) -> torch.Tensor | None:
+        """See :data:`Present`."""
+        call = self.call
+        if call is None or not call.prefill:
+            return None
+        layout, short = call.state.prefill.layout, call.state.short
+        whole = layout.count == layout.total and layout.valid is None
+        if whole and (short is None or short.whole):
+            return None
+        here = layout.positions()
+        if short is None:
+            return here
+        came = short.layout.slots.to(here.device).gather(1, here.clamp(min=0))
+        return torch.where(here < 0, here, came)
 
     def _seal_caches(self) -> None:
         """Nobody can decode on from caches that miss tokens once the hooks are gone."""

@@ -43,6 +43,10 @@ SpanSink = Callable[[torch.Tensor, "list[list[int]] | None"], None]
 a visual token; ``lengths``: per sample, visual tokens of each image in order (``None``: every
 unbroken run is one image)."""
 
+Present = Callable[[], "torch.Tensor | None"]
+"""Positions in the prompt, as it came, of the tokens that hidden states hold at this moment: int64
+``(batch, n)``, -1 at empty slots; ``None`` where nothing is missing."""
+
 
 @dataclass
 class VisionParts:
@@ -90,6 +94,8 @@ class ModelParts:
             ``None`` where only ``visual_span`` can tell (a bare language model).
         joint: what ``FeatureStage.text_tower`` says -> the joint space of image and question;
             ``None`` where there can be none.
+        follow: attaches whatever must know which tokens are left while the layers run (features
+            that a decoder adds between them), returns undos; ``None`` where nothing must.
     """
 
     model: nn.Module
@@ -105,3 +111,4 @@ class ModelParts:
     why_no_vision: str = "the model has no vision tower"
     watch_spans: Callable[[SpanSink], list[Undo]] | None = None
     joint: Callable[[Any], Joint] | None = None
+    follow: Callable[[Present], list[Undo]] | None = None

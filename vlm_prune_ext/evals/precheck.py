@@ -47,10 +47,12 @@ def check_config(config: Any, method: Method) -> None:
 
 
 def _config(source: Checkpoint) -> Any:
-    from transformers import AutoConfig, LlavaConfig
+    from transformers import AutoConfig
 
     if is_original(source.config):
-        return LlavaConfig(**OriginalCheckpoint(source).multimodal_config())
+        from vlm_prune_ext.models.llava import original_config
+
+        return original_config(OriginalCheckpoint(source))
     if source.architecture in WITH_CODE:
         from vlm_prune_ext.models.internvl_chat import published_config
 

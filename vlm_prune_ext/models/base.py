@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,8 @@ from transformers import BatchFeature
 
 from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.errors import InputError, unknown_name
-from vlm_prune_ext.models.checkpoint import FETCHING
+from vlm_prune_ext.models.catalogue import FamilyLine
+from vlm_prune_ext.models.checkpoint import FETCHING, first_line
 from vlm_prune_ext.models.images import ImageLike, open_image
 from vlm_prune_ext.models.prompts import IMAGE, STYLES, Style, Turn
 from vlm_prune_ext.models.questions import Questions, answers_for
@@ -34,12 +36,14 @@ class LoadOptions:
         attn_implementation: ``"sdpa"``, ``"eager"``, ... or ``None`` for transformers' choice.
         extra: further keyword arguments of transformers' ``from_pretrained`` (``device_map``,
             ``quantization_config``, ``revision``, ...): names in :data:`KEYWORDS`.
+        pictures: settings of the image processor: names in :data:`PICTURES`.
     """
 
     dtype: torch.dtype
     device: torch.device
     attn_implementation: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    pictures: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def trust_remote_code(self) -> bool:
@@ -85,13 +89,28 @@ KEYWORDS = (
 """Further arguments of transformers' ``from_pretrained`` that loading a model takes."""
 
 
+PICTURES = (
+    "min_pixels",
+    "max_pixels",
+    "min_patches",
+    "max_patches",
+    "crop_to_patches",
+    "do_image_splitting",
+    "do_pan_and_scan",
+    "max_image_size",
+    "size",
+)
+"""Settings of a family's image processor that loading takes: how large an image may be, and whether
+it is cut into tiles."""
+
+
 def check_keywords(given: Mapping[str, Any]) -> None:
     """Raise InputError where an argument of loading is unknown, or is no truth value where it must
     be one."""
     own = ("dtype", "device", "attn_implementation")
     for name in given:
-        if name not in KEYWORDS:
-            raise unknown_name("keyword of load()", name, (*own, *KEYWORDS))
+        if name not in (*KEYWORDS, *PICTURES):
+            raise unknown_name("keyword of load()", name, (*own, *KEYWORDS, *PICTURES))
     trust = given.get("trust_remote_code", False)
     if not isinstance(trust, bool):
         raise InputError(f"trust_remote_code={trust!r} is not valid: True or False.")
@@ -99,27 +118,21 @@ def check_keywords(given: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Family:
-    """One family of models.
+    """The code behind one family of models.
 
     Attributes:
-        name: short name, for messages.
-        title: name as people write it.
+        line: what there is to say about it.
         owns: whether a live model is one of this family's.
         parts: where its parts are.
-        architectures: class names in ``config.json`` that may be this family's.
         recognises: whether a ``config.json`` is one of this family's.
         load: model and processor from a checkpoint; ``None`` where only live models are taken.
-        fast: whether its models can run on fixed shapes (see ``fast`` of ``load``).
     """
 
-    name: str
-    title: str
+    line: FamilyLine
     owns: Callable[[nn.Module], bool]
     parts: Callable[[Any], ModelParts]
-    architectures: tuple[str, ...] = ()
     recognises: Callable[[Mapping[str, Any]], bool] | None = None
     load: Callable[[Checkpoint, LoadOptions], tuple[Any, PromptProcessor]] | None = None
-    fast: bool = False
 
 
 def is_named(*architectures: str) -> Callable[[Mapping[str, Any]], bool]:
@@ -129,6 +142,19 @@ def is_named(*architectures: str) -> Callable[[Mapping[str, Any]], bool]:
         return any(name in architectures for name in config.get("architectures") or [])
 
     return recognises
+
+
+def is_a(model: object, names: Sequence[str]) -> bool:
+    """Whether a live model is of a class of one of these names, or of one derived from it."""
+    return any(kind.__name__ in names for kind in type(model).__mro__)
+
+
+def spelled(name: str) -> InputError:
+    """For text of a user that holds what only an image may become."""
+    return InputError(
+        f"The text contains {name!r}, which stands for a part of an image: leave it out, or write "
+        f"{IMAGE} where an image goes."
+    )
 
 
 class PromptProcessor:
@@ -317,13 +343,15 @@ class PromptProcessor:
         rows = []
         for text, own in zip(prompts, pictures, strict=True):
             rows.append(self.token_ids(text, [next(lengths) for _ in own]))
-        data = self._pad(rows) | pixels
+        return BatchFeature(self._moved(self._pad(rows) | pixels))
+
+    def _moved(self, data: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """To the model's device, numbers with a fraction in the model's type."""
         device, dtype = self.device, self.dtype
-        moved = {
+        return {
             name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
             for name, value in data.items()
         }
-        return BatchFeature(moved)
 
     def _pad(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
         width = max(len(row) for row in rows)
@@ -341,11 +369,7 @@ class PromptProcessor:
             InputError: if markers and images differ in number.
         """
         pieces = text.split(IMAGE)
-        if len(pieces) - 1 != len(lengths):
-            raise InputError(
-                f"The prompt has {len(pieces) - 1} {IMAGE} marker(s) and {len(lengths)} image(s): "
-                "give one marker per image, or none to have the images put in front."
-            )
+        self._check_markers(len(pieces) - 1, len(lengths))
         ids = self.text_ids(pieces[0])
         for piece, length in zip(pieces[1:], lengths, strict=True):
             ids += [self.image_token_id] * length
@@ -360,16 +384,41 @@ class PromptProcessor:
         """
         ids = list(self.tokenizer(text, **options).input_ids)
         if self.image_token_id in ids:
-            name = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
-            raise InputError(
-                f"The text contains {name!r}, which stands for a part of an image: leave it out, "
-                f"or write {IMAGE} where an image goes."
-            )
+            raise spelled(self.tokenizer.convert_ids_to_tokens(self.image_token_id))
         return ids
+
+    @staticmethod
+    def _check_markers(markers: int, images: int) -> None:
+        if markers != images:
+            raise InputError(
+                f"The prompt has {markers} {IMAGE} marker(s) and {images} image(s): give one "
+                "marker per image, or none to have the images put in front."
+            )
 
     def _without_start(self, ids: list[int]) -> list[int]:
         start = self.tokenizer.bos_token_id
         return ids[1:] if ids and start is not None and ids[0] == start else list(ids)
+
+    def process(self, images: list[Image]) -> Any:
+        """All that the image processor makes of images.
+
+        Raises:
+            InputError: an image whose shape it does not take.
+        """
+        with self._shapes(images, self.image_processor):
+            return self.image_processor(images=images, return_tensors="pt")
+
+    @staticmethod
+    @contextmanager
+    def _shapes(images: Sequence[Image], who: object) -> Iterator[None]:
+        """Say which images could not be taken, where one could not."""
+        try:
+            yield
+        except (ValueError, TypeError, IndexError) as error:
+            sizes = ", ".join(f"{image.width} x {image.height}" for image in images) or "no"
+            raise InputError(
+                f"{type(who).__name__} does not take images of {sizes} pixels: {first_line(error)}"
+            ) from error
 
     def pixels(self, images: list[Image]) -> dict[str, torch.Tensor]:
         """Model inputs made of the images of a whole batch, in order (CPU, float32)."""

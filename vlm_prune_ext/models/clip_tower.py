@@ -9,6 +9,7 @@ from torch import nn
 
 from vlm_prune_ext.engine.parts import ModelParts, VisionParts
 from vlm_prune_ext.models.base import Family
+from vlm_prune_ext.models.catalogue import FamilyLine
 
 _CAME_FROM: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
@@ -69,4 +70,6 @@ def _parts(model: Any) -> ModelParts:
     return ModelParts(model=model, vision=vision_parts(model))
 
 
-FAMILY = Family(name="clip", title="CLIP vision tower", owns=is_clip, parts=_parts)
+def family_of(line: FamilyLine) -> Family:
+    """Bare towers."""
+    return Family(line, is_clip, _parts)

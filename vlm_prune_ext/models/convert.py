@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from torch import nn
 from transformers import (
     AddedToken,
@@ -20,12 +21,20 @@ from transformers import (
 )
 
 from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.models.adapters import load
 from vlm_prune_ext.models.base import PromptProcessor
 from vlm_prune_ext.models.checkpoint import Checkpoint
 from vlm_prune_ext.models.original import is_original
 from vlm_prune_ext.models.prompts import IMAGE, Style
 
 PAD = "<pad>"
+_PUBLISHED = (
+    ("model.vision_tower.", "vision_tower.vision_model."),
+    ("model.language_model.", "language_model.model."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+    ("model.image_newline", "image_newline"),
+    ("lm_head.", "language_model.lm_head."),
+)
 # Published conversions round the vocabulary up to this.
 _ROUND_ROWS_TO = 64
 
@@ -40,7 +49,8 @@ def convert_to_hf(
 
     The vocabulary gets ``<image>``, ``<pad>`` and rows up to a multiple of 64. In the output layer
     these rows are copies of the unknown token's, so that they never score above it; logits over the
-    original vocabulary do not change. The chat template is LLaVA's own conversation.
+    original vocabulary do not change. The chat template is LLaVA's own conversation. Weights have
+    the names of the published conversions (https://huggingface.co/llava-hf).
 
     Args:
         source: the checkpoint, local or on the hub.
@@ -53,8 +63,6 @@ def convert_to_hf(
     Raises:
         InputError: ``source`` is not in the original format, or ``target`` holds files.
     """
-    from vlm_prune_ext.models import load
-
     folder = Path(target)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"target {str(folder)!r} exists already: give a new or empty folder.")
@@ -76,12 +84,37 @@ def convert_to_hf(
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".convert-", dir=folder.absolute().parent) as scratch:
         whole = Path(scratch) / "whole"
-        model.save_pretrained(whole)
+        _write(model, whole)
         _processor(model.config, prompts, tokenizer).save_pretrained(whole)
         if folder.exists():
             folder.rmdir()
         whole.rename(folder)
     return folder
+
+
+def published_name(name: str) -> str:
+    """The name that a weight has in published checkpoints (llava-hf): modules as they were before
+    transformers 5, which other engines load by.
+
+    Args:
+        name: as transformers' module has it now.
+    """
+    for ours, theirs in _PUBLISHED:
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    return name
+
+
+def _write(model: Any, folder: Path) -> None:
+    """Weights under their published names, in shards, and the configuration."""
+    weights = {published_name(name): value for name, value in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        weights.pop("language_model.lm_head.weight")
+    folder.mkdir()
+    save_torch_state_dict(weights, folder, metadata={"format": "pt"})
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
 
 
 def _with_image_token(tokenizer: Any) -> Any:

@@ -17,20 +17,13 @@ from transformers import BatchFeature, FuyuForCausalLM, PreTrainedTokenizerFast
 
 from vlm_prune_ext.engine.parts import ModelParts, SpanSink, Undo
 from vlm_prune_ext.errors import InputError
-from vlm_prune_ext.models.base import Family, LoadOptions, PromptProcessor
+from vlm_prune_ext.models.base import Family, LoadOptions, PromptProcessor, is_a, is_named
+from vlm_prune_ext.models.catalogue import FamilyLine
 from vlm_prune_ext.models.checkpoint import Checkpoint
 from vlm_prune_ext.models.fields import explained
-from vlm_prune_ext.models.hub_processor import (
-    HubProcessor,
-    read_pictures,
-    token_id,
-    without_markers,
-)
-from vlm_prune_ext.models.huggingface import load_model
-from vlm_prune_ext.models.prompts import IMAGE, Style
+from vlm_prune_ext.models.loading import load_model, read_pictures, token_id
+from vlm_prune_ext.models.prompts import IMAGE, Style, without_markers
 
-NAME = "fuyu"
-ARCHITECTURE = "FuyuForCausalLM"
 NEWLINE = "|NEWLINE|"
 START = "<s>"
 # Behind the prompt of an image; the answer follows it.
@@ -42,7 +35,7 @@ FUYU_STYLES: Mapping[str, Style] = {
 }
 
 
-class FuyuPrompts(HubProcessor):
+class FuyuPrompts(PromptProcessor):
     """Prompts and patches of Fuyu.
 
     Args:
@@ -55,7 +48,7 @@ class FuyuPrompts(HubProcessor):
         self, model: Any, tokenizer: Any, image_processor: Any, newline: int, start: int
     ) -> None:
         token = model.config.image_token_id
-        super().__init__(model, tokenizer, image_processor, token, NAME, "fuyu", FUYU_STYLES)
+        super().__init__(model, tokenizer, image_processor, token, "fuyu", "fuyu", FUYU_STYLES)
         self.newline, self.start = newline, start
 
     def _encode(self, prompts: list[str], pictures: list[list[Image]]) -> BatchFeature:
@@ -108,10 +101,6 @@ def visual_mask(ids: torch.Tensor, patch: int, newline: int) -> torch.Tensor:
     return patches | ((ids == newline) & after)
 
 
-def _recognises(config: Mapping[str, Any]) -> bool:
-    return ARCHITECTURE in (config.get("architectures") or [])
-
-
 def _load(source: Checkpoint, options: LoadOptions) -> tuple[Any, PromptProcessor]:
     what = f"checkpoint {source.name!r}"
     if not (source.folder / "tokenizer.json").is_file():
@@ -122,10 +111,6 @@ def _load(source: Checkpoint, options: LoadOptions) -> tuple[Any, PromptProcesso
     newline, start = (token_id(tokenizer, token, what) for token in (NEWLINE, START))
     model = load_model(FuyuForCausalLM, source, options)
     return model, FuyuPrompts(model, tokenizer, pictures, newline, start)
-
-
-def _owns(model: Any) -> bool:
-    return isinstance(model, FuyuForCausalLM)
 
 
 def queries(attn: nn.Module, hidden: torch.Tensor, rotary: Any) -> torch.Tensor:
@@ -191,12 +176,12 @@ def _parts(model: Any) -> ModelParts:
     )
 
 
-FAMILY = Family(
-    name=NAME,
-    title="Fuyu",
-    owns=_owns,
-    parts=_parts,
-    architectures=(ARCHITECTURE,),
-    recognises=_recognises,
-    load=_load,
-)
+def family_of(line: FamilyLine) -> Family:
+    """The one of its kind."""
+    return Family(
+        line,
+        owns=lambda model: is_a(model, line.architectures),
+        parts=_parts,
+        recognises=is_named(*line.architectures),
+        load=_load,
+    )

@@ -26,28 +26,35 @@ from transformers import (
     GotOcr2ImageProcessor,
     InternVLConfig,
     InternVLForConditionalGeneration,
+    InternVLProcessor,
+    InternVLVideoProcessor,
     InternVLVisionConfig,
 )
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.models import internvl_remote
+from vlm_prune_ext.models.auto import AutoPrompts
 from vlm_prune_ext.models.base import Family, LoadOptions, PromptProcessor, is_named
+from vlm_prune_ext.models.catalogue import FamilyLine
 from vlm_prune_ext.models.checkpoint import (
-    WITH_CODE,
     Checkpoint,
     check_trust,
     read_json,
     read_weights,
 )
 from vlm_prune_ext.models.fields import explained
-from vlm_prune_ext.models.hub_processor import token_id
-from vlm_prune_ext.models.internvl import CONTEXT, InternVLProcessor
 from vlm_prune_ext.models.internvl_tokenizer import load_chat_tokenizer
+from vlm_prune_ext.models.loading import token_id
 from vlm_prune_ext.models.original import TEXT_FIELDS, check_weights
 from vlm_prune_ext.models.prompts import IMAGE, STYLES, Style, chatml
 
-NAME = "internvl_chat"
-(ARCHITECTURE,) = WITH_CODE
+_TOKENS = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+    "video_token": "<video>",
+}
 DECODERS = {
     "InternLM2ForCausalLM": "llama",
     "LlamaForCausalLM": "llama",
@@ -226,55 +233,35 @@ def _text_weight(
     }
 
 
-class ChatProcessor(InternVLProcessor):
-    """Prompts and tiles as the published code makes them.
-
-    Args:
-        model, tokenizer, image_token_id: as in :class:`PromptProcessor`.
-        config: contents of the checkpoint's ``config.json``.
-        per_tile: visual tokens of one tile.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        image_token_id: int,
-        config: Mapping[str, Any],
-        per_tile: int,
-        mean: Any = None,
-        std: Any = None,
-    ) -> None:
-        side = config.get("force_image_size") or config["vision_config"]["image_size"]
-        pictures = GotOcr2ImageProcessor(
-            size={"height": side, "width": side},
-            image_mean=mean or [0.485, 0.456, 0.406],
-            image_std=std or [0.229, 0.224, 0.225],
-            min_patches=config.get("min_dynamic_patch", 1),
-            max_patches=config.get("max_dynamic_patch", 6),
-        )
-        template = config["template"]
-        super().__init__(
-            model, tokenizer, pictures, image_token_id, NAME, template, CHAT_STYLES, per_tile
-        )
-        self.OPTIONS = {"crop_to_patches": bool(config.get("dynamic_image_size", False))}
-
-
-def _processor(
-    source: Checkpoint, model: Any, tokenizer: Any, image_token_id: int, per_tile: int
-) -> ChatProcessor:
-    path, stored = source.folder / "preprocessor_config.json", {}
-    if path.is_file():
-        stored = read_json(path, f"checkpoint {source.name!r}")
-    mean, std = stored.get("image_mean"), stored.get("image_std")
-    return ChatProcessor(model, tokenizer, image_token_id, source.config, per_tile, mean, std)
+def _prompts(source: Checkpoint, model: Any, tokenizer: Any, per_tile: int) -> AutoPrompts:
+    """Prompts and tiles as the published code makes them."""
+    config, path = source.config, source.folder / "preprocessor_config.json"
+    stored = read_json(path, f"checkpoint {source.name!r}") if path.is_file() else {}
+    side = config.get("force_image_size") or config["vision_config"]["image_size"]
+    pictures = GotOcr2ImageProcessor(
+        size={"height": side, "width": side},
+        image_mean=stored.get("image_mean") or IMAGENET_DEFAULT_MEAN,
+        image_std=stored.get("image_std") or IMAGENET_DEFAULT_STD,
+        min_patches=config.get("min_dynamic_patch", 1),
+        max_patches=config.get("max_dynamic_patch", 6),
+        crop_to_patches=bool(config.get("dynamic_image_size", False)),
+    )
+    for name, token in _TOKENS.items():
+        setattr(tokenizer, name, token)
+        setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
+    processor = InternVLProcessor(
+        pictures, tokenizer, InternVLVideoProcessor(), image_seq_length=per_tile
+    )
+    template = config["template"]
+    styles = {template: CHAT_STYLES[template]}
+    return AutoPrompts(model, processor, "internvl_chat", styles, processor.image_token_id)
 
 
 def _load(source: Checkpoint, options: LoadOptions) -> tuple[Any, PromptProcessor]:
     what = f"checkpoint {source.name!r}"
     check_trust(source, options.trust_remote_code)
     tokenizer = load_chat_tokenizer(source)
-    image = token_id(tokenizer, CONTEXT, what)
+    image = token_id(tokenizer, _TOKENS["context_image_token"], what)
     try:
         with explained(what):
             config = published_config(source)
@@ -291,7 +278,7 @@ def _load(source: Checkpoint, options: LoadOptions) -> tuple[Any, PromptProcesso
             ).eval()
         per_tile = config.image_seq_length
     _set_ends(model, tokenizer, token_id(tokenizer, END, what))
-    return model, _processor(source, model, tokenizer, image, per_tile)
+    return model, _prompts(source, model, tokenizer, per_tile)
 
 
 def _set_ends(model: Any, tokenizer: Any, stop: int) -> None:
@@ -307,12 +294,8 @@ def _set_ends(model: Any, tokenizer: Any, stop: int) -> None:
         model.language_model.generation_config = made
 
 
-FAMILY = Family(
-    name=NAME,
-    title="InternVL, published format",
-    owns=internvl_remote.owns,
-    parts=internvl_remote.parts,
-    architectures=(ARCHITECTURE,),
-    recognises=is_named(ARCHITECTURE),
-    load=_load,
-)
+def family_of(line: FamilyLine) -> Family:
+    """Checkpoints of that format, and live models that their own code made."""
+    return Family(
+        line, internvl_remote.owns, internvl_remote.parts, is_named(*line.architectures), _load
+    )

@@ -19,10 +19,13 @@ from torch import nn
 from vlm_prune_ext.engine.parts import ModelParts, SpanSink, Undo
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.models.base import LoadOptions
-from vlm_prune_ext.models.causal_lm import decoder_parts, find_decoder
 from vlm_prune_ext.models.checkpoint import Checkpoint, first_line
-from vlm_prune_ext.models.internvl import WHY_NO_VISION
+from vlm_prune_ext.models.generic import decoder_parts, find_decoder
 
+WHY_NO_VISION = (
+    "InternVL's tower gives four patches to one token and is not CLIP-like; methods that work in "
+    "the language model apply"
+)
 _PARTS = ("vision_model", "mlp1", "language_model", "extract_feature")
 
 

@@ -19,7 +19,7 @@ from transformers.convert_slow_tokenizer import SentencePieceExtractor
 
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.models.checkpoint import Checkpoint, first_line, read_json
-from vlm_prune_ext.models.original import load_tokenizer
+from vlm_prune_ext.models.loading import load_tokenizer
 
 _BLANK = "▁"
 _FIELDS = ("pad_token", "model_max_length", "clean_up_tokenization_spaces")

@@ -15,9 +15,10 @@ from torch import nn
 from vlm_prune_ext.engine.parts import ModelParts, SpanSink, Undo
 from vlm_prune_ext.models import questions
 from vlm_prune_ext.models.base import Family
-from vlm_prune_ext.models.causal_lm import decoder_parts, find_decoder
+from vlm_prune_ext.models.catalogue import FamilyLine
 from vlm_prune_ext.models.clip_tower import is_clip, vision_parts
-from vlm_prune_ext.models.llava_next import packed_length, read_pinpoints, share_out
+from vlm_prune_ext.models.generic import decoder_parts, find_decoder
+from vlm_prune_ext.models.llava import packed_length, read_pinpoints, share_out
 
 IMAGE_TOKEN_INDEX = -200
 IGNORE_INDEX = -100
@@ -153,4 +154,6 @@ def _skip_unseen(each: list[int], counts: list[int]) -> list[int]:
     return seen
 
 
-FAMILY = Family(name="llava_package", title="model of the llava package", owns=_owns, parts=_parts)
+def family_of(line: FamilyLine) -> Family:
+    """Live models only."""
+    return Family(line, _owns, _parts)

@@ -20,12 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    AutoTokenizer,
     CLIPImageProcessor,
     CLIPVisionConfig,
     GenerationConfig,
     LlamaConfig,
-    LlamaTokenizer,
     MistralConfig,
 )
 
@@ -34,7 +32,6 @@ from vlm_prune_ext.models.base import LoadOptions
 from vlm_prune_ext.models.checkpoint import (
     Checkpoint,
     find_folder,
-    first_line,
     read_json,
     read_weights,
 )
@@ -208,10 +205,6 @@ class OriginalCheckpoint:
         ids = {name: getattr(text, name) for name in ("bos_token_id", "eos_token_id")}
         return GenerationConfig(**ids, pad_token_id=text.pad_token_id)
 
-    def tokenizer(self) -> Any:
-        """The checkpoint's tokenizer."""
-        return load_tokenizer(self.source)
-
 
 class Tower:
     """The CLIP tower that ``mm_vision_tower`` names.
@@ -342,26 +335,3 @@ def add_placeholder_row(model: Any) -> None:
     grown = torch.cat([table.weight.detach(), row])
     table.weight = nn.Parameter(grown, requires_grad=table.weight.requires_grad)
     table.num_embeddings = grown.shape[0]
-
-
-def load_tokenizer(source: Checkpoint) -> Any:
-    """The tokenizer of a checkpoint with a ``tokenizer.model`` or ``tokenizer.json``.
-
-    LLaMA tokenizers are made by their own class: left to choose by model type, transformers may
-    take a generic one that leaves out the blank in front of each text.
-
-    Raises:
-        InputError: there is none, or it cannot be read.
-    """
-    folder, what = source.folder, f"checkpoint {source.name!r}"
-    if not any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
-        raise InputError(f"{what} has no tokenizer: tokenizer.model or tokenizer.json is needed.")
-    path = folder / "tokenizer_config.json"
-    stated = read_json(path, what).get("tokenizer_class") if path.is_file() else None
-    llama = stated in ("LlamaTokenizer", "LlamaTokenizerFast", None)
-    kind: Any = LlamaTokenizer if llama else AutoTokenizer
-    more = {} if llama else {"trust_remote_code": False}  # it would ask on the terminal
-    try:
-        return kind.from_pretrained(str(folder), **more)
-    except Exception as error:  # many kinds, by format and version
-        raise InputError(f"The tokenizer of {what} cannot be read: {first_line(error)}") from error

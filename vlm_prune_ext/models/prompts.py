@@ -113,3 +113,8 @@ STYLES: Mapping[str, Style] = {
     "plain": Style(),
 }
 """Name -> template. ``plain`` takes the text as the whole prompt."""
+
+
+def without_markers(text: str) -> str:
+    """The text alone, for families whose images have a fixed place."""
+    return text.replace(f"{IMAGE}\n", "").replace(IMAGE, "")

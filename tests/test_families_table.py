@@ -1,0 +1,205 @@
+"""Families that are a line of the table: no file of ours knows them. Inputs are those of
+transformers, what a drop leaves is what the unpruned model computes with the same tokens hidden."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import vlm_prune_ext as vp
+from tests import family_makers, makers
+from tests import test_families as families
+from tests.pruning_checks import fingerprint
+from vlm_prune_ext.models import catalogue, parts_of
+from vlm_prune_ext.models import families as all_families
+
+METHODS = ("fastv", "himap", "saint", "random")
+EXACT = {"atol": 1e-5, "rtol": 1e-5}
+
+
+def scaled(values: torch.Tensor) -> dict[str, float]:
+    """1e-5 of the largest value: weights are drawn so that hidden states reach 50 and more."""
+    return {"atol": 1e-5 * float(values.abs().max()), "rtol": 0.0}
+
+
+@pytest.fixture(scope="module", params=family_makers.TABLE)
+def form(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> families.Form:
+    folder = tmp_path_factory.mktemp(request.param)
+    family_makers.TABLE[request.param].make(folder)
+    return families.load_form(request.param, folder)
+
+
+@pytest.fixture(scope="module")
+def baseline(form: families.Form) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.no_grad():
+        return form.generate(form.inputs([0, 1, 2]))
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def test_no_file_of_ours_knows_them() -> None:
+    for name in family_makers.TABLE:
+        assert catalogue.FAMILIES[name].home == "auto"
+    for path in (Path(catalogue.__file__).parent).glob("*.py"):
+        if path.name != "catalogue.py":
+            text = path.read_text()
+            assert not [k.name for k in family_makers.TABLE.values() if f"{k.name}For" in text], (
+                path
+            )
+
+
+def test_inputs_and_answers_are_those_of_transformers(form: families.Form) -> None:
+    families.check_inputs_and_answers(form, family_makers.TABLE[form.name])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_kept_rows_are_those_of_the_masked_model(
+    form: families.Form, baseline: Any, name: str
+) -> None:
+    """Prefill and cached decoding, to 1e-5, on a batch with padding; and a batch is its singles."""
+    method, inputs = families.METHODS[name], form.inputs([0, 1, 2])
+    with vp.prune(form.model, method) as trace, families.Recorder(form.model) as seen:
+        tokens, logits = form.generate(inputs)
+        kept = {layer: rows.clone() for layer, rows in trace.kept.items()}
+    families.check_text_stays(form, inputs, kept)
+    with families.HiddenKeys(form.model, kept), families.Recorder(form.model) as masked:
+        reference = families.forward(form, inputs, tokens[:, :-1])
+    prompt = inputs["input_ids"].shape[1]
+    last = families.last_kept(form, kept, prompt)
+    families.compare_rows(seen.first, masked.first, last, inputs, **scaled(masked.first))
+    torch.testing.assert_close(logits, reference[:, prompt - 1 :], **scaled(reference))
+    assert not torch.allclose(logits, baseline[1], atol=1e-3)
+    with vp.prune(form.model, method):
+        one_tokens, one_logits = form.generate(form.inputs([1]))
+        _, uncached = form.generate(form.inputs([1]), steps=1, use_cache=False)
+    assert torch.equal(tokens[1], one_tokens[0])
+    torch.testing.assert_close(logits[1], one_logits[0], **EXACT)
+    torch.testing.assert_close(uncached[0], one_logits[0, :1], **EXACT)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_keep_all_is_the_baseline(form: families.Form, baseline: Any, name: str) -> None:
+    with vp.prune(form.model, families.KEEP_ALL[name]):
+        tokens, logits = form.generate(form.inputs([0, 1, 2]))
+    assert torch.equal(tokens, baseline[0])
+    assert torch.equal(logits, baseline[1])
+
+
+def test_restored_after_an_exception(form: families.Form, baseline: Any) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError
+
+    def state() -> Any:  # but for the offsets that Qwen's models note at every call
+        found = fingerprint(form.model).items()
+        return {
+            name: (value[0], {k: v for k, v in value[1].items() if k != "rope_deltas"}, *value[2:])
+            for name, value in found
+        }
+
+    before = state()
+    layers: Any = parts_of(form.model).layers
+    with pytest.raises(KeyError), vp.prune(form.model, families.METHODS["fastv"]):
+        handle = layers[-1].mlp.register_forward_pre_hook(fail)
+        try:
+            form.generate(form.inputs([0]))
+        finally:
+            handle.remove()
+    assert state() == before
+    assert torch.equal(form.generate(form.inputs([0, 1, 2]))[1], baseline[1])
+
+
+def test_several_images_and_none(form: families.Form) -> None:
+    """Samples with two images, none and one in one batch equal singles."""
+    pictures = makers.photos(3)
+    images = [[pictures[0], pictures[1]], [], [pictures[2]]]
+    if form.name == "paligemma":
+        with pytest.raises(vp.InputError, match="PaliGemmaProcessor does not take images of no"):
+            form.processor.prompt(families.TEXTS[1])
+        images[1] = [pictures[1]]
+    with vp.prune(form.model, families.METHODS["fastv"]) as trace:
+        tokens, logits = form.generate(form.processor.batch(families.TEXTS, images))
+        assert trace.visual_input[1] == 0 or form.name == "paligemma"
+        for i in range(3):
+            inputs = form.processor.prompt(families.TEXTS[i], images[i])
+            one_tokens, one_logits = form.generate(inputs)
+            assert torch.equal(tokens[i], one_tokens[0])
+            torch.testing.assert_close(logits[i], one_logits[0], **EXACT)
+
+
+def test_text_that_spells_a_part_of_an_image(form: families.Form) -> None:
+    token = form.processor.tokenizer.convert_ids_to_tokens(form.processor.image_token_id)
+    said = "<image>|marker" if token == "<image>" else "which stands for a part of an image"
+    with pytest.raises(vp.InputError, match=said) as told:
+        form.processor.prompt(f"What is {token}{token}?", makers.photo())
+    assert "\n" not in str(told.value)
+
+
+def test_a_new_family_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class of transformers that is not in the table: with a line, and nothing else, it is
+    loaded, asked and pruned."""
+    family_makers.llava_onevision(tmp_path)
+    known = catalogue.FAMILIES["llava_onevision"].architectures
+    monkeypatch.delitem(catalogue.FAMILIES, "llava_onevision")
+    with pytest.raises(vp.InputError, match=f"'{known[0]}', which is not known"):
+        vp.load(tmp_path)
+    line = catalogue.FamilyLine("dummy", "Dummy", known)
+    monkeypatch.setitem(catalogue.FAMILIES, "dummy", line)
+    form = families.load_form("dummy", tmp_path)
+    assert form.processor.family == "dummy"
+    assert next(family.line for family in all_families() if family.owns(form.model)) is line
+    inputs = form.inputs([0, 1, 2])
+    with vp.prune(form.model, families.METHODS["fastv"]) as trace:
+        form.generate(inputs)
+    counts = form.processor.count_visual_tokens(inputs)
+    assert trace.visual_tokens[2] == [round(0.4 * count) for count in counts]
+
+
+def test_a_live_model_needs_no_line_at_all(
+    form: families.Form, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(catalogue.FAMILIES, form.name)
+    with vp.prune(form.model, families.METHODS["fastv"]) as trace:
+        form.generate(form.inputs([0]), steps=1)
+    assert 0 < trace.visual_tokens[2][0] < trace.visual_input[0]
+    with pytest.raises(vp.InputError, match="is not known"):
+        vp.load(form.folder)
+
+
+def test_deepstack_features_follow_a_drop_inside_their_layers(tmp_path: Path) -> None:
+    """Qwen3-VL adds features of three tower layers behind its first three layers: dropped in front
+    of each of them, of none, and in front of layer 0."""
+    family_makers.qwen3_vl(tmp_path, layers=5)
+    form = families.load_form("qwen3_vl", tmp_path)
+    inputs = form.inputs([0, 1, 2])
+    method: Any
+    for method in [vp.FastV(agg_layer=k, attention_rank=0.4) for k in (1, 2, 3)] + [
+        vp.RandomDrop(keep=0.4)
+    ]:
+        with vp.prune(form.model, method) as trace, families.Recorder(form.model) as seen:
+            form.generate(inputs, steps=1)
+            kept = {layer: rows.clone() for layer, rows in trace.kept.items()}
+        with families.HiddenKeys(form.model, kept), families.Recorder(form.model) as masked:
+            form.model(**inputs, use_cache=False)
+        rows = next(iter(kept.values()))
+        families.compare_rows(seen.first, masked.first, rows, inputs, **scaled(masked.first))
+
+
+def test_sizes_reach_the_processor(form: families.Form) -> None:
+    """Settings of the family's own image processor; others are refused in one sentence."""
+    setting = {"qwen2_vl": {"max_pixels": 28 * 28 * 4}, "qwen3_vl": {"max_pixels": 32 * 32 * 4}}
+    if form.name not in setting:
+        with pytest.raises(vp.InputError, match=r"min_patches is no setting of \w+Processor"):
+            vp.load(form.folder, min_patches=3)
+        return
+    _, processor = vp.load(form.folder, **setting[form.name])
+    picture = makers.photo(200, 200)
+    before = form.processor.count_visual_tokens(form.processor.prompt("?", picture))[0]
+    assert processor.count_visual_tokens(processor.prompt("?", picture))[0] == 4 < before

@@ -1,0 +1,247 @@
+"""Families whose prompts and pixels the checkpoint's own processor makes.
+
+``AutoProcessor`` turns text with one marker per image, and the images of each sample, into model
+inputs; the checkpoint's chat template makes the text of a conversation. So a family is a line of
+:data:`vlm_prune_ext.models.catalogue.FAMILIES`, and nothing here knows one from another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from PIL.Image import Image
+from torch import nn
+from transformers import AutoProcessor, BatchFeature
+
+from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.models import generic
+from vlm_prune_ext.models.base import Family, LoadOptions, PromptProcessor, is_a, is_named, spelled
+from vlm_prune_ext.models.catalogue import FamilyLine
+from vlm_prune_ext.models.checkpoint import Checkpoint, first_line
+from vlm_prune_ext.models.loading import check_files, load_model
+from vlm_prune_ext.models.prompts import IMAGE, Style, Turn
+
+Row = dict[str, torch.Tensor]
+
+
+def family_of(line: FamilyLine) -> Family:
+    """What a line of the table says, as code."""
+
+    def load(source: Checkpoint, options: LoadOptions) -> tuple[Any, PromptProcessor]:
+        processor = read_processor(source, options)
+        model = load_model(getattr(transformers, line.architectures[0]), source, options)
+        return model, AutoPrompts(model, processor, line.name)
+
+    def owns(model: nn.Module) -> bool:
+        return is_a(model, line.architectures) and generic.owns(model)
+
+    return Family(line, owns, generic.parts, is_named(*line.architectures), load)
+
+
+def read_processor(source: Checkpoint, options: LoadOptions) -> Any:
+    """The processor of a checkpoint.
+
+    Raises:
+        InputError: it has none, one that cannot be made, or that has no such setting.
+    """
+    what = f"checkpoint {source.name!r}"
+    check_files(source)
+    try:
+        made = AutoProcessor.from_pretrained(
+            str(source.folder), trust_remote_code=False, **options.pictures
+        )
+    except Exception as error:  # many kinds, by what is wrong in the files
+        said = first_line(error)
+        raise InputError(f"The processor of {what} cannot be made: {said}") from error
+    known = sorted(getattr(made.image_processor.valid_kwargs, "__annotations__", {}))
+    for name in options.pictures:
+        if name not in known:
+            raise InputError(
+                f"{name} is no setting of {type(made.image_processor).__name__}, which makes the "
+                f"pixels of {what}; accepted: {', '.join(known)}."
+            )
+    return made
+
+
+class AutoPrompts(PromptProcessor):
+    """Prompts and pixels as the checkpoint's own processor makes them.
+
+    Args:
+        model: as in :class:`PromptProcessor`.
+        processor: transformers' processor of the checkpoint.
+        family: short family name.
+        styles: conversation templates beside ``plain``, the default one first; ``None``: the
+            checkpoint's own, named ``chat``, if it has one.
+        image_token_id: the placeholder, where the model's configuration does not say it.
+
+    Attributes:
+        processor: as above.
+        marker: what stands for one image in the text that it is given.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Any,
+        family: str,
+        styles: Mapping[str, Style] | None = None,
+        image_token_id: int | None = None,
+    ) -> None:
+        self.processor, self.marker = processor, marker_of(processor)
+        if styles is None:
+            styles = {}
+            if getattr(processor, "chat_template", None):
+                styles = {"chat": ChatTemplate(processor=processor, marker=self.marker)}
+        styles = {"plain": Style(image=IMAGE), **styles}
+        token = generic.token_of(model.config) if image_token_id is None else image_token_id
+        assert token is not None
+        super().__init__(
+            model,
+            processor.tokenizer,
+            processor.image_processor,
+            token,
+            family,
+            next((name for name in styles if name != "plain"), "plain"),
+            styles,
+        )
+        if self.tokenizer.pad_token_id in (None, token):
+            self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(self.pad_token_id)
+
+    def _encode(self, prompts: list[str], pictures: list[list[Image]]) -> BatchFeature:
+        texts = [self._marked(text, own) for text, own in zip(prompts, pictures, strict=True)]
+        # Processors take a batch whose samples all have images, or none that has.
+        shown = [row for row, own in enumerate(pictures) if own]
+        unseen = [row for row, own in enumerate(pictures) if not own]
+        parts = [(rows, self._made(rows, texts, pictures)) for rows in (shown, unseen) if rows]
+        data = self._joined(parts, len(texts)) if len(parts) > 1 else parts[0][1]
+        return BatchFeature(self._moved(data))
+
+    def _marked(self, text: str, own: list[Image]) -> str:
+        """The text with the processor's own markers in place of ours."""
+        pieces = text.split(IMAGE)
+        self._check_markers(len(pieces) - 1, len(own))
+        for piece in pieces:
+            self._check_text(piece)
+        return self.marker.join(pieces)
+
+    def _check_text(self, text: str) -> None:
+        """Raise InputError where a text spells what stands for a part of an image."""
+        reserved = {self.image_token_id, *_reserved(self.processor)}
+        found = [
+            i for i in self.tokenizer(text, add_special_tokens=False).input_ids if i in reserved
+        ]
+        if found:
+            raise spelled(self.tokenizer.convert_ids_to_tokens(found[0]))
+
+    def _made(self, rows: list[int], texts: list[str], pictures: list[list[Image]]) -> Row:
+        """What the processor makes of some rows of the batch."""
+        images = [pictures[row] for row in rows]
+        with self._shapes([image for own in images for image in own], self.processor):
+            made = self.processor(
+                text=[texts[row] for row in rows],
+                images=images if images[0] else None,
+                padding=True,
+                padding_side="left",
+                return_tensors="pt",
+            )
+        return {name: value for name, value in made.items() if name != "labels"}
+
+    def _joined(self, parts: list[tuple[list[int], Row]], count: int) -> Row:
+        """One batch of several, each row in its place, filled on the left."""
+        joined: Row = {}
+        width = max(made["input_ids"].shape[1] for _, made in parts)
+        for rows, made in parts:
+            here = made["input_ids"].shape
+            for name, value in made.items():
+                if value.shape[:2] != here:
+                    joined[name] = value  # of the images, in order
+                    continue
+                fill = self.pad_token_id if name == "input_ids" else 0
+                if name not in joined:
+                    joined[name] = value.new_full((count, width), fill)
+                joined[name][rows, width - here[1] :] = value
+        return joined
+
+
+def _reserved(processor: Any) -> Iterable[int]:
+    """Ids of tokens that stand for a part of an image or a video."""
+    yield from (i for i in processor.image_token_ids if i is not None)
+    video = getattr(processor, "video_token_id", None)
+    if video is not None:
+        yield video
+
+
+def marker_of(processor: Any) -> str:
+    """What stands for an image in the text that a processor is given, with what its chat template
+    puts around it."""
+    token = str(processor.image_token)
+    if not getattr(processor, "chat_template", None):
+        return token
+    item = [{"type": "text", "text": "A"}, {"type": "image"}, {"type": "text", "text": "B"}]
+    said = processor.apply_chat_template([{"role": "user", "content": item}], tokenize=False)
+    framed = said.partition("A")[2].partition("B")[0].strip()
+    return framed if framed.count(token) == 1 else token  # some put all images in front
+
+
+@dataclass(frozen=True)
+class ChatTemplate(Style):
+    """The checkpoint's own conversation template.
+
+    Attributes:
+        processor: has it.
+        marker: what it writes for an image.
+    """
+
+    processor: Any = field(default=None, compare=False)
+    marker: str = IMAGE
+    image: str = IMAGE
+
+    def conversation(self, turns: Sequence[Turn]) -> str:
+        """See :meth:`Style.conversation`.
+
+        Raises:
+            InputError: the template does not take such a conversation, e.g. no system turn.
+        """
+        for turn in turns:
+            if self.marker in turn.text.replace(IMAGE, ""):
+                raise spelled(self.marker)
+        chat = [{"role": turn.role, "content": _items(turn.text)} for turn in turns]
+        goes_on = bool(turns) and turns[-1].role == "assistant"
+        try:
+            said = self.processor.apply_chat_template(
+                chat,
+                tokenize=False,
+                add_generation_prompt=not goes_on,
+                continue_final_message=goes_on,
+            )
+        except Exception as error:  # whatever the template raises
+            raise InputError(
+                f"The checkpoint's chat template does not take this conversation: "
+                f"{first_line(error)}"
+            ) from error
+        return self._without_start(said).replace(self.marker, IMAGE)
+
+    def _without_start(self, text: str) -> str:
+        """Some templates write the start token, which the tokenizer puts in front by itself."""
+        tokenizer = self.processor.tokenizer
+        start = tokenizer.bos_token
+        if (
+            start
+            and text.startswith(start)
+            and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+        ):
+            return text.removeprefix(start)
+        return text
+
+
+def _items(text: str) -> list[dict[str, str]]:
+    """The text of a turn as the items of a message."""
+    items: list[dict[str, str]] = []
+    for place, piece in enumerate(text.split(IMAGE)):
+        items += [{"type": "image"}] if place else []
+        items += [{"type": "text", "text": piece}] if piece else []
+    return items or [{"type": "text", "text": ""}]

@@ -1,0 +1,385 @@
+"""Any model of transformers that puts image features at placeholder tokens of a causal decoder:
+where its parts are, without a file of its own. Bare causal language models too.
+
+What is asked of a decoder: a list of layers, each with an attention module that has ``q_proj``,
+``k_proj`` and ``head_dim`` (queries and keys with or without norms, grouped heads, rotary
+positions of one axis or several, sliding windows), and a final norm. A placeholder stands in
+``input_ids`` for every visual token, named by ``image_token_id`` of the configuration
+(``video_token_id`` for frames).
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlm_prune_ext.engine.parts import ModelParts, Present, SpanSink, Undo, VisionParts
+from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.models.base import Family
+from vlm_prune_ext.models.catalogue import FamilyLine
+from vlm_prune_ext.models.clip_tower import is_clip, vision_parts
+
+Lengths = Callable[[torch.Tensor, dict[str, Any]], "list[list[int]] | None"]
+"""``(mask, keyword arguments of the call) -> visual tokens of each image, per sample``."""
+
+_MERGES = ("get_placeholder_mask", "inputs_merger", "get_image_features")
+_TOWERS = ("vision_tower", "vision_model", "visual", "vision_embed_tokens")
+
+
+# ------------------------------------------------------------------------------- the decoder
+
+
+def find_decoder(model: Any) -> Any:
+    """The module that runs the decoder layers, or ``None``."""
+    for candidate in _candidates(model):
+        if _is_decoder(candidate):
+            return candidate
+    return None
+
+
+def _candidates(model: Any) -> Iterator[Any]:
+    """The model, what it wraps, and what it calls its language model, outermost first."""
+    waiting, seen = [model], set()
+    while waiting:
+        here = waiting.pop(0)
+        if not isinstance(here, nn.Module) or id(here) in seen:
+            continue
+        seen.add(id(here))
+        yield here
+        for name in ("model", "language_model", "text_model"):
+            waiting.append(getattr(here, name, None))
+
+
+def _is_decoder(module: nn.Module) -> bool:
+    layers = getattr(module, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not len(layers):
+        return False
+    attn = getattr(layers[0], "self_attn", None)
+    projects = hasattr(attn, "q_proj") and hasattr(attn, "k_proj") and hasattr(attn, "head_dim")
+    return projects and isinstance(getattr(module, "norm", None), nn.Module)
+
+
+def decoder_parts(model: nn.Module, decoder: Any, **more: Any) -> ModelParts:
+    """Parts of a model around a decoder; ``more`` are fields of the result."""
+    fields: dict[str, Any] = {"plain_rotary": _turns_plainly(decoder), "follow": _follow(decoder)}
+    return ModelParts(
+        model=model,
+        decoder=decoder,
+        layers=decoder.layers,
+        final_norm=decoder.norm,
+        queries=queries,
+        keys=keys,
+        **{**fields, **more},
+    )
+
+
+def _turns_plainly(decoder: Any) -> bool:
+    """Is there one rotary position per token, the same in all layers, as in LLaMA?"""
+    rotary = getattr(decoder, "rotary_emb", None)
+    if rotary is None:
+        return False
+    kinds = list(inspect.signature(rotary.forward).parameters)  # Gemma's asks for the kind of layer
+    scaling = getattr(decoder.config, "rope_parameters", None) or {}
+    return len(kinds) == 2 and "mrope_section" not in scaling
+
+
+def _follow(decoder: Any) -> Callable[[Present], list[Undo]] | None:
+    """Features that the decoder adds between its layers at visual tokens (DeepStack, arXiv
+    2406.04334: Qwen3-VL) are those of the tokens that are still there.
+
+    Raises:
+        InputError: the decoder adds features in a way that is not known.
+    """
+    name = "_deepstack_process"
+    if hasattr(decoder, name):
+        return lambda present: [_set(decoder, name, _Deepstack(getattr(decoder, name), present))]
+    takes = inspect.signature(decoder.forward).parameters
+    unknown = [n for n in takes if n.startswith("deepstack") or n == "per_layer_inputs"]
+    if unknown and not _unused(decoder, unknown[0]):
+        raise InputError(
+            f"{type(decoder).__name__} adds {unknown[0]} between its layers, which would not "
+            "follow dropped tokens: nothing can be pruned in it."
+        )
+    return None
+
+
+def _unused(decoder: Any, name: str) -> bool:
+    return name == "per_layer_inputs" and not getattr(decoder, "hidden_size_per_layer_input", 1)
+
+
+def _set(module: nn.Module, name: str, value: Any) -> Undo:
+    """Stand in for a method on one instance; returns what takes it off."""
+    own = vars(module)
+    before = own.get(name)
+    own[name] = value
+
+    def undo() -> None:
+        if before is None:
+            own.pop(name, None)
+        else:
+            own[name] = before
+
+    return undo
+
+
+class _Deepstack:
+    """The decoder's own method, told of the tokens that are left.
+
+    ``original(hidden, mask, features)``: ``hidden`` ``(batch, n, width)``; ``mask`` bool
+    ``(batch, S)`` over the prompt as it came; ``features`` ``(visual tokens, width)``.
+    """
+
+    def __init__(self, original: Callable[..., torch.Tensor], present: Present) -> None:
+        self.original, self.present = original, present
+
+    def __call__(
+        self, hidden: torch.Tensor, mask: torch.Tensor, features: torch.Tensor
+    ) -> torch.Tensor:
+        here = self.present()
+        if here is None:
+            return self.original(hidden, mask, features)
+        here = here.to(mask.device)
+        places = here.clamp(min=0)
+        stays = mask.gather(1, places) & (here >= 0)
+        rank = (mask.flatten().cumsum(0) - 1).view_as(mask).gather(1, places)
+        return self.original(hidden, stays, features[rank[stays].to(features.device)])
+
+
+# ------------------------------------------------------------------------- queries and keys
+
+
+def queries(attn: nn.Module, hidden: torch.Tensor, rotary: Any) -> torch.Tensor:
+    """Queries of given rows; see :class:`vlm_prune_ext.engine.parts.Projection`."""
+    return _project(attn, "q", hidden, rotary)
+
+
+def keys(attn: nn.Module, hidden: torch.Tensor, rotary: Any) -> torch.Tensor:
+    """Keys of given rows; see :class:`vlm_prune_ext.engine.parts.Projection`."""
+    return _project(attn, "k", hidden, rotary)
+
+
+def _project(attn: Any, which: str, hidden: torch.Tensor, rotary: Any) -> torch.Tensor:
+    flat = getattr(attn, f"{which}_proj")(hidden)
+    norm = getattr(attn, f"{which}_norm", None)
+    per_head = norm is not None and norm.weight.shape[-1] == attn.head_dim
+    if norm is not None and not per_head:
+        flat = norm(flat)
+    heads = flat.view(*hidden.shape[:-1], -1, attn.head_dim)
+    if per_head:
+        heads = norm(heads)  # type: ignore[misc]
+    return _rotate(attn, heads.transpose(1, 2), rotary)
+
+
+def _rotate(attn: nn.Module, heads: torch.Tensor, rotary: Any) -> torch.Tensor:
+    """Rotary embedding by the function of the module's own family, ``(batch, heads, n, dim)``."""
+    if rotary is None:
+        return heads
+    apply = sys.modules[type(attn).__module__].apply_rotary_pos_emb  # type: ignore[attr-defined]
+    cos, sin = rotary
+    nothing = heads[:, :0]  # it rotates two tensors at a time
+    return apply(heads, nothing, cos, sin)[0]
+
+
+# ----------------------------------------------------------------------- where images stand
+
+
+def watch_placeholders(
+    inner: Any, image_token_id: int, lengths: Lengths, video_token_id: int | None = None
+) -> Callable[[SpanSink], list[Undo]]:
+    """What :attr:`ModelParts.watch_spans` asks for: a hook in front of ``inner``, the module that
+    puts image features into the embedded prompt."""
+
+    def watch(sink: SpanSink) -> list[Undo]:
+        def see(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            given = {"input_ids": args[0], **kwargs} if args else kwargs
+            mask = _places(module, given, image_token_id)
+            if mask is None or mask.shape[1] < 2:
+                return
+            if video_token_id is not None:
+                video = _places(module, given, video_token_id)
+                assert video is not None
+                if bool(video.any()):
+                    sink(mask | video, frame_lengths(mask, video, given))
+                    return
+            sink(mask, lengths(mask, given))
+
+        return [inner.register_forward_pre_hook(see, with_kwargs=True).remove]
+
+    return watch
+
+
+def _places(module: Any, given: dict[str, Any], token: int) -> torch.Tensor | None:
+    """Where a placeholder stands, bool ``(batch, seq)``; ``None`` where the call has no tokens."""
+    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    if ids is not None:
+        return ids == token
+    if embeds is None or embeds.shape[1] == 1:
+        return None
+    # The way transformers itself finds them where only embeddings are given.
+    table = module.get_input_embeddings()
+    placeholder = torch.tensor(token, device=table.weight.device)
+    return (embeds == table(placeholder).to(embeds.device)).all(dim=-1)
+
+
+def equal_lengths(length: int | None) -> Lengths:
+    """Where every image has ``length`` visual tokens; ``None``: every unbroken run is one image."""
+
+    def lengths(mask: torch.Tensor, given: dict[str, Any]) -> list[list[int]] | None:
+        if length is None:
+            return None
+        return [[length] * (count // length) for count in mask.sum(dim=1).tolist()]
+
+    return lengths
+
+
+def frame_lengths(
+    image: torch.Tensor, video: torch.Tensor, given: dict[str, Any]
+) -> list[list[int]] | None:
+    """Visual tokens of each image and each frame of a video, per sample: frames are pruned like
+    pictures.
+
+    Args:
+        image, video: where their placeholders stand, bool ``(batch, seq)``.
+        given: the call's keyword arguments, which say how many frames each video has.
+
+    Returns:
+        ``None`` where every unbroken run is a frame already.
+    """
+    frames = _frames(given)
+    if frames is None:
+        return None
+    waiting, rows = list(frames), []
+    for pictures, clips in zip(image.tolist(), video.tolist(), strict=True):
+        kinds = [1 if a else 2 if b else 0 for a, b in zip(pictures, clips, strict=True)]
+        own: list[int] = []
+        for kind, length in _runs(kinds):
+            if kind == 2 and waiting and length >= waiting[0]:
+                count = waiting.pop(0)
+                own += [length // count] * count
+                own[-1] += length % count  # a token that closes the clip
+            else:
+                own.append(length)
+        rows.append(own)
+    return rows if not waiting else None
+
+
+def _frames(given: dict[str, Any]) -> list[int] | None:
+    """Frames of each video; of Qwen's models, what stands for a pair of them."""
+    grid, pixels = given.get("video_grid_thw"), given.get("pixel_values_videos")
+    if grid is not None:
+        return [int(t) for t in grid[:, 0]]
+    if isinstance(pixels, torch.Tensor) and pixels.dim() == 5:
+        return [pixels.shape[1]] * pixels.shape[0]
+    return None
+
+
+def _runs(kinds: list[int]) -> Iterator[tuple[int, int]]:
+    """Unbroken stretches of one kind above 0, with their lengths."""
+    before, count = 0, 0
+    for kind in [*kinds, 0]:
+        if kind == before:
+            count += 1
+            continue
+        if before:
+            yield before, count
+        before, count = kind, 1
+
+
+# --------------------------------------------------------------------------- whole models
+
+
+def token_of(config: Any, kind: str = "image") -> int | None:
+    """The placeholder's id by the configuration."""
+    for name in (f"{kind}_token_id", f"{kind}_token_index"):
+        found = getattr(config, name, None)
+        if found is not None:
+            return int(found)
+    return None
+
+
+def _merging(model: Any, decoder: Any) -> Any:
+    """The innermost module around the decoder that puts image features into the prompt."""
+    around = [m for m in model.modules() if any(part is decoder for part in m.modules())]
+    merging = [m for m in around if any(hasattr(m, name) for name in _MERGES)]
+    return merging[-1] if merging else None
+
+
+def owns(model: Any) -> bool:
+    """Whether a model has a placeholder for images, a decoder that can be read, and a module that
+    puts image features into the prompt."""
+    if token_of(getattr(model, "config", None)) is None:
+        return False
+    decoder = find_decoder(model)
+    return decoder is not None and _merging(model, decoder) is not None
+
+
+def parts(model: Any, lengths: Lengths | None = None) -> ModelParts:
+    """Where its parts are.
+
+    Args:
+        model: one that is owned.
+        lengths: visual tokens of each image in a call; by default of images of one size for all
+            (Gemma 3, PaliGemma), and else every unbroken run of placeholders is an image.
+
+    Raises:
+        InputError: images reach the decoder in another way.
+    """
+    decoder, config = find_decoder(model), model.config
+    if any(hasattr(layer, "cross_attn") for layer in decoder.layers):
+        raise InputError(
+            f"{type(model).__name__} shows images to its decoder by cross-attention, not as tokens "
+            "of the prompt: nothing to prune."
+        )
+    inner, token = _merging(model, decoder), token_of(config)
+    assert token is not None
+    vision, why = _vision(inner)
+    return decoder_parts(
+        model,
+        decoder,
+        vision=vision,
+        why_no_vision=why,
+        watch_spans=watch_placeholders(
+            inner, token, lengths or equal_lengths(_image_length(config)), token_of(config, "video")
+        ),
+    )
+
+
+def _image_length(config: Any) -> int | None:
+    """Visual tokens of every image, where the configuration says so."""
+    text = getattr(config, "text_config", None)
+    for holder, name in ((config, "mm_tokens_per_image"), (text, "num_image_tokens")):
+        found = getattr(holder, name, None)
+        if isinstance(found, int):
+            return found
+    return None
+
+
+def _vision(inner: Any) -> tuple[VisionParts | None, str]:
+    """The tower, if it is CLIP's, and why not where it is not."""
+    tower = next((getattr(inner, name) for name in _TOWERS if hasattr(inner, name)), None)
+    projector = getattr(inner, "multi_modal_projector", None)
+    feature = getattr(inner.config, "vision_feature_layer", None)
+    if tower is None:
+        return None, "the model has no vision tower that is known"
+    if is_clip(tower) and projector is not None and feature is not None:
+        return vision_parts(tower, feature=feature, projector=projector), ""
+    return None, (
+        f"its vision tower, a {type(tower).__name__}, is not CLIP-like; methods that work in the "
+        "language model apply"
+    )
+
+
+def family_of(line: FamilyLine) -> Family:
+    """Any model with placeholders, or (``causal_lm``) a language model alone."""
+    if line.name != "causal_lm":
+        return Family(line, owns, parts)
+    return Family(line, lambda model: find_decoder(model) is not None, _bare_parts)
+
+
+def _bare_parts(model: Any) -> ModelParts:
+    return decoder_parts(model, find_decoder(model))
