@@ -56,10 +56,19 @@ METHODS: dict[str, Any] = {
     "random": vp.RandomDrop(keep=0.5),
     "random-later": vp.RandomDrop(keep=0.5, layer=3),
     "downsample": vp.Downsample(keep=0.25),
+    "fastervlm": vp.FasterVLM(budget=6),
+    "vispruner": vp.VisPruner(budget=6),
+    "divprune": vp.DivPrune(ratio=5),
+    "scope": vp.SCOPE(budget=6),
+    "holov": vp.HoloV(budget=6, crops=4),
+    "visionzip": vp.VisionZip(dominant=4, contextual=3),
+    "prumerge": vp.PruMerge(ratio=0.3),
+    "prumerge-plus": vp.PruMergePlus(ratio=0.12),
 }
 NOT_STATIC = {
     "mask": vp.FastV(agg_layer=2, attention_rank=0.4, mode="mask"),
     "saint": vp.SAINT(start=1, end=3, threshold=0.2, min_neighbors=1),
+    "prumerge": vp.PruMerge(),
 }
 TEXTS = ("What is this?", "How many circles are there in the picture?", "Red?")
 BATCHES: dict[str, Any] = {
@@ -110,15 +119,20 @@ def assert_same_trace(one: vp.Trace, other: vp.Trace) -> None:
     assert one.lengths == other.lengths
     assert one.visual_tokens == other.visual_tokens
     assert one.visual_input == other.visual_input
+    assert one.merged == other.merged
     assert one.vision_kept.keys() == other.vision_kept.keys()
+    for layer, kept in one.vision_kept.items():
+        assert torch.equal(kept, other.vision_kept[layer])
 
 
 # -- the same answers --------------------------------------------------------------------------
+WIDELY = ("none", "fastv", "saint-vit", "random")  # with every kind of batch
+FORMER = list(METHODS)[: list(METHODS).index("downsample") + 1]
 COMBINATIONS = [
     (name, batch)
     for name in METHODS
     for batch in BATCHES
-    if batch in ("padded", "uneven") or name in ("none", "fastv", "saint-vit", "random")
+    if batch == "uneven" or (batch == "padded" and name in FORMER) or name in WIDELY
 ]
 
 
@@ -348,7 +362,7 @@ def test_an_exception_leaves_the_model_as_it_was(original: Any) -> None:
     with pytest.raises(KeyError), vp.prune(model, METHODS["fastv"]):
         generate(fast, inputs, logits_processor=[Fault()])
     assert fingerprint(model) == before
-    with pytest.raises(InputError), vp.prune(model, vp.FastV(agg_layer=2, attention_rank=999)):
+    with pytest.raises(InputError), vp.prune(model, vp.FastV(agg_layer=2, image_token_length=3)):
         generate(fast, inputs)
     assert fingerprint(model) == before
     assert torch.equal(generate(fast, inputs), generate(model.generate, inputs))
@@ -440,7 +454,7 @@ def test_many_samples_with_mixed_lengths_and_budgets() -> None:
     again, later = ask()
     assert again == first and later <= 1.001 * memory
     pieces = [*_segments(fast), *fast.pieces.recent.steps._items.values()]
-    assert first == len(pieces) + (len(fast._tower._shapes._items) if GPU and fast._tower else 0)
+    assert first == len(pieces) + (len(fast._tower._shapes._items) if fast._tower else 0)
     print(f"{first} recordings in {fast.capture_seconds:.1f} s, {memory / 2**20:.0f} MiB")
     assert fast.capture_seconds < 60
 

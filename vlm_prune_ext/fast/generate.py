@@ -32,7 +32,7 @@ from vlm_prune_ext.fast.possible import (
 )
 from vlm_prune_ext.fast.reach import reach
 from vlm_prune_ext.fast.run import Run, start
-from vlm_prune_ext.fast.tower import RecordedTower
+from vlm_prune_ext.fast.tower import RecordedTower, drops_inside, watch_of
 from vlm_prune_ext.fast.unchanged import Unchanged
 from vlm_prune_ext.methods.base import Method
 
@@ -245,11 +245,8 @@ class FastGenerate:
         inputs = {name: kwargs[name] for name in INPUTS if kwargs.get(name) is not None}
         mask = inputs["attention_mask"]
         positions = (mask.long().cumsum(dim=1) - 1).masked_fill(mask == 0, 0)
-        in_tower = session is not None and any(
-            not isinstance(pruner, DecoderPruner) for pruner in session.pruners
-        )
-        if self._tower is not None and not in_tower:
-            self._tower.take_over()
+        if self._tower is not None and not drops_inside(session):
+            self._tower.take_over(watch_of(session))
         try:
             return self.prefill(
                 lambda: model(**inputs, position_ids=positions, use_cache=False), limit

@@ -71,6 +71,9 @@ def why_not_now(parts: ModelParts, method: Method | None) -> str | None:
 
 
 def _why_not_method(method: Method, layers: int) -> str | None:
+    between = method.feature_stage()
+    if between is not None and between.budget is None:
+        return f"{method.name} keeps a number of tokens that depends on the picture"
     for stage in method.stages(layers):
         if stage.mode == "mask":
             return f"{method.name} with mode='mask' drops nothing"
