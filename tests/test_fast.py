@@ -63,12 +63,12 @@ METHODS: dict[str, Any] = {
     "holov": vp.HoloV(budget=6, crops=4),
     "visionzip": vp.VisionZip(dominant=4, contextual=3),
     "prumerge": vp.PruMerge(ratio=0.3),
-    "prumerge-plus": vp.PruMergePlus(ratio=0.12),
 }
 NOT_STATIC = {
     "mask": vp.FastV(agg_layer=2, attention_rank=0.4, mode="mask"),
     "saint": vp.SAINT(start=1, end=3, threshold=0.2, min_neighbors=1),
     "prumerge": vp.PruMerge(),
+    "prumerge-plus": vp.PruMergePlus(ratio=0.12),
 }
 TEXTS = ("What is this?", "How many circles are there in the picture?", "Red?")
 BATCHES: dict[str, Any] = {

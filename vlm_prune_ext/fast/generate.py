@@ -66,7 +66,7 @@ class FastGenerate:
         self.forced, self._capture = forced, capture
         # The model holds this object, so nothing here may hold the model: memory would stay taken
         # after its last user let go of it.
-        self._parts = replace(parts, model=parts.decoder)
+        self._parts = replace(parts, model=parts.decoder, joint=None)
         self._said: set[str] = set()
         self._broken: str | None = None
         self._lock, self._owner = threading.Lock(), 0
