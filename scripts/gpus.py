@@ -43,7 +43,7 @@ from transformers import (
 
 import vlm_prune_ext as vp
 from vlm_prune_ext.bench.shapes import random_model
-from vlm_prune_ext.bench.subject import BEHIND, FRONT, of_shape
+from vlm_prune_ext.bench.workload import BEHIND, FRONT, of_shape
 from vlm_prune_ext.demo import questions, report
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.evals.answer import Answerer, Query

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,15 @@ from PIL import Image
 
 import vlm_prune_ext as vp
 from tests import family_makers, makers
-from vlm_prune_ext.bench import cases, report, shapes, subject
-from vlm_prune_ext.bench.floors import Ceilings
+from vlm_prune_ext.bench import cases, report, shapes, workload
+from vlm_prune_ext.bench.roofline import Roofline
 from vlm_prune_ext.cli import main
 from vlm_prune_ext.experiment.flops import DecoderShape, decoder_flops
 from vlm_prune_ext.experiment.measure import seconds_of
 from vlm_prune_ext.fast.pieces import PROMPT_STEP
 
 FASTV = "fastv:5,agg_layer=2"
-CEILINGS = Ceilings(flops=2e9, bytes=1e9, dtype="float32")
+ROOFLINE = Roofline(flops=2e9, bytes=1e9, dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +30,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tiny(folder: Path) -> subject.Subject:
+def tiny(folder: Path) -> workload.Workload:
     model, processor = vp.load(folder, device="cpu", fast=False)
-    return subject.of_checkpoint("tiny", model, processor, "Red?", makers.photo())
+    return workload.of_checkpoint("tiny", model, processor, "Red?", makers.photo())
 
 
 def run(folder: Path, out: Path, *more: str) -> int:
@@ -45,7 +46,7 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert run(folder, out, *methods) == 0
     said = capsys.readouterr()
     assert "fastv_rank5_k2" in said.out
-    assert "Left out: fast (CUDA graphs need a GPU): fastv_rank5_k2, none" in said.err
+    assert "Left out: graphs (CUDA graphs need a GPU): fastv_rank5_k2, none" in said.err
     data = json.loads((out / "bench.json").read_text())
     found = {(c["batch"], c["way"], c["method"]) for c in data["cells"]}
     rows = [("hf", "none"), ("hf-attentions", "none"), ("ordinary", "fastv_rank5_k2")]
@@ -70,23 +71,25 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("name", [None, vp.FastV(agg_layer=2, attention_rank=5)])
-def test_a_fast_case(tiny: subject.Subject, name: Any) -> None:
+def test_a_fast_case(tiny: workload.Workload, name: Any) -> None:
     """Here its pieces are not recorded; what is timed is the same."""
-    case = cases.Case("fast", name, 2)
-    cell = cases.measure_case(tiny, case, CEILINGS, new_tokens=3, repeat=2)
+    case = cases.Case("graphs", name, 2)
+    cell = cases.measure_case(tiny, case, ROOFLINE, new_tokens=3, repeat=2)
     whole = tiny.tokens
     assert cell.lengths == [whole] * 6 if name is None else [whole] * 2 + [tiny.text + 5] * 4
     assert cell.same_kept == (None if name is None else 1.0)
     assert cell.captures == (2 if name is None else 3)
-    assert cell.prefill_floor == pytest.approx(cell.flops / 2e9)
-    assert cell.decode_floor == pytest.approx(tiny.weight_bytes / 1e9)
+    assert cell.prefill_roofline == pytest.approx(cell.flops / 2e9)
+    assert cell.tpot_roofline == pytest.approx(tiny.weight_bytes / 1e9)
 
 
-@pytest.mark.parametrize(("way", "step"), [("hf", 7), ("ordinary", 1), ("fast", PROMPT_STEP)])
-def test_new_lengths_are_new(tiny: subject.Subject, way: str, step: int) -> None:
+@pytest.mark.parametrize(
+    ("backend", "step"), [("transformers", 7), ("hooks", 1), ("graphs", PROMPT_STEP)]
+)
+def test_new_lengths_are_new(tiny: workload.Workload, backend: str, step: int) -> None:
     """To transformers' kernels, with every token of an answer; to recorded pieces. What other ways
     have tried does not matter."""
-    fresh = subject.Subject(tiny.name, tiny.model, tiny.single, tiny.span, tiny.text)
+    fresh = workload.Workload(tiny.name, tiny.model, tiny.single, tiny.span, tiny.text)
     lengths = [fresh.batch(2)["input_ids"].shape[1]]
 
     def generate(**given: Any) -> None:
@@ -96,18 +99,18 @@ def test_new_lengths_are_new(tiny: subject.Subject, way: str, step: int) -> None
 
     for size in (1, 2, 3):
         fresh.unseen(size, "other", 100)
-    seconds = cases._unseen_seconds(fresh, cases.Case(way, None, 2), generate, 7)
+    seconds = cases._unseen_seconds(fresh, cases.Case(backend, None, 2), generate, 7)
     assert seconds is not None and seconds > 0
-    assert len(lengths) == 4 + (way == "fast")
+    assert len(lengths) == 4 + (backend == "graphs")
     assert lengths == list(range(lengths[0], lengths[-1] + 1, step))
     assert fresh.batch(2)["input_ids"].shape[1] == lengths[0]
 
 
-def test_no_room_for_a_longer_prompt(tiny: subject.Subject) -> None:
+def test_no_room_for_a_longer_prompt(tiny: workload.Workload) -> None:
     def generate(**given: Any) -> None:
         raise torch.OutOfMemoryError
 
-    assert cases._unseen_seconds(tiny, cases.Case("hf", None, 1), generate, 2) is None
+    assert cases._unseen_seconds(tiny, cases.Case("transformers", None, 1), generate, 2) is None
 
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "gemma3"])
@@ -121,30 +124,50 @@ def test_checkpoints_of_other_families(kind: str, tmp_path: Path) -> None:
     assert all(cell["unseen_samples_per_second"] > 0 for cell in found)
 
 
-def test_everything_is_put_back(tiny: subject.Subject) -> None:
+def test_everything_is_put_back(tiny: workload.Workload) -> None:
     config = tiny.model.generation_config
     stop = config.eos_token_id
     assert stop is not None
-    for way in ("hf", "hf-attentions"):
-        cases.measure_case(tiny, cases.Case(way, None, 1), CEILINGS, new_tokens=2, repeat=1)
+    for backend in cases.BARE:
+        cases.measure_case(tiny, cases.Case(backend, None, 1), ROOFLINE, new_tokens=2, repeat=1)
     assert tiny.model.config._attn_implementation == "sdpa"
     assert config.eos_token_id == stop
 
 
-def test_weights_that_a_token_reads(tiny: subject.Subject) -> None:
+def test_weights_that_a_token_reads(tiny: workload.Workload) -> None:
     model = tiny.model
     layers = sum(p.numel() for p in model.model.language_model.layers.parameters())
     assert tiny.weight_bytes == 4 * (layers + model.lm_head.weight.numel())
 
 
-def test_ratios_are_taken_within_one_way(tiny: subject.Subject) -> None:
+def test_ratios_are_taken_within_one_way(tiny: workload.Workload) -> None:
     made = [
-        cases.measure_case(tiny, cases.Case(way, method, 1), CEILINGS, new_tokens=2, repeat=1)
-        for way, method in (("hf", None), ("ordinary", vp.RandomDrop(keep=5)), ("fast", None))
+        cases.measure_case(tiny, cases.Case(backend, method, 1), ROOFLINE, new_tokens=2, repeat=1)
+        for backend, method in (
+            ("transformers", None),
+            ("hooks", vp.RandomDrop(keep=5)),
+            ("graphs", None),
+        )
     ]
+    made = [asdict(one) for one in made]
     assert report.unpruned(made, made[1]) is made[0]
     assert report.unpruned(made, made[2]) is made[2]
     assert report.unpruned(made[1:], made[1]) is None
+
+
+def test_the_file_keeps_its_keys(tiny: workload.Workload) -> None:
+    """`bench.json` has figures under names that others read; they are a view of the record."""
+    made = asdict(
+        cases.measure_case(
+            tiny, cases.Case("transformers", None, 2), ROOFLINE, new_tokens=3, repeat=1
+        )
+    )
+    seen = report.frozen(made)
+    assert seen["way"] == "hf" and seen["first_token"] == made["ttft"]
+    assert seen.keys() - set(report.FROZEN) == made.keys() - set(report.FROZEN.values())
+    for key, name in report.FROZEN.items():
+        assert key == "way" or seen[key] == made[name]
+    assert set(report.BACKEND_NAMES.values()) == set(cases.BACKENDS)
 
 
 def test_warm_up_is_not_timed() -> None:
@@ -184,7 +207,7 @@ def test_inputs_of_named_shapes(tmp_path: Path) -> None:
         from transformers import AutoModelForImageTextToText
 
         model = AutoModelForImageTextToText.from_config(config).eval()
-        made = subject.of_shape("shape", model)
+        made = workload.of_shape("shape", model)
         output = model.generate(**made.batch(2), max_new_tokens=2, do_sample=False)
         assert output.shape[0] == 2
         assert made.tokens == 67 + {"llava": 576, "llava_next": 2928}[form]
@@ -194,15 +217,15 @@ def test_inputs_of_named_shapes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
-        (["--batch-sizes", "0"], "--batch-sizes 0 is not valid"),
+        (["--batch-sizes", "0"], "--batch-size 0 is not valid"),
         (["--repeat", "0"], "--repeat 0 is not valid"),
-        (["--new-tokens", "1"], "--new-tokens 1 is not valid"),
-        (["--ways", "fats"], "fast"),
+        (["--new-tokens", "1"], "--max-new-tokens 1 is not valid"),
+        (["--ways", "grahps"], "Did you mean 'graphs'"),
         (["--methods", "fastw:3"], "fastv"),
         (["--methods", "fastv:5,agg_layer=77"], "agg_layer=77"),
         (["--methods", "none", "fastv:99999"], "attention_rank=99999 is not valid: at most 16"),
         (["--fast", "--methods", "none"], "CUDA graphs need a GPU"),
-        (["--fast", "--ways", "hf"], "--fast and --ways exclude each other"),
+        (["--fast", "--ways", "hf"], "--fast and --backend exclude each other"),
         (["--ways", "fast", "--methods", "none"], "leaves nothing to measure: CUDA graphs need a"),
         (["--ways", "hf", "--methods", FASTV], "transformers does not prune"),
         (["--visual", "100"], "--visual 100 is not possible"),
@@ -239,7 +262,7 @@ def test_an_earlier_bench_is_kept(folder: Path, tmp_path: Path, capsys: Any) -> 
         texts.append((tmp_path / "bench.json").read_text())
         assert len(json.loads(texts[-1])["cells"]) == 1  # what was said twice is measured once
     assert [(tmp_path / f"bench-{n}.json").read_text() for n in (1, 2)] == texts[:2]
-    assert len(list(tmp_path.iterdir())) == 9
+    assert len(list(tmp_path.iterdir())) == 3 * len(report.ENDINGS)
     assert run(folder, tmp_path, "--ways", "hf", "--methods", "none", FASTV + "9") == 2
     assert (tmp_path / "bench.json").read_text() == texts[2]
     assert "is now bench-2.*" in capsys.readouterr().err
@@ -267,10 +290,10 @@ def test_a_case_that_fails_costs_no_other(
 ) -> None:
     plain = cases.measure_case
 
-    def measure(subject: Any, case: cases.Case, *more: Any, **options: Any) -> cases.Cell:
+    def measure(given: Any, case: cases.Case, *more: Any, **options: Any) -> cases.Measured:
         if case.label == "fastv_rank3":
             raise RuntimeError("CUDA error: an illegal something\nand much more")
-        return plain(subject, case, *more, **options)
+        return plain(given, case, *more, **options)
 
     monkeypatch.setattr(cases, "measure_case", measure)
     out = tmp_path / "out"

@@ -10,17 +10,19 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_prune_ext.commands.common import checkpoint_of, device_for, quiet_transformers
-from vlm_prune_ext.errors import InputError, make_folder, reason_of, unknown_name
+from vlm_prune_ext.errors import InputError, make_folder, unknown_name
 
 if TYPE_CHECKING:
     from vlm_prune_ext.bench.cases import Case
-    from vlm_prune_ext.bench.subject import Subject
+    from vlm_prune_ext.bench.workload import Workload
+    from vlm_prune_ext.experiment import grid
     from vlm_prune_ext.methods.base import Method
 
 METHODS = ("none", "fastv:100", "fastv:288,agg_layer=2", "himap")
@@ -36,10 +38,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="published shape with random weights: llava-1.5-7b, llava-1.5-13b, llava-next-7b, "
         "qwen2.5-vl-3b, gemma-3-4b",
     )
-    what.add_argument("--model-path", metavar="NAME_OR_PATH", help="default: demo model")
+    what.add_argument(
+        "--model",
+        "--model-path",
+        dest="model_path",
+        metavar="NAME_OR_PATH",
+        help="default: demo model",
+    )
     add = parser.add_argument
-    add("--batch-sizes", nargs="+", type=int, default=[1, 8], metavar="N", help="default: 1 8")
     add(
+        "--batch-size",
+        "--batch-sizes",
+        nargs="+",
+        type=int,
+        default=[1, 8],
+        metavar="N",
+        help="default: 1 8",
+    )
+    add(
+        "--method",
         "--methods",
         nargs="+",
         default=list(METHODS),
@@ -47,14 +64,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"short forms, none is the baseline; default: {' '.join(METHODS)}",
     )
     add(
+        "--backend",
         "--ways",
         nargs="+",
-        metavar="WAY",
-        help="hf: transformers; hf-attentions: the same with eager attention maps; ordinary: our "
-        "hooks; fast: CUDA graphs (default: all that can be)",
+        metavar="NAME",
+        help="transformers; transformers-attentions: the same with eager attention maps; hooks: "
+        "ours; graphs: CUDA graphs (default: all that can be)",
     )
-    add("--fast", action="store_true", help="the fast path only, and an error where it is not")
-    add("--new-tokens", type=int, default=32, metavar="N", help="of long answers; default: 32")
+    add("--fast", action="store_true", help="CUDA graphs only, and an error where they are not")
+    add(
+        "--max-new-tokens",
+        "--new-tokens",
+        dest="new_tokens",
+        type=int,
+        default=32,
+        metavar="N",
+        help="of long answers; default: 32",
+    )
     add(
         "--repeat",
         type=int,
@@ -81,53 +107,69 @@ def run(args: argparse.Namespace) -> int:
     """Measure and report."""
     _check(args)
     from vlm_prune_ext.bench import cases, report
-    from vlm_prune_ext.bench.floors import measure_ceilings
+    from vlm_prune_ext.bench.roofline import measure_roofline
+    from vlm_prune_ext.experiment import grid
+    from vlm_prune_ext.experiment.log import Log
 
-    ways = _ways(args)
-    methods = list(dict.fromkeys(_method(text) for text in args.methods))
+    backends = _backends(args)
+    methods = list(dict.fromkeys(_method(text) for text in args.method))
     _check_shape(args)
     quiet_transformers()
     _check_methods(args, methods)
-    subject = _subject(args)
-    wanted = _cases(subject, ways, methods, args)
+    workload = _workload(args)
+    wanted = _cases(workload, backends, methods, args)
+    cells = [_cell(case, args) for case in wanted]
     folder = Path(args.out)
     make_folder(folder, "--out ")
-    ceilings = measure_ceilings(subject.device, subject.dtype)
-    cells: list[Any] = []
-    header = _header(subject, ceilings, args)
-    failed = 0
-    for number, case in enumerate(wanted, 1):
-        text = f"[{number}/{len(wanted)}] batch {case.batch}, {case.way}, {case.label}"
-        print(text, file=sys.stderr, flush=True)
-        try:
-            cell = cases.measure_case(
-                subject, case, ceilings, new_tokens=args.new_tokens, repeat=args.repeat
-            )
-        except Exception as error:  # whatever it is, the other cases are still to be measured
-            failed += 1
-            print(f"Failed: {text}: {reason_of(error)}", file=sys.stderr)
+    roofline = measure_roofline(workload.device, workload.dtype)
+    header = _header(workload, roofline, args)
+
+    def job(cell: grid.Cell) -> dict[str, Any]:
+        place = cells.index(cell)
+        print(f"[{place + 1}/{len(cells)}] {cell.label}", file=sys.stderr, flush=True)
+        sizes = {"new_tokens": args.new_tokens, "repeat": args.repeat}
+        return asdict(cases.measure_case(workload, wanted[place], roofline, **sizes))
+
+    if kept := report.put_aside(folder):
+        print(f"An earlier bench in {folder} is now {kept}.", file=sys.stderr)
+    results: list[dict[str, Any]] = []
+    for line in grid.run(cells, lambda: job, log=Log(folder / "bench.jsonl")):
+        if line.status == grid.FAILED:
+            print(f"Failed: {line.label}: {line.why}", file=sys.stderr)
             continue
-        if not cells and (kept := report.put_aside(folder)):
-            print(f"An earlier bench in {folder} is now {kept}.", file=sys.stderr)
-        cells.append(cell)
-        report.write(cells, header, folder)  # nothing measured is lost
-    if not cells:
-        raise InputError(f"--methods {' '.join(args.methods)}: no case could be measured.")
-    _print(cells, header, args)
-    return 1 if failed else 0
+        results.append(dict(line.result or {}))
+        report.write(results, header, folder)  # nothing measured is lost
+    if not results:
+        raise InputError(f"--method {' '.join(args.method)}: no case could be measured.")
+    report.table(results, header).show()
+    print(report.legend(header))
+    print(f"Written to {args.out}: bench.json, bench.md, bench.png, bench.csv, bench.html")
+    return 1 if len(results) < len(wanted) else 0
+
+
+def _cell(case: Case, args: argparse.Namespace) -> grid.Cell:
+    """A case as the grid runner takes it."""
+    from vlm_prune_ext.experiment.grid import Cell
+    from vlm_prune_ext.settings import method_as_json
+
+    names = ("shape", "model_path", "visual", "dtype", "device", "new_tokens", "repeat")
+    shared = {name: getattr(args, name) for name in names}
+    own = {"backend": case.backend, "batch_size": case.batch_size}
+    settings = {**shared, **own, "method": method_as_json(case.method)}
+    return Cell(settings, label=f"batch {case.batch_size}, {case.backend}, {case.label}")
 
 
 def _check(args: argparse.Namespace) -> None:
     """What can be known before anything heavy is imported."""
-    for name, values in (("--batch-sizes", args.batch_sizes), ("--repeat", [args.repeat])):
+    for name, values in (("--batch-size", args.batch_size), ("--repeat", [args.repeat])):
         for value in values:
             if value < 1:
                 raise InputError(f"{name} {value} is not valid: an integer of at least 1.")
     if args.new_tokens < 2:
-        raise InputError(f"--new-tokens {args.new_tokens} is not valid: at least 2.")
-    if args.fast and args.ways not in (None, ["fast"]):
+        raise InputError(f"--max-new-tokens {args.new_tokens} is not valid: at least 2.")
+    if args.fast and args.backend not in (None, ["graphs"], ["fast"]):
         raise InputError(
-            "--fast and --ways exclude each other: --fast is --ways fast, or an error."
+            "--fast and --backend exclude each other: --fast is --backend graphs, or an error."
         )
     for name, text in (("out", args.out), ("dtype", args.dtype)):
         if text is not None and not text.strip():
@@ -136,15 +178,17 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError(f"--out {args.out!r} is a file: a folder is needed.")
 
 
-def _ways(args: argparse.Namespace) -> list[str]:
-    from vlm_prune_ext.bench.cases import WAYS
+def _backends(args: argparse.Namespace) -> list[str]:
+    from vlm_prune_ext.bench.cases import BACKENDS
+    from vlm_prune_ext.bench.report import BACKEND_NAMES
 
     if args.fast:
-        return ["fast"]
-    for way in args.ways or ():
-        if way not in WAYS:
-            raise unknown_name("--ways", way, WAYS)
-    return list(dict.fromkeys(args.ways or WAYS))
+        return ["graphs"]
+    named = [BACKEND_NAMES.get(name, name) for name in args.backend or BACKENDS]
+    for name in named:
+        if name not in BACKENDS:
+            raise unknown_name("--backend", name, BACKENDS)
+    return list(dict.fromkeys(named))
 
 
 def _method(text: str) -> Method | None:
@@ -186,8 +230,8 @@ def _check_methods(args: argparse.Namespace, methods: list[Method | None]) -> No
             check(method)
 
 
-def _subject(args: argparse.Namespace) -> Subject:
-    from vlm_prune_ext.bench.subject import of_checkpoint, of_shape
+def _workload(args: argparse.Namespace) -> Workload:
+    from vlm_prune_ext.bench.workload import of_checkpoint, of_shape
     from vlm_prune_ext.models import dtype_of, load
 
     device = device_for(args)
@@ -216,66 +260,53 @@ def _picture() -> Any:
 
 
 def _cases(
-    subject: Subject, ways: list[str], methods: list[Method | None], args: argparse.Namespace
+    workload: Workload, backends: list[str], methods: list[Method | None], args: argparse.Namespace
 ) -> list[Case]:
     """All that can be; of the others one line each says why not."""
     from vlm_prune_ext.bench.cases import Case, possible
     from vlm_prune_ext.pruning import prune
 
     for method in methods:  # a method that does not fit the model costs nothing
-        with prune(subject.model, method):
+        with prune(workload.model, method):
             pass
     found: list[Case] = []
     left_out: dict[str, set[str]] = {}
     reasons = set()
-    for batch in dict.fromkeys(args.batch_sizes):
-        for way in ways:
+    for batch in dict.fromkeys(args.batch_size):
+        for backend in backends:
             for method in methods:
-                case = Case(way, method, batch)
-                reason = possible(subject, case)
+                case = Case(backend, method, batch)
+                reason = possible(workload, case)
                 if reason is None:
                     found.append(case)
                     continue
                 reasons.add(reason)
                 if args.fast:
                     raise InputError(f"--fast is not possible: {reason}.")
-                if way in ("fast", "ordinary"):
-                    left_out.setdefault(f"{way} ({reason})", set()).add(case.label)
+                if backend in ("graphs", "hooks"):
+                    left_out.setdefault(f"{backend} ({reason})", set()).add(case.label)
     for what, labels in left_out.items():
         print(f"Left out: {what}: {', '.join(sorted(labels))}", file=sys.stderr)
     if not found:
-        raise InputError(
-            f"--ways {' '.join(ways)} leaves nothing to measure: {'; '.join(sorted(reasons))}."
-        )
+        named, why = " ".join(backends), "; ".join(sorted(reasons))
+        raise InputError(f"--backend {named} leaves nothing to measure: {why}.")
     return found
 
 
-def _header(subject: Subject, ceilings: Any, args: argparse.Namespace) -> dict[str, Any]:
-    from dataclasses import asdict
-
+def _header(workload: Workload, roofline: Any, args: argparse.Namespace) -> dict[str, Any]:
     from vlm_prune_ext.experiment import host
 
-    hardware = host.hardware(subject.device)
+    hardware = host.hardware(workload.device)
     where = hardware.get("gpu") or hardware["cpu"]
-    dtype = str(subject.dtype).removeprefix("torch.")
-    prompt = f"{subject.span[0]} + {subject.span[1]} + {subject.text - subject.span[0]} tokens"
+    dtype = str(workload.dtype).removeprefix("torch.")
+    prompt = f"{workload.span[0]} + {workload.span[1]} + {workload.text - workload.span[0]} tokens"
     return {
-        "title": f"{subject.name}, {prompt}, {dtype}, {where}, {date.today().isoformat()}",
+        "title": f"{workload.name}, {prompt}, {dtype}, {where}, {date.today().isoformat()}",
         "command": "vlm-prune bench " + " ".join(sys.argv[2:]),
-        "prompt": {"text": subject.text, "visual": subject.span[1], "start": subject.span[0]},
+        "prompt": {"text": workload.text, "visual": workload.span[1], "start": workload.span[0]},
         "new_tokens": args.new_tokens,
-        "ceilings": asdict(ceilings),
+        "ceilings": asdict(roofline),
         "hardware": hardware,
         "versions": host.versions(),
         "commit": host.commit(),
     }
-
-
-def _print(cells: list[Any], header: dict[str, Any], args: argparse.Namespace) -> None:
-    from rich.console import Console
-
-    from vlm_prune_ext.bench import report
-
-    Console(width=None if sys.stdout.isatty() else 230).print(report.table(cells, header["title"]))
-    print(report.legend(header))
-    print(f"Written to {args.out}: bench.json, bench.md, bench.png")

@@ -141,14 +141,16 @@ def _here(cells: Sequence[Cell], job: Job) -> Iterator[Line]:
         yield do(cell, job)
 
 
-def do(cell: Cell, job: Job) -> Line:
-    """Do one cell; whatever goes wrong with it is in the line."""
+def do(cell: Cell, job: Job, *, tell: bool = False) -> Line:
+    """Do one cell; whatever goes wrong with it is in the line, and where it did is told on standard
+    error if that is a file."""
     try:
         result = dict(job(cell))
     except InputError as error:
         return line_of(cell, FAILED, why=str(error))
     except Exception as error:  # the other cells are still to be done
-        traceback.print_exc()
+        if tell:
+            traceback.print_exc()
         return line_of(cell, FAILED, why=reason_of(error))
     host = result.pop("host", {})
     return line_of(cell, DONE, result=result, host=host)
@@ -265,7 +267,7 @@ def _serve(
         except Exception as error:
             pipe.send(line_of(cell, FAILED, why=reason_of(error)))
             continue
-        pipe.send(do(cell, job))
+        pipe.send(do(cell, job, tell=output is not None))
 
 
 def _end_with_parent() -> None:

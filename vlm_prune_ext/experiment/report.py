@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_prune_ext.experiment.log import write_whole
+from vlm_prune_ext.experiment.metrics import METRICS, everywhere
 
 FORMATS = ("md", "csv", "html", "json")
 
@@ -111,6 +112,46 @@ class Column:
         if isinstance(value, bool) or not isinstance(value, int | float):
             return value
         return f"{value:.{self.digits}f}{self.unit}"
+
+
+@dataclass(frozen=True)
+class Figure(Column):
+    """A column that knows where a result has its figure: one declaration a figure.
+
+    Attributes:
+        path: names of keys joined by dots; of several paths, joined by ``+``, the sum.
+        scale: from there to what is shown.
+    """
+
+    path: str = ""
+    scale: float = 1.0
+
+    def of(self, result: Mapping[str, Any]) -> Any:
+        """The value as it is shown; ``None`` where there is none."""
+        found = [_dig(result, path) for path in self.path.split("+")]
+        if any(value is None for value in found):
+            return None
+        return found[0] if self.left else sum(found) * self.scale
+
+
+def _dig(value: Any, path: str) -> Any:
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def metric_figures(path: str = "metrics", empty: str = "-") -> list[Figure]:
+    """A column for each metric that every command shows.
+
+    Args:
+        path: where results have the values, by the metrics' names.
+        empty: what stands where there is no value.
+    """
+    shown = (METRICS[name] for name in everywhere())
+    return [
+        Figure(m.title, m.digits, m.help, key=m.name, empty=empty, path=f"{path}.{m.name}")
+        for m in shown
+    ]
 
 
 @dataclass
@@ -389,7 +430,7 @@ def bar_plot(
     path: Path,
     *,
     digits: int = 3,
-    floors: Mapping[str, Sequence[float]] | None = None,
+    floors: Mapping[str, Sequence[float | None]] | None = None,
     title: str = "",
 ) -> None:
     """Horizontal bars, a panel per figure, the same rows in each, the first on top.
@@ -422,7 +463,8 @@ def bar_plot(
         said = ["–" if value is None else f"{value:.{digits}f}" for value in values]
         axis.bar_label(bars, said, padding=2, fontsize=8)
         if floors and name in floors:
-            axis.plot(floors[name], places, "|", color="black", ms=11, mew=2)
+            marks = [float("nan") if floor is None else floor for floor in floors[name]]
+            axis.plot(marks, places, "|", color="black", ms=11, mew=2)
         axis.set_title(_plain(name), fontsize=10)
         axis.set_xlim(0, 1.3 * max([value for value in values if value], default=1.0))
         axis.spines[["top", "right"]].set_visible(False)

@@ -5,17 +5,17 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import reduce
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.experiment.grid import DONE, FAILED, Line, read_lines
 from vlm_prune_ext.experiment.log import Log, write_whole
-from vlm_prune_ext.experiment.metrics import METRICS, everywhere
+from vlm_prune_ext.experiment.metrics import METRICS
 from vlm_prune_ext.experiment.report import (
     Column,
+    Figure,
     Markup,
     Table,
     bar_plot,
@@ -24,6 +24,7 @@ from vlm_prune_ext.experiment.report import (
     html_page,
     line_plot,
     markdown_cell,
+    metric_figures,
 )
 from vlm_prune_ext.experiment.report import Line as Drawn
 
@@ -32,120 +33,58 @@ LOG = "cells.jsonl"
 
 
 # -- what is shown -------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Figure(Column):
-    """A column of figures.
-
-    Attributes:
-        path: where a cell's result has it, names joined by dots; of several, joined by ``+``, the
-            sum.
-        scale: from there to what is shown.
-    """
-
-    empty: str = ""
-    path: str = ""
-    scale: float = 1.0
-
-    def of(self, result: Mapping[str, Any]) -> Any:
-        """Its value; ``None`` where there is none."""
-        found = [_dig(result, path) for path in self.path.split("+")]
-        if any(value is None for value in found):
-            return None
-        return found[0] if self.left else sum(found) * self.scale
+_MS, _GIGA = 1e3, 1e-9
 
 
-def _dig(result: Any, path: str) -> Any:
-    return reduce(lambda part, key: part[key], path.split("."), result)
+def _figure(name: str, digits: int, path: str, note: str, scale: float = 1.0) -> Figure:
+    return Figure(name, digits, note, empty="", path=path, scale=scale)
 
 
-_MS = 1e3
 FIGURES = (
-    Figure("visual", 0, "visual tokens of the prompt, mean per example", path="tokens.visual"),
-    Figure(
-        "kept", 0, "of these, held by a decoder layer, mean over layers", path="tokens.visual_kept"
-    ),
-    Figure("text", 1, "text tokens, template included, padding not", path="tokens.text"),
-    Figure(
-        "width",
-        0,
-        "positions of the prompt that are computed, padding included",
-        path="tokens.width",
-    ),
-    Figure("new", 1, "generated tokens", path="tokens.new"),
-    Figure("latency ms", 1, "of a batch, median", path="latency.total.median", scale=_MS),
-    Figure("p10", 1, "of the latency", path="latency.total.p10", scale=_MS),
-    Figure("p90", 1, "of the latency", path="latency.total.p90", scale=_MS),
-    Figure(
-        "vision ms",
-        1,
-        "vision tower and projector, median of runs of their own",
-        path="latency.vision",
-        scale=_MS,
-    ),
-    Figure("prefill ms", 1, "the rest of TTFT", path="latency.prefill", scale=_MS),
-    Figure(
-        "TTFT ms",
-        1,
-        "time to first token, median",
-        path="latency.first_token.median",
-        scale=_MS,
-    ),
-    Figure(
-        "decode ms",
-        1,
-        "behind the first new token, median",
-        path="latency.decode.median",
-        scale=_MS,
-    ),
-    Figure(
-        "TPOT ms",
-        2,
-        "time per output token: decoding, per step of the batch",
-        path="latency.per_token",
-        scale=_MS,
-    ),
-    Figure("examples/s", 2, "batch size over latency", path="examples_per_second"),
-    Figure("score", 1, "see the column beside it, in percent", path="quality.value"),
+    _figure("visual", 0, "tokens.visual", "visual tokens of the prompt, mean per example"),
+    _figure("kept", 0, "tokens.visual_kept", "of these, held by a decoder layer, mean over layers"),
+    _figure("text", 1, "tokens.text", "text tokens, template included, padding not"),
+    _figure("width", 0, "tokens.width", "positions of the prompt that are computed, with padding"),
+    _figure("new", 1, "tokens.new", "generated tokens"),
+    _figure("latency ms", 1, "latency.total.median", "of a batch, median", _MS),
+    _figure("p10", 1, "latency.total.p10", "of the latency", _MS),
+    _figure("p90", 1, "latency.total.p90", "of the latency", _MS),
+    _figure("vision ms", 1, "latency.vision", "tower and projector, median of own runs", _MS),
+    _figure("prefill ms", 1, "latency.prefill", "the rest of TTFT", _MS),
+    _figure("TTFT ms", 1, "latency.first_token.median", "time to first token, median", _MS),
+    _figure("decode ms", 1, "latency.decode.median", "behind the first new token, median", _MS),
+    _figure("TPOT ms", 2, "latency.per_token", "time per output token, of the batch", _MS),
+    _figure("examples/s", 2, "examples_per_second", "batch size over latency"),
+    _figure("score", 1, "quality.value", "see the column beside it, in percent"),
     Figure(
         "scored by",
-        0,
-        "vqa: VQA accuracy; accuracy: exact match; bleu4: BLEU-4",
-        True,
+        note="vqa: VQA accuracy; accuracy: exact match; bleu4: BLEU-4",
+        left=True,
         path="quality.name",
     ),
-    Figure("WER", 2, METRICS["wer"].help, path="quality.wer"),
-    Figure("J/example", 2, "energy; empty where nothing counts it", path="energy.counted"),
-    Figure(
+    _figure("WER", 2, "quality.wer", METRICS["wer"].help),
+    _figure("J/example", 2, "energy.counted", "energy; empty where nothing counts it"),
+    _figure(
         "GFLOP",
         3,
+        "flops.vision+flops.prefill",
         "per example until the first new token, counted by torch, the rule's own included",
-        path="flops.vision+flops.prefill",
-        scale=1e-9,
+        _GIGA,
     ),
-    Figure(
+    _figure(
         "GFLOP analytic",
         3,
+        "flops.analytic_vision+flops.analytic_prefill",
         "the same by formula, the rule's own not included",
-        path="flops.analytic_vision+flops.analytic_prefill",
-        scale=1e-9,
+        _GIGA,
     ),
-    Figure(
-        "peak GiB",
-        2,
-        "memory: tensors on a GPU, the process on a CPU",
-        path="peak_memory",
-        scale=2**-30,
-    ),
+    _figure("peak GiB", 2, "peak_memory", "tensors on a GPU, the process on a CPU", 2**-30),
 )
 
 
 def figures() -> list[Figure]:
     """All columns: those above, and the metrics that every command shows."""
-    more = [METRICS[name] for name in everywhere()]
-    return [
-        *FIGURES,
-        *(Figure(m.title, m.digits, m.help, path=f"quality.metrics.{m.name}") for m in more),
-    ]
+    return [*FIGURES, *metric_figures("quality.metrics", empty="")]
 
 
 @dataclass(frozen=True)
@@ -207,19 +146,16 @@ def rows_of(lines: Iterable[Line]) -> list[Row]:
     """Cells that are done."""
     columns = figures()
     return [
-        Row(line, {column.name: _of(column, line.result or {}) for column in columns})
+        Row(line, {column.name: column.of(_checked(line.result)) for column in columns})
         for line in lines
         if line.status == DONE
     ]
 
 
-def _of(column: Figure, result: Mapping[str, Any]) -> Any:
-    try:
-        return column.of(result)
-    except KeyError:
-        if column.path.startswith("quality.metrics."):  # measured before there was this metric
-            return None
-        raise
+def _checked(result: dict[str, Any] | None) -> dict[str, Any]:
+    """A result of this command (of another, there is no such key)."""
+    assert result is not None
+    return {**result, "latency": result["latency"], "tokens": result["tokens"]}
 
 
 # -- from cells to questions ---------------------------------------------------------------------
@@ -331,6 +267,10 @@ class Model:
             parts += ["## Failed", "", *(f"- {markdown_cell(said)}" for said in self.failed), ""]
         return "\n".join(parts)
 
+    def sheet(self) -> Table:
+        """All cells that are done, under every axis."""
+        return table(self.rows, QUESTIONS)
+
     def html(self, folder: Path) -> list[str]:
         """Its part of the one page."""
         parts = [f'<h2 id="{html_cell(self.stem)}">{html_cell(self.name)}</h2>']
@@ -344,16 +284,16 @@ class Model:
 
 def table(rows: Sequence[Row], axes: Sequence[Question]) -> Table:
     """Rows under the axes that tell them apart, and their figures."""
-    columns = [*(Column(q.column, left=True) for q in axes), *map(_without_note, figures())]
+    columns = [*(Column(q.column, left=True, key=q.axis) for q in axes), *map(_bare, figures())]
     made = Table(columns)
     for row in rows:
         made.rows.append([*(row.shown(q.axis) or "default" for q in axes), *row.figures.values()])
     return made
 
 
-def _without_note(figure: Figure) -> Column:
-    """The legend stands once on a page, not under every table."""
-    return Column(figure.name, figure.digits, left=figure.left, empty="")
+def _bare(figure: Figure) -> Column:
+    """Without its note: the legend stands once on a page, not under every table."""
+    return replace(figure, note="")
 
 
 def _model(name: str, names: Sequence[str], lines: Sequence[Line], folder: Path) -> Model:
@@ -574,6 +514,7 @@ def write_reports(out: Path) -> list[Path]:
         names = list(dict.fromkeys(line.cell["model_name"] for line in lines))
         models = [_model(name, names, lines, folder) for name in names]
         pages = {folder / f"{model.stem}.md": model.markdown() for model in models}
+        sheets = {folder / f"{model.stem}.csv": model.sheet().csv() for model in models}
         index = {folder / "index.md": _index(models), folder / "index.html": _page(models, folder)}
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(
@@ -583,7 +524,7 @@ def write_reports(out: Path) -> list[Path]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise InputError(f"--out {str(folder)!r} cannot be written ({reason}).") from error
-    for path, text in {**index, **pages}.items():
+    for path, text in {**index, **pages, **sheets}.items():
         write_whole(path, text)
     return [*index, *pages]
 

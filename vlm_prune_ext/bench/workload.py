@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,6 +15,7 @@ from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.experiment.flops import DecoderShape
 from vlm_prune_ext.fast.reach import reach
 from vlm_prune_ext.models import parts_of
+from vlm_prune_ext.models.base import starts_with
 
 FRONT, BEHIND = 35, 32
 """Text tokens of a named shape's prompt in front of the picture (as in LLaVA-1.5's) and behind."""
@@ -23,7 +25,7 @@ LLAVA_VISUAL = {"llava": 576, "llava_next": 2928}
 
 
 @dataclass
-class Subject:
+class Workload:
     """A model with prompts for it.
 
     Attributes:
@@ -32,6 +34,7 @@ class Subject:
         single: inputs of one prompt for ``generate``; ``None``: only the language model is timed.
         span: ``(start, length)`` of the visual tokens in it.
         text: text tokens of it.
+        decode: new tokens ``(batch, n)`` -> texts; ``None``: they mean nothing.
     """
 
     name: str
@@ -39,6 +42,7 @@ class Subject:
     single: dict[str, torch.Tensor] | None
     span: tuple[int, int]
     text: int
+    decode: Callable[[torch.Tensor], list[str]] | None = None
     _longer: Counter[tuple[str, int]] = field(default_factory=Counter, repr=False)
 
     @cached_property
@@ -83,10 +87,11 @@ class Subject:
         assert self.single is not None
         return {name: torch.cat([value] * size) for name, value in self.single.items()}
 
-    def unseen(self, size: int, way: str, step: int) -> dict[str, torch.Tensor]:
-        """As :meth:`batch`, with more text: ``step`` tokens longer than before in that ``way``."""
-        self._longer[way, size] += step
-        longer, inputs = self._longer[way, size], self.batch(size)
+    def unseen(self, size: int, backend: str, step: int) -> dict[str, torch.Tensor]:
+        """As :meth:`batch`, with more text: ``step`` tokens longer than before in that
+        ``backend``."""
+        self._longer[backend, size] += step
+        longer, inputs = self._longer[backend, size], self.batch(size)
         per_token = inputs["input_ids"].shape
         return {
             name: torch.cat([value, value[:, -1:].expand(-1, longer)], dim=1)
@@ -113,7 +118,7 @@ class Subject:
         return prompt.embeds
 
 
-def of_shape(name: str, model: Any, visual: int | None = None) -> Subject:
+def of_shape(name: str, model: Any, visual: int | None = None) -> Workload:
     """A named shape: random token ids and pixels.
 
     Args:
@@ -124,7 +129,7 @@ def of_shape(name: str, model: Any, visual: int | None = None) -> Subject:
     config, device = model.config, next(model.parameters()).device
     kind = config.model_type
     if kind not in LLAVA_VISUAL:
-        return Subject(name, model, None, (FRONT, visual or 576), FRONT + BEHIND)
+        return Workload(name, model, None, (FRONT, visual or 576), FRONT + BEHIND)
     count = LLAVA_VISUAL[kind]
     generator = torch.Generator().manual_seed(0)
     front = torch.randint(3, 30000, (FRONT,), generator=generator)
@@ -136,10 +141,10 @@ def of_shape(name: str, model: Any, visual: int | None = None) -> Subject:
     if kind == "llava_next":
         single["image_sizes"] = torch.tensor([[672, 672]])
     single = {key: value.to(device) for key, value in single.items()}
-    return Subject(name, model, single, (FRONT, count), FRONT + BEHIND)
+    return Workload(name, model, single, (FRONT, count), FRONT + BEHIND)
 
 
-def of_checkpoint(name: str, model: Any, processor: Any, question: str, image: Any) -> Subject:
+def of_checkpoint(name: str, model: Any, processor: Any, question: str, image: Any) -> Workload:
     """A loaded checkpoint, asked one question about one picture.
 
     Raises:
@@ -150,4 +155,15 @@ def of_checkpoint(name: str, model: Any, processor: Any, question: str, image: A
     if not len(places) or int(places[-1] - places[0]) + 1 != len(places):
         raise InputError(f"model {name!r} does not have its visual tokens in one run.")
     span = (int(places[0]), len(places))
-    return Subject(name, model, inputs, span, inputs["input_ids"].shape[1] - span[1])
+    text = inputs["input_ids"].shape[1] - span[1]
+
+    def decode(output: torch.Tensor) -> list[str]:
+        return processor.decode(new_tokens(output, inputs["input_ids"]), {})
+
+    return Workload(name, model, inputs, span, text, decode)
+
+
+def new_tokens(output: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+    """Of what ``generate`` returned, ``(batch, n)``, the part behind the prompt ``(1, length)``."""
+    whole = starts_with(output[:1], prompt)
+    return output[:, prompt.shape[1] :] if whole else output

@@ -1,4 +1,5 @@
-"""What the device can do at best, measured first, and the time a prefill or a token needs at least.
+"""The roofline: what the device can do at best, measured first, and the time a prefill or a token
+needs at least.
 
 A prefill is bound by arithmetic: its FLOPs over the rate of a large matrix product. A decoded token
 of a small batch is bound by reading the weights (and the KV cache) once: their bytes over the rate
@@ -15,7 +16,7 @@ from vlm_prune_ext.experiment.measure import seconds_of
 
 
 @dataclass(frozen=True)
-class Ceilings:
+class Roofline:
     """Rates of a device.
 
     Attributes:
@@ -29,15 +30,15 @@ class Ceilings:
     dtype: str
 
     def prefill_seconds(self, flops: float) -> float:
-        """Arithmetic floor."""
+        """Of a prefill at least: its arithmetic."""
         return flops / self.flops
 
     def token_seconds(self, weight_bytes: float) -> float:
-        """Reading floor."""
+        """Of a token at least: the weights are read."""
         return weight_bytes / self.bytes
 
 
-def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+def measure_roofline(device: torch.device, dtype: torch.dtype) -> Roofline:
     """Time a matrix product (8,192 a side on a GPU, 2,048 on a CPU) and a copy (2 GiB; 256 MiB)."""
     on_gpu = device.type == "cuda"
     side, numbers = (8192, 1 << 30) if on_gpu else (2048, 1 << 26)
@@ -49,4 +50,4 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     target = torch.empty_like(source)
     seconds = seconds_of(lambda: target.copy_(source), device, repeat=7)
     moved = 2.0 * source.numel() * source.element_size()
-    return Ceilings(flops, moved / seconds.median, str(dtype).removeprefix("torch."))
+    return Roofline(flops, moved / seconds.median, str(dtype).removeprefix("torch."))
