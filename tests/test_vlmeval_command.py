@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,8 +21,10 @@ from vlmeval.dataset import DATASET_CLASSES, ImageBaseDataset
 from tests import vlmeval_files as files
 from tests.makers import photo, tiny_original
 from vlm_prune_ext.evals import vlmeval as wrappers
+from vlm_prune_ext.evals.names import model_name
 from vlm_prune_ext.evals.rows import open_table
 from vlm_prune_ext.evals.vlmeval_cli import main
+from vlm_prune_ext.experiment.log import lock
 from vlm_prune_ext.methods.fastv import FastV
 from vlm_prune_ext.resets import OFF_LINE
 
@@ -124,9 +127,10 @@ def test_scores_are_those_of_the_answers(
     command += ["--work-dir", str(tmp_path / "out"), *SHORT]
     folder = tmp_path / "out" / "llava-1.5-7b-baseline_MMBench_DEV_EN_V11"
     for expected in (100.0, 75.0):  # the second run starts anew, files of the first are put aside
-        assert main(command) == 0
+        assert main([*command, "--fresh"]) == 0
         assert result(folder)["score"]["value"] == expected
     assert len(list((folder / "previous").glob("*_results.json"))) == 1
+    assert main(command) == 0  # nothing is left to ask
 
 
 # -- prompts -------------------------------------------------------------------------------------
@@ -258,47 +262,130 @@ def test_wrong_input_is_one_sentence(
 
 
 # -- interrupted and continued -------------------------------------------------------------------
-def test_reuse_goes_on_where_it_stopped(
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Texts of the queries that reach the model."""
+    texts: list[str] = []
+    original = wrappers.PrunedVLM.answer
+
+    def noted(self: Any, query: Any) -> Any:
+        texts.append(query.text)
+        return original(self, query)
+
+    monkeypatch.setattr(wrappers.PrunedVLM, "answer", noted)
+    return texts
+
+
+def test_a_run_goes_on_where_it_stopped(
     checkpoint: Path,
     data: Path,
     tmp_path: Path,
+    asked: list[str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """SIGTERM after 4 of 14 rows; other settings are refused; the rest is answered once."""
+    """SIGTERM after 4 of 14 rows; the rest is answered once, with --reuse or without."""
     files.write(data, "Mine", files.mcq_rows(14))
     command = ["--model-path", str(checkpoint), "--method", "fastv:5", "--data", "Mine"]
     command += ["--work-dir", str(tmp_path / "out"), *SHORT]
-    original, calls = wrappers.PrunedVLM.answer, []
+    original = wrappers.PrunedVLM.answer
 
     def stopping(self: Any, query: Any) -> Any:
-        if len(calls) == 4:
+        if len(asked) == 4:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)
-        calls.append(query.text)
         return original(self, query)
 
     with monkeypatch.context() as patch:
         patch.setattr(wrappers.PrunedVLM, "answer", stopping)
         assert main(command) == 2
-    assert "--reuse" in capsys.readouterr().err
+    assert "goes on" in capsys.readouterr().err
     folder = tmp_path / "out" / "llava-1.5-7b-fastv_rank5_Mine"
     assert answered(folder) == Counter(range(4))
-
-    assert main([*command, "--reuse", "--seed", "5"]) == 2
-    assert "seed=0" in capsys.readouterr().err
-    with monkeypatch.context() as patch:
-        more: list[Any] = []
-        patch.setattr(
-            wrappers.PrunedVLM, "answer", lambda self, q: more.append(q) or original(self, q)
-        )
-        assert main([*command, "--reuse"]) == 0
-    assert len(more) == 10
+    asked.clear()
+    assert main([*command, "--reuse"]) == 0
+    assert len(asked) == 10
     assert answered(folder) == Counter(range(14))
     in_one_go = tmp_path / "other"
     assert main([*command[:-3], str(in_one_go), *SHORT]) == 0
     assert predictions(folder) == predictions(in_one_go / folder.name)
     assert result(folder)["samples"] == 14
+
+
+def test_what_changed_is_named_and_asked_anew(
+    checkpoint: Path,
+    data: Path,
+    tmp_path: Path,
+    asked: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Rows whose question, hint, options or picture differ; all rows for another setting or other
+    weights. What was there is put aside, never deleted."""
+    model = tmp_path / "models" / "llava-v1.5-7b"
+    shutil.copytree(checkpoint, model)
+    rows = files.mcq_rows(5)
+    command = ["--model-path", str(model), "--method", "fastv:5", "--data", "Mine"]
+    command += ["--work-dir", str(tmp_path / "out"), "--max-new-tokens", "3"]
+    folder = tmp_path / "out" / "llava-1.5-7b-fastv_rank5_Mine"
+
+    def run(*more: str) -> tuple[int, str]:
+        asked.clear()
+        files.write(data, "Mine", rows)
+        assert main([*command, *more]) == 0
+        assert set(answered(folder)) == {row["index"] for row in rows}
+        return len(asked), capsys.readouterr().err
+
+    assert run()[0] == 5
+    assert run()[0] == 0
+    rows[0]["answer"] = "B" if rows[0]["answer"] == "A" else "A"  # no answer depends on it
+    assert run()[0] == 0
+    changes = {"question": "Other?", "hint": "Look.", "A": "green", "image": rows[4]["image"]}
+    for place, (column, value) in enumerate(changes.items()):
+        rows[place][column] = value
+        count, said = run()
+        part = {"A": "options", "image": "picture"}.get(column, column)
+        assert (count, f"1 row has changed ({part})" in said) == (1, True), said
+    rows.append({**rows[0], "index": 99})
+    assert run()[0] == 1
+    count, said = run("--seed", "5")
+    assert (count, "seed=0, now 5" in said) == (6, True)
+    weights = next(model.glob("*.bin"), None) or next(model.glob("*.safetensors"))
+    data_of = bytearray(weights.read_bytes())
+    data_of[-100] ^= 1
+    weights.write_bytes(data_of)
+    count, said = run("--seed", "5")
+    assert (count, "weights=" in said) == (6, True)
+    assert len(list(folder.glob("previous*/*_samples.jsonl"))) == 6
+
+
+def test_a_broken_line_of_the_log_costs_that_row(
+    checkpoint: Path, data: Path, tmp_path: Path, asked: list[str]
+) -> None:
+    files.write(data, "Mine", files.mcq_rows(4))
+    command = ["--model-path", str(checkpoint), "--method", "fastv:5", "--data", "Mine"]
+    command += ["--work-dir", str(tmp_path / "out"), *SHORT]
+    assert main(command) == 0
+    folder = tmp_path / "out" / "llava-1.5-7b-fastv_rank5_Mine"
+    before = predictions(folder)
+    log = folder / f"{folder.name}_samples.jsonl"
+    lines = log.read_bytes().split(b"\n")
+    lines[1] = lines[1][:40]
+    log.write_bytes(b"\n".join(lines))
+    (folder / f"{folder.name}_results.json").unlink()
+    asked.clear()
+    assert main(command) == 0
+    assert len(asked) == 1
+    assert predictions(folder) == before
+
+
+def test_two_runs_in_one_folder_are_one_sentence(
+    checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files.write(data, "Mine", files.mcq_rows(2))
+    command = ["--model-path", str(checkpoint), "--method", "fastv:5", "--data", "Mine"]
+    with lock(tmp_path / "out" / "llava-1.5-7b-fastv_rank5_Mine"):
+        assert main([*command, "--work-dir", str(tmp_path / "out"), *SHORT]) == 2
+    assert "in use by another run" in capsys.readouterr().err
 
 
 def start(words: list[str], *, torchrun: bool = False) -> subprocess.Popen[bytes]:
@@ -335,7 +422,7 @@ def test_killed_then_finished_by_two_processes(
         process.communicate()
     before = answered(folder)
     assert 13 <= len(before) < count
-    done = start([*words, str(tmp_path / "out"), "--reuse"], torchrun=True)
+    done = start([*words, str(tmp_path / "out")], torchrun=True)
     output = done.communicate(timeout=400)[0].decode()
     assert done.returncode == 0, output
     assert answered(folder) == Counter(range(count))
@@ -398,7 +485,7 @@ def test_registered_names_load(checkpoint: Path) -> None:
     ],
 )
 def test_model_names(path: str | None, name: str) -> None:
-    assert wrappers.model_name(path) == name
+    assert model_name(path) == name
 
 
 # -- no arguments --------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from vlm_prune_ext import __version__
 from vlm_prune_ext.errors import InputError, unknown_name
 
 COMMANDS = {
+    "sweep": "methods x budgets x models x data in one table, with plots",
     "methods": "pruning methods with their parameters, defaults and papers",
     "models": "models with a short name, and what each supports",
     "inspect": "draw which patches of a picture a method drops, layer by layer",

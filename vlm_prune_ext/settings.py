@@ -41,7 +41,8 @@ class Settings:
         work_dir: where results go.
         limit: rows of each dataset, the first ones; ``None``: all.
         mode: ``infer`` makes predictions, ``eval`` scores those that are there, ``all`` does both.
-        reuse: go on from the predictions that are there, instead of starting anew.
+        reuse: what every run does: go on from the answers that are there.
+        fresh: start anew instead; what is there is put aside.
         verbose: print every answer.
         seed: of torch's generators, and of methods that draw lots.
         dtype, device, attn_implementation: see :func:`vlm_prune_ext.load`.
@@ -56,6 +57,7 @@ class Settings:
     limit: int | None = None
     mode: str = "all"
     reuse: bool = False
+    fresh: bool = False
     verbose: bool = False
     seed: int = 0
     dtype: str | None = None
@@ -75,8 +77,10 @@ class Settings:
         for name in ("limit", "max_new_tokens"):
             _require(name, getattr(self, name), "an integer of at least 1", _at_least(1), none=True)
         a_seed().check("seed", self.seed)
-        for name in ("reuse", "verbose", "trust_remote_code"):
+        for name in ("reuse", "fresh", "verbose", "trust_remote_code"):
             _require(name, getattr(self, name), "true or false", _is_bool)
+        if self.reuse and self.fresh:
+            raise InputError("reuse=True and fresh=True exclude each other: one of them may be.")
         _require("fast", self.fast, "true or false", _is_bool, none=True)
 
     @property

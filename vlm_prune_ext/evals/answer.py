@@ -17,8 +17,10 @@ from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteria
 from vlm_prune_ext.engine.trace import Trace
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.evals.decoding import RepetitionPenalty
+from vlm_prune_ext.experiment import flops
 from vlm_prune_ext.experiment.flops import tower_images
 from vlm_prune_ext.experiment.measure import TokenClock
+from vlm_prune_ext.experiment.record import Sample
 from vlm_prune_ext.fast.generate import check_method
 from vlm_prune_ext.methods.base import Method
 from vlm_prune_ext.models import parts_of
@@ -312,3 +314,44 @@ def _cut(text: str, until: Sequence[str]) -> str:
     """The text up to the first of some strings."""
     places = [text.find(end) for end in until if end and end in text]
     return text[: min(places)] if places else text
+
+
+# -- a line of the log ----------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Sizes(flops.Sizes):
+    """Sizes of a model, and an answer of it as a line of the log."""
+
+    @staticmethod
+    def of(config: Any) -> Sizes:
+        """Read off a model's config."""
+        found = flops.Sizes.of(config)
+        return Sizes(found.decoder, found.vision)
+
+    def sample(self, index: int | str, answer: Answer, *, warm_up: bool) -> Sample:
+        """An answer as a line of the log."""
+        cost = self.prompt(
+            answer.prompt_tokens,
+            answer.visual_tokens,
+            answer.lengths,
+            answer.tower_images,
+            answer.patches_kept,
+        )
+        return Sample(
+            index=index,
+            prediction=answer.text,
+            warm_up=warm_up,
+            prompt_tokens=answer.prompt_tokens,
+            new_tokens=answer.new_tokens,
+            visual_tokens=answer.visual_tokens,
+            visual_kept={str(layer): count for layer, count in answer.visual_kept.items()},
+            lengths=answer.lengths,
+            prefill_seconds=answer.prefill_seconds,
+            decode_seconds=answer.decode_seconds,
+            flops=cost.prefill,
+            flops_baseline=cost.prefill_baseline,
+            flops_visual=cost.visual,
+            flops_visual_baseline=cost.visual_baseline,
+            vision_flops=cost.vision,
+            vision_flops_baseline=cost.vision_baseline,
+            fast=answer.fast,
+        )

@@ -20,9 +20,9 @@ import pandas as pd
 import vlmeval.dataset
 from vlmeval.dataset.image_base import ImageBaseDataset
 
-from vlm_prune_ext.errors import InputError, reason_of, unknown_name
+from vlm_prune_ext.errors import InputError, reason_of
+from vlm_prune_ext.evals.names import data_root, own_table, unknown_dataset
 from vlm_prune_ext.evals.pictures import unpack
-from vlm_prune_ext.evals.shapes import LMUDATA
 from vlm_prune_ext.evals.vlmeval_files import own_reading
 from vlm_prune_ext.tables import BadRow, read_header, read_leniently
 
@@ -55,26 +55,15 @@ def class_of(name: str) -> type:
     for cls in vlmeval.dataset.DATASET_CLASSES:
         if name in cls.supported_datasets():
             return cls
-    path = data_root() / f"{name}.tsv"
+    path = own_table(name)
     if not path.is_file():
-        error = unknown_name("dataset", name, _all_names())
-        short = str(error).split(" Accepted: ")[0]
-        raise InputError(
-            f"{short} Accepted: VLMEvalKit's data sets, Shapes_MCQ, Shapes_YN, Shapes_VQA, "
-            f"Shapes_Caption, or a TSV of your own at {str(path)!r}."
-        )
+        raise unknown_dataset(name, _all_names())
     header = set(read_header(path))
     if not {"A", "B"} <= header:
         return vlmeval.dataset.CustomVQADataset
     if header & {"image", "image_path"}:
         return vlmeval.dataset.CustomMCQDataset
     return vlmeval.dataset.CustomTextMCQDataset
-
-
-def data_root() -> Path:
-    """VLMEvalKit's data folder, without making it."""
-    named = os.environ.get(LMUDATA)
-    return Path(named) if named and Path(named).is_dir() else Path("~/LMUData").expanduser()
 
 
 def _all_names() -> set[str]:

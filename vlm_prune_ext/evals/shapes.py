@@ -20,8 +20,7 @@ from vlmeval.smp import load
 
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.evals.cache import VARIABLE, demo_data
-
-LMUDATA = "LMUData"
+from vlm_prune_ext.evals.names import LMUDATA
 
 # Answers in these sets are short; VLMEvalKit's limit for LLaVA (2048) would only let a model that
 # does not stop by itself babble.

@@ -16,7 +16,6 @@ VLMEvalKit has no plug-in hook, so its launcher has to be started with our entri
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterable
 from functools import cache, partial
@@ -30,8 +29,9 @@ from vlmeval.vlm.base import BaseModel
 from vlm_prune_ext.demo import CHECKPOINT
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.evals.answer import Answer, Answerer, Query
+from vlm_prune_ext.evals.names import run_name
 from vlm_prune_ext.evals.shapes import MAX_NEW_TOKENS, register_datasets
-from vlm_prune_ext.methods.base import Method, label_text
+from vlm_prune_ext.methods.base import Method
 from vlm_prune_ext.methods.registry import (
     METHODS,
     classes,
@@ -190,27 +190,7 @@ def __getattr__(name: str) -> type[PrunedVLM]:
 CHECKPOINTS = (str(CHECKPOINT), "liuhaotian/llava-v1.5-7b", "liuhaotian/llava-v1.5-13b")
 
 
-# -- names ---------------------------------------------------------------------------------------
-def model_name(model_path: str | None) -> str:
-    """A checkpoint's name in file names: ``liuhaotian/llava-v1.5-7b`` -> ``llava-1.5-7b``."""
-    path = Path(model_path) if model_path else CHECKPOINT
-    if path.exists():
-        path = path.resolve()
-    if path == CHECKPOINT.resolve():
-        return "llava-demo"
-    name = path.name
-    if path.parent.name == "snapshots":  # the hub's cache: models--owner--name/snapshots/commit
-        name = path.parent.parent.name.rpartition("--")[2]
-    elif name.startswith("checkpoint"):  # a step of a training run
-        name = f"{path.parent.name}-{name}"
-    return label_text(re.sub(r"-v(?=\d)", "-", name))
-
-
-def run_name(model_path: str | None, method: Method | None) -> str:
-    """Name of a model with a method: ``llava-1.5-7b-fastv_rank100``."""
-    return f"{model_name(model_path)}-{method.label() if method is not None else 'baseline'}"
-
-
+# -- VLMEvalKit's table ---------------------------------------------------------------------------
 def register(
     model_path: str | Iterable[str] = CHECKPOINTS,
     methods: Iterable[Method | str | None] | None = None,

@@ -13,10 +13,11 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from vlm_prune_ext.errors import InputError, unknown_name
-from vlm_prune_ext.evals.console import console, tokens
+from vlm_prune_ext.experiment.record import Record
+from vlm_prune_ext.experiment.report import Column, Table, terminal_text
 from vlm_prune_ext.settings import (
     DTYPES,
     MODES,
@@ -27,11 +28,7 @@ from vlm_prune_ext.settings import (
     resolve,
 )
 
-if TYPE_CHECKING:
-    from vlm_prune_ext.evals.record import Record
-
 TRUST_HELP = "load formats that come with code of their own, e.g. OpenGVLab/InternVL2-2B"
-SHAPES = ("Shapes_MCQ", "Shapes_YN", "Shapes_VQA", "Shapes_Caption")
 
 
 # -- arguments -----------------------------------------------------------------------------------
@@ -72,7 +69,8 @@ def make_parser() -> Parser:
     add("--config", metavar="FILE", help="settings as JSON or YAML; the command line wins")
     add("--limit", type=int, metavar="N", help="only the first N rows of each data set")
     add("--mode", choices=MODES, help="default: all")
-    add("--reuse", action="store_true", help="go on from the answers that are there")
+    add("--fresh", action="store_true", help="start anew; what is there is put aside, not deleted")
+    add("--reuse", action="store_true", help="what every run does: go on from what is there")
     add("--verbose", action="store_true", help="print every answer")
     add("--seed", type=int, metavar="N", help="default: 0")
     add("--dtype", choices=DTYPES, help="default: float32 on a CPU, else the checkpoint's")
@@ -137,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         settings, given = settings_of(words)
-        if not given - {"work_dir", "limit", "reuse", "seed", "device", "dtype"}:
+        if not given - {"work_dir", "limit", "reuse", "fresh", "seed", "device", "dtype"}:
             return _compare(settings)
         return _run(settings)
     except SystemExit as done:  # --help
@@ -147,32 +145,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print(
-            "Interrupted: the answers made so far are on disk, and the same command with --reuse "
-            "goes on from them.",
+            "Interrupted: the answers made so far are on disk, and the same command goes on from "
+            "them (as --reuse did; --fresh starts anew).",
             file=sys.stderr,
         )
         return 2
 
 
 def _compare(settings: Settings) -> int:
-    _keep_out_of_lmudata()
-    from vlm_prune_ext.evals.compare import compare
+    from vlm_prune_ext.evals.names import keep_out_of_lmudata
+    from vlm_prune_ext.evals.sweep import demo
+
+    keep_out_of_lmudata()
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("Under torchrun a run must name --data: the comparison is one process's.")
-    return compare(settings)
-
-
-def _keep_out_of_lmudata() -> None:
-    """VLMEvalKit makes its data folder as soon as it is imported. Where only the demo's data are
-    asked for and there is no such folder, it gets one in the cache."""
-    from vlm_prune_ext.evals.cache import cache_folder
-
-    if "LMUData" in os.environ or Path("~/LMUData").expanduser().exists():
-        return
-    folder = cache_folder() / "LMUData"
-    folder.mkdir(parents=True, exist_ok=True)
-    os.environ["LMUData"] = str(folder)  # noqa: SIM112 (its name)
+    return demo(settings)
 
 
 def _import_quietly() -> None:
@@ -187,14 +175,18 @@ def _import_quietly() -> None:
 def _run(settings: Settings) -> int:
     from dataclasses import replace
 
+    from vlm_prune_ext.evals.names import SHAPES, check_by_sight, keep_out_of_lmudata
     from vlm_prune_ext.models.checkpoint import Checkpoint, check_trust
 
-    if settings.model_path is not None:  # a wrong one should not cost an import of 10 seconds
+    # Nothing that is wrong should cost an import of 10 seconds.
+    if settings.model_path is not None:
         check_trust(Checkpoint(settings.model_path), settings.trust_remote_code)
+    for name in settings.data:
+        check_by_sight(name)
     if not settings.data:
         settings = replace(settings, data=SHAPES)
     if set(settings.data) <= set(SHAPES):
-        _keep_out_of_lmudata()
+        keep_out_of_lmudata()
     _import_quietly()
     from vlm_prune_ext.evals.precheck import check_fit
     from vlm_prune_ext.evals.rows import check_name
@@ -218,28 +210,38 @@ def _run(settings: Settings) -> int:
 
 
 # -- reporting -----------------------------------------------------------------------------------
+COLUMNS = (
+    Column("data", left=True),
+    Column("score", left=True),
+    Column("rows", 0),
+    Column("failed", 0),
+    Column("visual tokens"),
+    Column("FLOPs", unit=" %"),
+    Column("prefill", 0, unit=" ms"),
+)
+
+
 def report(records: Sequence[Record], settings: Settings) -> int:
     """Print one row per data set and what went wrong; returns the exit code."""
-    from rich.table import Table
-
-    table = Table(title=records[0].name, title_justify="left")
-    for column in ("data", "score", "rows", "failed", "visual tokens", "FLOPs", "prefill"):
-        table.add_column(column, justify="left" if column in ("data", "score") else "right")
+    table = Table(COLUMNS, title=records[0].name)
     for one in records:
-        table.add_row(
-            one.dataset,
-            _score(one),
-            str(one.samples),
-            str(len(one.failed)),
-            tokens(one),
-            f"{100 * one.flops.ratio:.1f} %" if one.flops else "-",
-            _milliseconds(one),
+        prefill = one.seconds.prefill if one.seconds else None
+        table.rows.append(
+            [
+                one.dataset,
+                _score(one),
+                one.samples,
+                len(one.failed),
+                one.token_steps,
+                100 * one.flops.ratio if one.flops else None,
+                1000 * prefill.median if prefill else None,
+            ]
         )
-    console().print(table)
+    table.show(boxed=True)
     for note in dict.fromkeys(one.note for one in records if one.note):
-        print(note)
+        print(terminal_text(note))
     for one in records:
-        print(Path(settings.work_dir) / f"{one.name}_{one.dataset}")
+        print(terminal_text(Path(settings.work_dir) / f"{one.name}_{one.dataset}"))
     return _failures(records, settings)
 
 
@@ -247,7 +249,8 @@ def _failures(records: Sequence[Record], settings: Settings) -> int:
     failed = sum(len(one.failed) for one in records)
     for one in records:
         for row in one.failed[:10]:
-            print(f"{one.dataset}, row {row['index']}: {row['reason']}", file=sys.stderr)
+            said = f"{one.dataset}, row {row['index']}: {row['reason']}"
+            print(terminal_text(said), file=sys.stderr)
         if len(one.failed) > 10:
             print(f"{one.dataset}: and {len(one.failed) - 10} more rows", file=sys.stderr)
     if failed:
@@ -263,11 +266,6 @@ def _score(record: Record) -> str:
     error = record.score.standard_error
     spread = f" ± {1.96 * error:.1f}" if error is not None else ""
     return f"{record.score.name} {record.score.value:.2f}{spread}"
-
-
-def _milliseconds(record: Record) -> str:
-    spread = record.seconds.prefill if record.seconds else None
-    return f"{1000 * spread.median:.0f} ms" if spread else "-"
 
 
 if __name__ == "__main__":

@@ -1,23 +1,25 @@
 """One model with one method on one data set, through VLMEvalKit's own inference and scoring.
 
 VLMEvalKit hands a model one row after the other and keeps answers in pickles that it writes every
-ten rows. Here every answer is also appended to a log as it comes, with what it cost; an
-interrupted run goes on from that log, whatever number of processes it had.
+ten rows. Here every answer is also appended to a log as it comes, with what it cost and with
+fingerprints of what it depends on. A run goes on from that log, whatever number of processes it
+had; rows that are not what they were are asked anew.
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import errno
-import json
 import math
 import os
 import re
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,14 +33,26 @@ from vlmeval.vlm.base import BaseModel
 
 from vlm_prune_ext.demo import CHECKPOINT
 from vlm_prune_ext.errors import InputError
-from vlm_prune_ext.evals import record as records
+from vlm_prune_ext.evals.answer import Sizes
 from vlm_prune_ext.evals.interrupt import terminable
 from vlm_prune_ext.evals.precheck import check_fit, is_untrained
-from vlm_prune_ext.evals.record import Record, Sample, SampleLog, Score, Sizes, Stretch
 from vlm_prune_ext.evals.rows import Table, open_table
 from vlm_prune_ext.evals.vlmeval import PrunedVLM, run_name
 from vlm_prune_ext.evals.vlmeval_files import own_files
 from vlm_prune_ext.experiment import host, measure
+from vlm_prune_ext.experiment.log import lock, put_aside, read_json, write_json
+from vlm_prune_ext.experiment.record import (
+    Record,
+    Sample,
+    SampleLog,
+    Score,
+    Stretch,
+    changed,
+    digest,
+    read_record,
+    summarise,
+    weights_fingerprint,
+)
 from vlm_prune_ext.models import load
 from vlm_prune_ext.models.checkpoint import Checkpoint
 from vlm_prune_ext.settings import Settings, method_as_json
@@ -47,8 +61,14 @@ _NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 UNTRAINED = "The weights of this checkpoint are random: scores are those of guessing."
 
-# Settings that change predictions: --reuse goes on only where they are the same.
-_DECISIVE = ("method", "seed", "dtype", "attn_implementation", "max_new_tokens", "fast")
+# What decides predictions: where one of these differs, all rows are asked anew.
+_DECISIVE = (
+    *("method", "seed", "dtype", "attn_implementation", "max_new_tokens", "fast"),
+    *("checkpoint", "weights", "prompts"),
+)
+# Column of a row -> part that its answer depends on; further columns are "other".
+_PARTS = {"question": "question", "hint": "hint", "image": "picture", "image_path": "picture"}
+_NOT_ASKED = {"index", "answer", "category", "l2-category", "split"}
 
 
 # -- processes -----------------------------------------------------------------------------------
@@ -83,7 +103,9 @@ class Ranks:
         on_gpu = torch.cuda.is_available() and device != "cpu"
         if on_gpu:
             torch.cuda.set_device(self.device(device))
-        dist.init_process_group("nccl" if on_gpu else "gloo")
+        # The first process may download data or score for long while the others wait.
+        limit = timedelta(seconds=int(os.environ.get("DIST_TIMEOUT", "3600")))
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=limit)
         yield
         dist.barrier()  # nobody leaves while others may still need the connection
         dist.destroy_process_group()
@@ -109,6 +131,11 @@ class Models:
     def source(self) -> Checkpoint:
         """Its files."""
         return Checkpoint(self.path)
+
+    @cached_property
+    def weights(self) -> str:
+        """Their fingerprint."""
+        return weights_fingerprint(self.source.folder)
 
     @cached_property
     def loaded(self) -> tuple[Any, Any]:
@@ -159,78 +186,132 @@ class Files:
         return [p for p in self.folder.glob(f"{self.stem}*") if p.is_file() and p not in mine]
 
 
-def start_files(files: Files, config: dict[str, Any], *, reuse: bool) -> None:
-    """Make the folder ready: empty, or with the answers that are there for VLMEvalKit to find.
+def start_files(
+    files: Files, config: dict[str, Any], rows: Mapping[int | str, dict[str, str]], *, fresh: bool
+) -> None:
+    """Make the folder ready: the answers that still hold are there for VLMEvalKit to find, all
+    else that was there is put aside.
+
+    Args:
+        files: of the run.
+        config: as :func:`run_config` makes it.
+        rows: index -> fingerprints of what its answer depends on.
+        fresh: whether nothing is to be gone on from.
 
     Raises:
-        InputError: the folder cannot be written, or what is there was made with other settings.
+        InputError: the folder cannot be written.
     """
+    kept, why = ([], "") if fresh else _still_right(files, config, rows)
+    if why:
+        print(
+            f"{files.stem}: {why}; what was there is in {put_aside(files.folder)}.", file=sys.stderr
+        )
+    elif fresh:
+        put_aside(files.folder)
+    if why and kept:
+        files.log().rewrite(kept)
+    for path in [*files.folder.glob("*.pkl"), files.predictions]:
+        path.unlink(missing_ok=True)
+    answers = {s.index: s.prediction for s in kept if isinstance(s, Sample) and s.failed is None}
     try:
-        files.folder.mkdir(parents=True, exist_ok=True)
-        if not reuse:
-            _put_away(files.folder)
-        elif files.ours("config.json").exists():
-            _check_same(files, config)
-        samples = collect(files) if reuse else []
-        for path in [*files.folder.glob("*.pkl"), files.predictions]:
-            path.unlink(missing_ok=True)
-        if samples:
-            answers = {s.index: s.prediction for s in samples if s.failed is None}
+        if answers:
             dump(answers, str(files.folder / f"{files.stem}_PREV.pkl"))
-        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        files.ours("config.json").write_text(text, "utf-8")
     except OSError as error:
         raise InputError(
             f"work_dir: {str(files.folder)!r} cannot be written ({error.strerror}); a folder that "
             "can be made or written is accepted."
         ) from error
+    write_json(files.ours("config.json"), config)
 
 
-def _put_away(folder: Path) -> None:
-    """Move an earlier run's files aside (replacing those of the run before it)."""
-    old = [path for path in folder.iterdir() if path.name != "previous"]
-    if not old:
-        return
-    aside = folder / "previous"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    for path in old:
-        path.rename(aside / path.name)
+def _still_right(
+    files: Files, config: dict[str, Any], rows: Mapping[int | str, dict[str, str]]
+) -> tuple[list[Sample | Stretch], str]:
+    """Lines to go on with, and why others are not among them (empty: all are)."""
+    samples, stretches = collect(files)
+    before = read_json(files.ours("config.json"))
+    if not samples:
+        return [], ""
+    if not isinstance(before, dict):
+        return [], "its settings cannot be read, so that all rows are asked anew"
+    decisive = {name: config[name] for name in _DECISIVE}
+    if different := changed(before, decisive):
+        return [], f"made with {'; '.join(different)}: all rows are asked anew"
+    kept: list[Sample] = []
+    parts: Counter[str] = Counter()
+    for sample in samples:
+        now = rows.get(sample.index, sample.row)  # a row beyond --limit stays
+        if now == sample.row:
+            kept.append(sample)
+        parts.update(name for name, value in now.items() if sample.row.get(name) != value)
+    if len(kept) == len(samples):
+        return [*kept, *stretches], ""
+    count = len(samples) - len(kept)
+    what = ", ".join(sorted(parts))
+    said = f"{count} {'row has' if count == 1 else 'rows have'} changed ({what}) and are asked anew"
+    return [*kept, *stretches], said
 
 
-def _check_same(files: Files, config: dict[str, Any]) -> None:
-    path = files.ours("config.json")
-    try:
-        before = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise InputError(
-            f"{str(path)!r} is not JSON: run without --reuse to start anew."
-        ) from error
-    for key in (*_DECISIVE, "checkpoint", "rows"):
-        if key == "rows" and None in (before.get(key), config.get(key)):
-            continue  # one of them saw the first rows only
-        if before.get(key) != config.get(key):
-            raise InputError(
-                f"--reuse: answers in {str(files.folder)!r} were made with {key}="
-                f"{before.get(key)!r}, this run has {config.get(key)!r}: take the same, or run "
-                "without --reuse to start anew."
-            )
-
-
-def collect(files: Files) -> list[Sample]:
+def collect(files: Files) -> tuple[list[Sample], list[Stretch]]:
     """Put the logs of all processes into one, the last line of each row winning."""
     samples: dict[int | str, Sample] = {}
     stretches: list[Stretch] = []
     logs = files.logs()
     for log in logs:
-        mine, times = log.read()
+        mine, times = log.samples()
         samples.update({sample.index: sample for sample in mine})
         stretches += times
-    if samples or stretches:
-        files.log().replace([*samples.values(), *stretches])
+        if log.broken:
+            lines = ", ".join(map(str, log.broken))
+            print(f"{log.path.name}: line {lines} cannot be read and is left out.", file=sys.stderr)
+    if len(logs) > 1 and (samples or stretches):
+        files.log().rewrite([*samples.values(), *stretches])
     for log in logs[1:]:
         log.path.unlink(missing_ok=True)
-    return list(samples.values())
+    return list(samples.values()), stretches
+
+
+def row_parts(dataset: Any) -> dict[int | str, dict[str, str]]:
+    """Fingerprints of what the answer to each row depends on, by index: its question, hint,
+    options, picture, and whatever else it has but for the right answer and categories."""
+    data, found = dataset.data, {}
+    names = {name: _part(name) for name in map(str, data) if name not in _NOT_ASKED}
+    root = Path(getattr(dataset, "img_root", "."))
+    for row in data.to_dict("records"):
+        parts: dict[str, list[Any]] = {}
+        for name, part in names.items():
+            value = row[name]
+            if name == "image_path":
+                value = _picture_bytes(value, root)
+            parts.setdefault(part, []).append([name, str(value)])
+        found[_index(row["index"])] = {part: digest(values) for part, values in parts.items()}
+    return found
+
+
+def _part(column: str) -> str:
+    is_option = len(column) == 1 and column.isupper()
+    return "options" if is_option else _PARTS.get(column, "other")
+
+
+def _picture_bytes(value: Any, root: Path) -> str:
+    """Pictures that are named by their files, one or a list: what the files hold."""
+    text = str(value)
+    names = [text]
+    if text.startswith("["):
+        with contextlib.suppress(ValueError, SyntaxError):
+            names = list(map(str, ast.literal_eval(text)))
+    return digest([text, *(_content(root / name) for name in names)])
+
+
+def _content(path: Path) -> str:
+    try:
+        return digest(path.read_bytes())
+    except (OSError, ValueError):  # the row will fail, and say why
+        return ""
+
+
+def _index(value: Any) -> int | str:
+    return value if isinstance(value, str) else int(value)
 
 
 # -- rows ----------------------------------------------------------------------------------------
@@ -248,8 +329,9 @@ class RowModel(BaseModel):
     such as its prediction. Settings that fit no row end the run.
 
     Args:
-        model: answers.
+        load: makes what answers, once the first row that is open comes by.
         dataset: the data set that rows come from.
+        parts: index -> fingerprints of a row.
         log: takes the lines.
         on_sample: called after every row.
     """
@@ -258,25 +340,45 @@ class RowModel(BaseModel):
 
     def __init__(
         self,
-        model: PrunedVLM,
+        load: Callable[[], PrunedVLM],
         dataset: Any,
+        parts: Mapping[int | str, dict[str, str]],
         log: SampleLog,
         on_sample: Callable[[], None] | None = None,
     ) -> None:
         super().__init__()
-        self.inner, self.dataset, self.log, self.on_sample = model, dataset, log, on_sample
-        self.sizes = Sizes.of(model.model.config)
+        self._load, self._parts = load, parts
+        self.dataset, self.log, self.on_sample = dataset, log, on_sample
         self.index: int | str = 0
         self.answered = 0
-        self.warm_up = 3 if model.processor.device.type == "cuda" else 1
         # Else VLMEvalKit would ask the data set itself, and we would not learn which row it is.
         self._dataset_first = getattr(dataset, "force_use_dataset_prompt", False)
         if self._dataset_first:
             dataset.force_use_dataset_prompt = False
 
-    def set_dump_image(self, dump_image_func: Callable[[Any], Any]) -> None:
-        """Given by VLMEvalKit: writes a row's images to files."""
-        self.inner.set_dump_image(dump_image_func)
+    @cached_property
+    def inner(self) -> PrunedVLM:
+        """What answers."""
+        model = self._load()
+        model.set_dump_image(self.dataset.dump_image)
+        self.sizes = Sizes.of(model.model.config)
+        self.device = model.processor.device
+        self.warm_up = 3 if self.device.type == "cuda" else 1
+        measure.reset_peak(self.device)
+        self._energy, self._start = measure.EnergyMeter(self.device, None), time.perf_counter()
+        return model
+
+    def stretch(self, rank: int) -> Stretch | None:
+        """What answering took; ``None`` if nothing was answered."""
+        if not self.answered:
+            return None
+        return Stretch(
+            rank=rank,
+            seconds=time.perf_counter() - self._start,
+            peak_memory_bytes=measure.peak_memory(self.device),
+            energy_joules=self._energy.joules(),
+            hardware=host.hardware(self.device),
+        )
 
     def use_custom_prompt(self, dataset: str) -> bool:
         """Always: that is how rows come by."""
@@ -284,8 +386,7 @@ class RowModel(BaseModel):
 
     def build_prompt(self, line: Any, dataset: str | None = None) -> Any:
         """The row's message, or a :class:`Failure`."""
-        index = line["index"]
-        self.index = index if isinstance(index, str) else int(index)
+        self.index = _index(line["index"])
         try:
             if not self._dataset_first and self.inner.use_custom_prompt(dataset or ""):
                 return self.inner.build_prompt(line, dataset)
@@ -311,9 +412,9 @@ class RowModel(BaseModel):
                     "or a larger device is needed."
                 ) from error
             return self._write_failure("it does not fit into the memory of the device")
-        sample = self.sizes.sample(self.index, answer, warm_up=self.answered < self.warm_up)
+        warm_up = self.answered < self.warm_up
         self.answered += 1
-        return self._write(sample)
+        return self._write(self.sizes.sample(self.index, answer, warm_up=warm_up))
 
     def _query(self, message: Any, dataset: str | None) -> Any:
         try:
@@ -326,7 +427,7 @@ class RowModel(BaseModel):
         return self._write(Sample(self.index, f"{FAIL_MSG} {reason}", failed=reason))
 
     def _write(self, sample: Sample) -> str:
-        self.log.append(sample)
+        self.log.add(replace(sample, row=self._parts.get(self.index, {})))
         if self.on_sample is not None:
             self.on_sample()
         return sample.prediction
@@ -375,18 +476,39 @@ def run_dataset(
     table = _open_in_turn(dataset, ranks)
     if settings.limit is not None:
         table.dataset.data = table.dataset.data.iloc[: settings.limit].copy()
-    config = run_config(settings, models, table)
-    if settings.mode != "eval":
-        if ranks.rank == 0:
-            start_files(files, config, reuse=settings.reuse)
-        ranks.wait()
-        predict(settings, files, table, models, ranks, on_sample)
-    if ranks.rank != 0:
+    with lock(files.folder) if ranks.rank == 0 else contextlib.nullcontext():
+        parts = row_parts(table.dataset)
+        config = run_config(settings, models, parts)
+        if ranks.world == 1 and (known := finished(settings, files, config, parts)) is not None:
+            return known
+        if settings.mode != "eval":
+            if ranks.rank == 0:
+                start_files(files, config, parts, fresh=settings.fresh)
+            ranks.wait()
+            predict(settings, files, table, parts, models, on_sample)
+            ranks.wait()
+        if ranks.rank != 0:
+            return None
+        made = finish(settings, files, table, models, config)
+        made.write(files.ours("results.json"))
+        return made
+
+
+def finished(
+    settings: Settings, files: Files, config: Mapping[str, Any], parts: Mapping[int | str, Any]
+) -> Record | None:
+    """The record of a run of the same settings on the same rows, where all of these have answers
+    and a score: there is nothing to do then."""
+    path = files.ours("results.json")
+    if settings.mode != "all" or settings.fresh or not path.is_file():
         return None
-    collect(files)
-    made = finish(settings, files, table, models, config)
-    made.write(files.ours("results.json"))
-    return made
+    with contextlib.suppress(InputError):
+        known = read_record(path)
+        same = {name: config[name] for name in (*_DECISIVE, "rows")}
+        whole = known.samples == len(parts) and known.score is not None
+        if whole and not known.failed and not changed(known.config, same):
+            return known
+    return None
 
 
 def _open_in_turn(dataset: str, ranks: Ranks) -> Table:
@@ -399,40 +521,45 @@ def _open_in_turn(dataset: str, ranks: Ranks) -> Table:
     return table
 
 
-def run_config(settings: Settings, models: Models, table: Table) -> dict[str, Any]:
+def run_config(
+    settings: Settings, models: Models, parts: Mapping[int | str, dict[str, str]]
+) -> dict[str, Any]:
     """The resolved configuration, and what tells data and checkpoint apart from others."""
-    data = table.dataset.data
-    columns = [name for name in ("index", "question", "answer") if name in data]
-    whole = settings.limit is None
     return {
         **settings.as_json(),
         "checkpoint": models.source.name,
-        # With --limit a run may be continued with another limit, so rows are not compared then.
-        "rows": int(pd.util.hash_pandas_object(data[columns].astype(str)).sum()) if whole else None,
+        "weights": models.weights,
+        "prompts": f"VLMEvalKit {_vlmeval_version()}",
+        "rows": digest([[str(index), found] for index, found in parts.items()]),
     }
+
+
+def _vlmeval_version() -> str | None:
+    found = host.versions()
+    return found.get("ms-vlmeval") or found.get("vlmeval")
 
 
 def predict(
     settings: Settings,
     files: Files,
     table: Table,
+    parts: Mapping[int | str, dict[str, str]],
     models: Models,
-    ranks: Ranks,
     on_sample: Callable[[], None] | None = None,
 ) -> None:
     """Make the predictions that are not there, with VLMEvalKit's inference."""
     check_fit(models.source, settings.method)
     torch.manual_seed(settings.seed)
-    model = PrunedVLM(
-        loaded=models.loaded, method=settings.method, max_new_tokens=settings.max_new_tokens
-    )
-    device = model.processor.device
-    log = files.log(ranks.rank)
-    rows = RowModel(model, table.dataset, log, on_sample)
-    measure.reset_peak(device)
-    energy, start = measure.EnergyMeter(device, None), time.perf_counter()
+    rank = Ranks.here().rank
+    log = files.log(rank)
+
+    def model() -> PrunedVLM:
+        limit = settings.max_new_tokens
+        return PrunedVLM(loaded=models.loaded, method=settings.method, max_new_tokens=limit)
+
+    rows = RowModel(model, table.dataset, parts, log, on_sample)
     try:
-        with terminable(), own_files():
+        with terminable(), own_files(), _written(files.folder):
             infer_data_job(
                 rows,
                 work_dir=str(files.folder),
@@ -441,34 +568,37 @@ def predict(
                 verbose=settings.verbose,
             )
     finally:
-        if rows.answered:
-            log.append(
-                Stretch(
-                    rank=ranks.rank,
-                    seconds=time.perf_counter() - start,
-                    peak_memory_bytes=measure.peak_memory(device),
-                    energy_joules=energy.joules(),
-                    hardware=host.hardware(device),
-                )
-            )
-    ranks.wait()
+        stretch = rows.stretch(rank)
+        if stretch is not None:
+            log.add(stretch)
+
+
+@contextlib.contextmanager
+def _written(folder: Path) -> Iterator[None]:
+    """VLMEvalKit writes files of its own; where that fails, one sentence says so."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"work_dir: {str(folder)!r} cannot be written ({error.strerror or error}): the answers "
+            "made so far are kept where they were written."
+        ) from error
 
 
 def finish(
     settings: Settings, files: Files, table: Table, models: Models, config: dict[str, Any]
 ) -> Record:
     """Score the predictions and put the record together."""
-    every, stretches = files.log().read()
-    present = set(table.dataset.data["index"])
+    every, stretches = collect(files)
+    present = set(map(_index, table.dataset.data["index"]))
     samples = [sample for sample in every if sample.index in present]
-    scores, note = ({}, None) if settings.mode == "infer" else score(files, table.dataset)
+    with _written(files.folder):
+        scores, note = ({}, None) if settings.mode == "infer" else score(files, table.dataset)
     notes = [note] if note else []
     if is_untrained(models.source):
         notes.append(UNTRAINED)
-    failed = [{"index": row.index, "reason": row.reason} for row in table.bad]
-    failed += [{"index": str(s.index), "reason": s.failed or ""} for s in samples if s.failed]
-    energies = [s.energy_joules for s in stretches if s.energy_joules is not None]
-    hardware = {json.dumps(s.hardware, sort_keys=True): s.hardware for s in stretches}
+    measured = summarise(samples, stretches)
+    bad = [{"index": row.index, "reason": row.reason} for row in table.bad]
     return Record(
         name=files.name,
         dataset=files.dataset,
@@ -476,20 +606,12 @@ def finish(
         method=method_as_json(settings.method),
         score=headline(table.dataset, files.dataset, scores, len(samples)),
         scores=scores,
-        samples=len(samples),
-        failed=failed,
         without_image=table.without_image,
-        visual_tokens=records.layer_groups(samples),
-        flops=records.mean_flops(samples),
-        seconds=records.timing(samples),
-        peak_memory_bytes=max((s.peak_memory_bytes for s in stretches), default=None),
-        energy_joules=sum(energies) if energies else None,
-        wall_seconds=sum(s.seconds for s in stretches),
         config=config,
         versions=host.versions(),
         commit=host.commit(),
-        hardware=list(hardware.values()),
         note=" ".join(notes) or None,
+        **{**measured, "failed": bad + measured["failed"]},
     )
 
 

@@ -199,6 +199,14 @@ class Held:
             torch.cuda.empty_cache()
 
 
+_number = 0
+
+
+def worker() -> int:
+    """Which worker this process is, from 1; 0: the first process."""
+    return _number
+
+
 # -- processes -------------------------------------------------------------------------------------
 class _Worker:
     """A process that does cells, one at a time."""
@@ -248,6 +256,8 @@ def _serve(
     pipe: Any, number: int, make_job: Callable[..., Job], arguments: tuple[Any, ...], output: Any
 ) -> None:
     """The life of a worker: cells in, lines out, until nobody is at the other end."""
+    global _number
+    _number = number
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process tells us
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if output is not None:
