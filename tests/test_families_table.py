@@ -203,3 +203,51 @@ def test_sizes_reach_the_processor(form: families.Form) -> None:
     picture = makers.photo(200, 200)
     before = form.processor.count_visual_tokens(form.processor.prompt("?", picture))[0]
     assert processor.count_visual_tokens(processor.prompt("?", picture))[0] == 4 < before
+
+
+def test_an_image_in_several_runs_has_one_budget(form: families.Form) -> None:
+    """Tiles and rows with other tokens between them are one picture to a rule; several pictures
+    are told apart, in a batch and beside text alone."""
+    pictures = makers.photos(3)
+    images = [[pictures[0]], [pictures[1], pictures[2]], [pictures[1]]]
+    inputs = form.processor.batch(families.TEXTS, images)
+    total = form.processor.count_visual_tokens(inputs)
+    with vp.prune(form.model, vp.FastV(agg_layer=2, attention_rank=3)) as trace:
+        form.generate(inputs, steps=1)
+        assert trace.visual_input == total
+        assert trace.visual_tokens[2] == [3, 6, 3]
+        one = form.processor.prompt(families.TEXTS[1], images[1])
+        kept = trace.kept[2][1]
+        form.generate(one, steps=1)
+    alone = trace.kept[2][0]
+    assert torch.equal(kept[kept >= 0][-len(alone) :] - (kept.max() - alone.max()), alone)
+
+
+VIDEO = {
+    "qwen2_vl": "<|vision_start|><|video_pad|><|vision_end|>Red?",
+    "qwen3_vl": "<|vision_start|><|video_pad|><|vision_end|>Red?",
+    "llava_onevision": "<video>Red?",
+}
+
+
+def test_a_video_is_pruned_frame_by_frame(form: families.Form) -> None:
+    """Each frame (of Qwen's models, each pair of them) has a budget of its own; what is left is
+    what the unpruned model computes with the same tokens hidden."""
+    if form.name not in VIDEO:
+        pytest.skip("takes pictures only")
+    clip = torch.stack([torch.full((3, 64, 64), 40 * k, dtype=torch.uint8) for k in range(4)])
+    clip = clip + (torch.rand(clip.shape, generator=torch.Generator().manual_seed(0)) * 90).byte()
+    inputs = form.processor.processor(
+        text=[VIDEO[form.name]], videos=[clip], return_tensors="pt", do_sample_frames=False
+    )
+    token = form.model.config.video_token_id
+    video = int((inputs["input_ids"] == token).sum())
+    with vp.prune(form.model, vp.FastV(agg_layer=2, attention_rank=1)) as trace:
+        with families.Recorder(form.model) as seen:
+            form.model(**inputs, use_cache=False)
+        kept = {layer: rows.clone() for layer, rows in trace.kept.items()}
+        frames = 4 if form.name == "llava_onevision" else 2
+        assert trace.visual_input == [video] and trace.visual_tokens[2] == [frames]
+    with families.HiddenKeys(form.model, kept), families.Recorder(form.model) as masked:
+        form.model(**inputs, use_cache=False)
+    families.compare_rows(seen.first, masked.first, kept[2], inputs, **scaled(masked.first))

@@ -22,7 +22,8 @@ class Group:
 
     Attributes:
         samples: int64 ``(rows,)`` batch rows; ``names``: the same as Python numbers.
-        starts: int64 ``(rows, 1)`` slot of each image's first token.
+        starts: int64 ``(rows, 1)`` slot of each image's first token; ``(rows, total)`` where images
+            are in several runs: for each token, how far its slot is ahead of its place.
         total: visual tokens of each image at layer 0.
         places: int64 ``(rows, n)``, which of them are left.
     """
@@ -41,7 +42,9 @@ class Group:
     @property
     def slots(self) -> torch.Tensor:
         """``(rows, n)`` slots of the tokens left."""
-        return self.starts + self.places
+        if self.starts.shape[1] == 1:
+            return self.starts + self.places
+        return self.starts.gather(1, self.places) + self.places
 
 
 def group_images(images: list[Image], device: torch.device) -> list[Group]:
@@ -50,10 +53,16 @@ def group_images(images: list[Image], device: torch.device) -> list[Group]:
     for total in sorted({image.length for image in images}):
         mine = [image for image in images if image.length == total]
         names = tuple(image.sample for image in mine)
-        starts = sent([[image.start] for image in mine], device)
+        starts = sent(_starts(mine), device)
         places = iota(total, device).expand(len(mine), total)
         groups.append(Group(sent(names, device), names, starts, total, places))
     return groups
+
+
+def _starts(images: list[Image]) -> list[list[int]]:
+    if not any(image.runs for image in images):
+        return [[image.start] for image in images]
+    return [[slot - place for place, slot in enumerate(image.slots)] for image in images]
 
 
 @dataclass

@@ -18,7 +18,7 @@ from torch import nn
 from vlm_prune_ext.engine import masks
 from vlm_prune_ext.engine.layout import Layout, take
 from vlm_prune_ext.engine.prefill import Group, Prefill
-from vlm_prune_ext.engine.spans import Image
+from vlm_prune_ext.engine.spans import Image, runs_of
 from vlm_prune_ext.engine.trace import Trace
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.methods.base import Evidence, Stage
@@ -234,13 +234,10 @@ def _without(images: list[Image], marked: torch.Tensor, layout: Layout) -> list[
     place = [{slot: i for i, slot in enumerate(row)} for row in slots]
     left = []
     for image in images:
-        stay = [
-            slot
-            for slot in range(image.start, image.start + image.length)
-            if not gone[image.sample][slot]
-        ]
+        here = place[image.sample]
+        stay = [here[slot] for slot in image.slots if not gone[image.sample][slot]]
         if stay:
-            left.append(Image(image.sample, place[image.sample][stay[0]], len(stay)))
+            left.append(Image.of(image.sample, runs_of(stay)))
     return left
 
 

@@ -15,11 +15,28 @@ VisualSpan = Span | Sequence["Span | Sequence[Span]"]
 
 @dataclass(frozen=True)
 class Image:
-    """One image in the input: row of the batch, first position, number of visual tokens."""
+    """One image in the input: row of the batch, first position, number of visual tokens.
+
+    ``runs``: ``(start, length)`` of each unbroken run of them, where other tokens stand in between
+    (tiles or rows with names of their own); empty where there is one run.
+    """
 
     sample: int
     start: int
     length: int
+    runs: tuple[Span, ...] = ()
+
+    @staticmethod
+    def of(sample: int, runs: Sequence[Span]) -> Image:
+        """The image whose tokens are in these runs."""
+        length = sum(count for _, count in runs)
+        return Image(sample, runs[0][0], length, tuple(runs) if len(runs) > 1 else ())
+
+    @property
+    def slots(self) -> list[int]:
+        """Positions of its tokens."""
+        runs = self.runs or ((self.start, self.length),)
+        return [slot for start, length in runs for slot in range(start, start + length)]
 
 
 def tokens_by_sample(images: list[Image], batch: int) -> list[int]:
@@ -35,14 +52,15 @@ def images_from_mask(mask: torch.Tensor, lengths: list[list[int]] | None) -> lis
 
     Args:
         mask: True at visual tokens.
-        lengths: per sample, tokens of each image in order; an unbroken run of several images is
-            split by them. ``None``, or where they do not add up: every run is one image.
+        lengths: per sample, tokens of each image in order: an unbroken run of several images is
+            split by them, and runs of one image belong together. ``None``, or where they do not
+            add up: every run is one image.
     """
     images: list[Image] = []
     for sample, row in enumerate(mask.tolist()):
         runs = _runs(row)
         wanted = lengths[sample] if lengths is not None else []
-        images += [Image(sample, *span) for span in _split(runs, wanted)]
+        images += [Image.of(sample, own) for own in _split(runs, wanted)]
     return images
 
 
@@ -58,18 +76,34 @@ def _runs(row: list[bool]) -> list[Span]:
     return runs
 
 
-def _split(runs: list[Span], lengths: list[int]) -> list[Span]:
-    """Cut runs into images of the stated lengths, if these fill the runs exactly."""
-    pieces: list[Span] = []
-    waiting = list(lengths)
-    for start, length in runs:
-        end = start + length
-        while start < end:
-            if not waiting or start + waiting[0] > end:
-                return runs
-            pieces.append((start, waiting[0]))
-            start += waiting.pop(0)
-    return pieces if not waiting else runs
+def _split(runs: list[Span], lengths: list[int]) -> list[list[Span]]:
+    """The runs of each image: shared out by the stated lengths, if these fill them exactly."""
+    if sum(lengths) != sum(length for _, length in runs) or not all(lengths):
+        return [[run] for run in runs]
+    images: list[list[Span]] = []
+    waiting = list(runs)
+    for length in lengths:
+        own: list[Span] = []
+        while length:
+            start, here = waiting.pop(0)
+            taken = min(here, length)
+            own.append((start, taken))
+            length -= taken
+            if here > taken:
+                waiting.insert(0, (start + taken, here - taken))
+        images.append(own)
+    return images
+
+
+def runs_of(slots: Sequence[int]) -> list[Span]:
+    """Unbroken runs of ascending positions."""
+    runs: list[Span] = []
+    for slot in slots:
+        if runs and slot == sum(runs[-1]):
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((slot, 1))
+    return runs
 
 
 def images_from_argument(span: VisualSpan, batch: int, seq: int) -> list[Image]:

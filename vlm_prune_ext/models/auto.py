@@ -7,8 +7,10 @@ inputs; the checkpoint's chat template makes the text of a conversation. So a fa
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import dropwhile
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from PIL.Image import Image
 from torch import nn
 from transformers import AutoProcessor, BatchFeature
 
+from vlm_prune_ext.engine.spans import runs_of
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.models import generic
 from vlm_prune_ext.models.base import Family, LoadOptions, PromptProcessor, is_a, is_named, spelled
@@ -26,6 +29,7 @@ from vlm_prune_ext.models.loading import check_files, load_model
 from vlm_prune_ext.models.prompts import IMAGE, Style, Turn
 
 Row = dict[str, torch.Tensor]
+_ROOM = 4096  # prompts, the newest
 
 
 def family_of(line: FamilyLine) -> Family:
@@ -92,6 +96,7 @@ class AutoPrompts(PromptProcessor):
         image_token_id: int | None = None,
     ) -> None:
         self.processor, self.marker = processor, marker_of(processor)
+        self._images: OrderedDict[tuple[int, ...], list[int]] = OrderedDict()
         if styles is None:
             styles = {}
             if getattr(processor, "chat_template", None):
@@ -118,7 +123,41 @@ class AutoPrompts(PromptProcessor):
         unseen = [row for row, own in enumerate(pictures) if not own]
         parts = [(rows, self._made(rows, texts, pictures)) for rows in (shown, unseen) if rows]
         data = self._joined(parts, len(texts)) if len(parts) > 1 else parts[0][1]
+        self._note_images(data["input_ids"], pictures)
         return BatchFeature(self._moved(data))
+
+    def _note_images(self, input_ids: torch.Tensor, pictures: list[list[Image]]) -> None:
+        """Remember which placeholders are which image's, where runs of them do not tell."""
+        for ids, own in zip(input_ids.tolist(), pictures, strict=True):
+            places = [place for place, token in enumerate(ids) if token == self.image_token_id]
+            if len(runs_of(places)) == len(own):
+                continue
+            lengths = [len(places)]
+            if len(own) > 1:
+                alone = [self._made([0], [self.marker], [[image]]) for image in own]
+                lengths = [int((a["input_ids"] == self.image_token_id).sum()) for a in alone]
+            if sum(lengths) != len(places):  # several images are looked at less closely than one
+                lengths = [len(places) // len(own)] * len(own)
+            self._images[_key(ids, self.pad_token_id)] = lengths
+        while len(self._images) > _ROOM:
+            self._images.popitem(last=False)
+
+    def image_lengths(self, input_ids: torch.Tensor) -> list[list[int]] | None:
+        """Visual tokens of each image of prompts that this processor made; ``None``: every unbroken
+        run of placeholders is one image.
+
+        Args:
+            input_ids: int64 ``(batch, seq)``.
+        """
+        rows = input_ids.tolist()
+        found = [self._images.get(_key(ids, self.pad_token_id)) for ids in rows]
+        if not any(found):
+            return None
+        return [own or self._run_lengths(ids) for own, ids in zip(found, rows, strict=True)]
+
+    def _run_lengths(self, ids: list[int]) -> list[int]:
+        places = [place for place, token in enumerate(ids) if token == self.image_token_id]
+        return [length for _, length in runs_of(places)]
 
     def _marked(self, text: str, own: list[Image]) -> str:
         """The text with the processor's own markers in place of ours."""
@@ -165,6 +204,11 @@ class AutoPrompts(PromptProcessor):
                     joined[name] = value.new_full((count, width), fill)
                 joined[name][rows, width - here[1] :] = value
         return joined
+
+
+def _key(ids: Sequence[int], pad: int) -> tuple[int, ...]:
+    """A prompt without what fills it up in front."""
+    return tuple(dropwhile(lambda token: token == pad, ids))
 
 
 def _reserved(processor: Any) -> Iterable[int]:

@@ -20,6 +20,7 @@ from torch import nn
 
 from vlm_prune_ext.engine.parts import ModelParts, Present, SpanSink, Undo, VisionParts
 from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.models import questions
 from vlm_prune_ext.models.base import Family
 from vlm_prune_ext.models.catalogue import FamilyLine
 from vlm_prune_ext.models.clip_tower import is_clip, vision_parts
@@ -250,22 +251,21 @@ def frame_lengths(
     Returns:
         ``None`` where every unbroken run is a frame already.
     """
+    kinds = image.int() + 2 * video.int()
+    runs = [list(_runs(row)) for row in kinds.tolist()]
     frames = _frames(given)
-    if frames is None:
+    clips = sum(kind == 2 for row in runs for kind, _ in row)
+    if frames is None or clips != len(frames):  # frames with something in between
         return None
     waiting, rows = list(frames), []
-    for pictures, clips in zip(image.tolist(), video.tolist(), strict=True):
-        kinds = [1 if a else 2 if b else 0 for a, b in zip(pictures, clips, strict=True)]
+    for row in runs:
         own: list[int] = []
-        for kind, length in _runs(kinds):
-            if kind == 2 and waiting and length >= waiting[0]:
-                count = waiting.pop(0)
-                own += [length // count] * count
-                own[-1] += length % count  # a token that closes the clip
-            else:
-                own.append(length)
+        for kind, length in row:
+            count = waiting.pop(0) if kind == 2 else 1
+            own += [length // count] * count
+            own[-1] += length % count  # a token that closes the clip
         rows.append(own)
-    return rows if not waiting else None
+    return rows
 
 
 def _frames(given: dict[str, Any]) -> list[int] | None:
@@ -323,8 +323,9 @@ def parts(model: Any, lengths: Lengths | None = None) -> ModelParts:
 
     Args:
         model: one that is owned.
-        lengths: visual tokens of each image in a call; by default of images of one size for all
-            (Gemma 3, PaliGemma), and else every unbroken run of placeholders is an image.
+        lengths: visual tokens of each image in a call; by default what the processor says that made
+            the prompt, or the configuration where all images have equally many (Gemma 3,
+            PaliGemma); without either, every unbroken run of placeholders is an image.
 
     Raises:
         InputError: images reach the decoder in another way.
@@ -344,9 +345,21 @@ def parts(model: Any, lengths: Lengths | None = None) -> ModelParts:
         vision=vision,
         why_no_vision=why,
         watch_spans=watch_placeholders(
-            inner, token, lengths or equal_lengths(_image_length(config)), token_of(config, "video")
+            inner, token, lengths or _lengths_of(model), token_of(config, "video")
         ),
     )
+
+
+def _lengths_of(model: nn.Module) -> Lengths:
+    known = equal_lengths(_image_length(model.config))
+
+    def lengths(mask: torch.Tensor, given: dict[str, Any]) -> list[list[int]] | None:
+        maker, ids = questions.of_model(model), given.get("input_ids")
+        said = getattr(maker, "image_lengths", None)
+        found = said(ids) if said is not None and ids is not None else None
+        return known(mask, given) if found is None else found
+
+    return lengths
 
 
 def _image_length(config: Any) -> int | None:
