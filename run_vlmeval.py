@@ -6,8 +6,15 @@ python run_vlmeval.py --model-path liuhaotian/llava-v1.5-7b --use-fast-v \
 """
 
 import sys
+from collections.abc import Sequence
 
-from vlm_prune_ext.evals.vlmeval_cli import main
+from vlm_prune_ext import cli
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``vlm-prune eval`` with these arguments; ``None`` takes those of the process."""
+    return cli.main(["eval", *(sys.argv[1:] if argv is None else argv)])
+
 
 if __name__ == "__main__":
     sys.exit(main())

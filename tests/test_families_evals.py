@@ -91,13 +91,13 @@ def test_vlmeval_asks_in_the_family_s_own_chat(
 def test_vlmeval_command(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
     """All the way to the record, whatever the family's tower and decoder are built like."""
     pytest.importorskip("vlmeval")
-    from vlm_prune_ext.evals import vlmeval_cli
+    from run_vlmeval import main
 
     words = ["--model-path", str(folders[name]), "--data", "Shapes_YN", "--limit", "2"]
     words += ["--work-dir", str(tmp_path), "--device", "cpu", "--max-new-tokens", "4"]
     if name != "blip2_t5":
         words += ["--method", "fastv:3", "--set", "agg_layer=2"]
-    assert vlmeval_cli.main(words) == 0
+    assert main(words) == 0
     (path,) = tmp_path.rglob("*_results.json")
     record = json.loads(path.read_text())
     assert record["samples"] == 2 and record["failed"] == []

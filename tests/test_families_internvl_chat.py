@@ -13,10 +13,10 @@ import torch
 from transformers import InternVLForConditionalGeneration
 
 import vlm_prune_ext as vp
+from run_vlmeval import main
 from tests import family_makers, makers
 from tests import test_families as families
 from vlm_prune_ext.commands import common
-from vlm_prune_ext.evals import vlmeval_cli
 from vlm_prune_ext.models import parts_of
 
 FASTV = vp.FastV(agg_layer=2, attention_rank=0.4)
@@ -210,7 +210,7 @@ def test_only_where_the_user_says_so(made: dict[str, Any], tmp_path: Path, capsy
     model, _ = common.load_model(parser.parse_args([*words, "--trust-remote-code"]))
     assert isinstance(model, InternVLForConditionalGeneration)
     pytest.importorskip("vlmeval")
-    assert vlmeval_cli.main([*words, "--data", "Shapes_YN", "--work-dir", str(tmp_path)]) == 2
+    assert main([*words, "--data", "Shapes_YN", "--work-dir", str(tmp_path)]) == 2
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and "--trust-remote-code" in told and "-hf" in told
 
@@ -237,7 +237,7 @@ def test_both_frameworks(made: dict[str, Any], tmp_path: Path) -> None:
     folder = made["InternLM2ForCausalLM"][0]
     words = ["--model-path", str(folder), "--data", "Shapes_YN", "--work-dir", str(tmp_path)]
     words += ["--limit", "2", "--method", "fastv:3", "--set", "agg_layer=2", "--device", "cpu"]
-    assert vlmeval_cli.main([*words, "--trust-remote-code"]) == 0
+    assert main([*words, "--trust-remote-code"]) == 0
     (record,) = tmp_path.rglob("*_results.json")
     record = json.loads(record.read_text())
     assert record["config"]["trust_remote_code"] is True and record["samples"] == 2

@@ -12,9 +12,9 @@ import torch
 
 import vlm_prune_ext as vp
 from tests.makers import tiny_bare_llama
+from tests.words import settings_of
 from vlm_prune_ext import cli
 from vlm_prune_ext.evals import lmms_args, lmms_plugin
-from vlm_prune_ext.evals.vlmeval_cli import settings_of
 from vlm_prune_ext.methods.base import REGISTERED
 from vlm_prune_ext.methods.registry import parse_method, standard_method
 from vlm_prune_ext.resets import reset_calls

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import vlm_prune_ext as vp
+from vlm_prune_ext.experiment.settings import method_as_json, resolve
 from vlm_prune_ext.select import random_places
-from vlm_prune_ext.settings import method_as_json, resolve
 
 
 @pytest.mark.parametrize(

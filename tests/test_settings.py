@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
+from tests.words import settings_of
 from vlm_prune_ext.errors import InputError
-from vlm_prune_ext.evals.vlmeval_cli import settings_of
+from vlm_prune_ext.experiment.settings import Settings, method_options, read_file, resolve
 from vlm_prune_ext.methods.custom import CustomSelection
 from vlm_prune_ext.methods.fastv import FastV
 from vlm_prune_ext.methods.random_drop import RandomDrop
 from vlm_prune_ext.methods.registry import METHODS
 from vlm_prune_ext.methods.saint import SAINT, SAINTViT
-from vlm_prune_ext.settings import Settings, method_options, read_file, resolve
 
 CONFIGS = [
     path

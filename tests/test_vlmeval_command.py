@@ -18,12 +18,12 @@ import psutil
 import pytest
 from vlmeval.dataset import DATASET_CLASSES, ImageBaseDataset
 
+from run_vlmeval import main
 from tests import vlmeval_files as files
 from tests.makers import photo, tiny_original
 from vlm_prune_ext.evals import vlmeval as wrappers
 from vlm_prune_ext.evals.names import model_name
 from vlm_prune_ext.evals.rows import open_table
-from vlm_prune_ext.evals.vlmeval_cli import main
 from vlm_prune_ext.experiment.log import lock
 from vlm_prune_ext.methods.fastv import FastV
 from vlm_prune_ext.resets import OFF_LINE

@@ -63,7 +63,6 @@ def test_commands_and_demo_from_an_empty_folder(wheel: Path, tmp_path: Path) -> 
     script = str(tmp_path / "site" / "bin" / "vlm-prune")
     assert run(script, "--version").startswith("vlm-prune ")
     assert "fast_v_attention_rank" in run(script, "methods")
-    start = "import sys; from vlm_prune_ext.evals.vlmeval_cli import main; sys.exit(main())"
-    run("-c", start, "--method", "fastv:32", "--data", "Shapes_MCQ", "--limit", "2")
+    run(script, "eval", "--method", "fastv:32", "--data", "Shapes_MCQ", "--limit", "2")
     (result,) = empty.glob("outputs/*/*_results.json")
     assert json.loads(result.read_text())["samples"] == 2

@@ -14,12 +14,13 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from vlm_prune_ext import __version__
 from vlm_prune_ext.errors import InputError, unknown_name
 
 COMMANDS = {
+    "eval": "score a model with VLMEvalKit, pruned or not",
     "sweep": "methods x budgets x models x data in one table, with plots",
     "methods": "pruning methods with their parameters, defaults and papers",
     "models": "models with a short name, and what each supports",
@@ -49,7 +50,8 @@ class Parser(argparse.ArgumentParser):
                 break
             option = word.partition("=")[0]
             if option.startswith("--") and " " not in option and option not in known:
-                raise unknown_name(f"option of {self.prog}", option, known)
+                said = str(unknown_name(f"option of {self.prog}", option, known))
+                raise InputError(f"{said.split(' Accepted: ')[0]} See {self.prog} --help.")
         args, rest = self.parse_known_args(argv)
         if rest:
             self.error(f"unexpected {' '.join(map(repr, rest))}")
@@ -88,7 +90,20 @@ def _dispatch(words: list[str]) -> int:
     if words[0] == "--version":
         print(f"vlm-prune {__version__}")
         return 0
-    name = words[0]
+    module, parser = command(words[0])
+    try:
+        args = parser.parse(words[1:])
+    except SystemExit as done:  # --help
+        return int(done.code or 0)
+    return int(module.run(args))
+
+
+def command(name: str) -> tuple[Any, Parser]:
+    """A command's module and its parser.
+
+    Raises:
+        InputError: there is no such command (with the near name).
+    """
     if name not in COMMANDS:
         raise unknown_name("command", name, COMMANDS)
     module = importlib.import_module(f"vlm_prune_ext.commands.{name.replace('-', '_')}")
@@ -96,14 +111,11 @@ def _dispatch(words: list[str]) -> int:
         prog=f"vlm-prune {name}",
         description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=getattr(module, "ARGUMENT_DEFAULT", None),
         allow_abbrev=False,
     )
     module.add_arguments(parser)
-    try:
-        args = parser.parse(words[1:])
-    except SystemExit as done:  # --help
-        return int(done.code or 0)
-    return int(module.run(args))
+    return module, parser
 
 
 def overview() -> str:

@@ -150,7 +150,7 @@ def run(args: argparse.Namespace) -> int:
 def _cell(case: Case, args: argparse.Namespace) -> grid.Cell:
     """A case as the grid runner takes it."""
     from vlm_prune_ext.experiment.grid import Cell
-    from vlm_prune_ext.settings import method_as_json
+    from vlm_prune_ext.experiment.settings import method_as_json
 
     names = ("shape", "model_path", "visual", "dtype", "device", "new_tokens", "repeat")
     shared = {name: getattr(args, name) for name in names}

@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.experiment.settings import MODEL, add_options
 
 if TYPE_CHECKING:
     import torch
@@ -72,24 +73,7 @@ def chosen_method(args: argparse.Namespace) -> Method | None:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare which model, on which device, in which precision."""
-    parser.add_argument(
-        "--model-path",
-        "--model",
-        metavar="NAME_OR_PATH",
-        dest="model_path",
-        help="folder or repository, original LLaVA or Hugging Face format (default: demo model)",
-    )
-    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 (default: as found)")
-    parser.add_argument("--dtype", metavar="NAME", help="float32, float16 or bfloat16")
-    parser.add_argument(
-        "--attn-implementation", metavar="NAME", help="eager, sdpa or flash_attention_2"
-    )
-    parser.add_argument("--trust-remote-code", action="store_true", help=TRUST_HELP)
-    parser.add_argument(
-        "--fast",
-        action=argparse.BooleanOptionalAction,
-        help="CUDA graphs with fixed shapes, or an error (default: on a GPU, where possible)",
-    )
+    add_options(parser, MODEL)
 
 
 def model_name(args: argparse.Namespace) -> str:

@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _settings(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Settings of the file, those of the command line over them, and the folder of examples."""
-    from vlm_prune_ext.settings import read_file
+    from vlm_prune_ext.experiment.settings import read_file
 
     settings = read_file(args.config) if args.config else {}
     names = (*_AXES, "method", "cached", "samples", "repeat", "warmup", "max_new_tokens", "seed")

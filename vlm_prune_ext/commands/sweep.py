@@ -14,36 +14,32 @@ import argparse
 import time
 from pathlib import Path
 
-from vlm_prune_ext.commands.common import METHOD_HELP, TRUST_HELP
+from vlm_prune_ext.commands.common import METHOD_HELP
 from vlm_prune_ext.errors import InputError
-from vlm_prune_ext.settings import DTYPES
+from vlm_prune_ext.experiment.settings import MODEL, add_options
+
+SHARED = ("data", "limit", "max_new_tokens", "seed", "fresh", *MODEL[1:])
+"""Settings that all cells share."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     add = parser.add_argument
-    add("--model", nargs="+", metavar="NAME_OR_PATH", help="default: the demo model")
+    add(
+        "--model", "--model-path", nargs="+", metavar="NAME_OR_PATH", help="default: the demo model"
+    )
     add("--method", nargs="+", required=True, metavar="NAME[:BUDGET]", help=METHOD_HELP)
     add("--budget", nargs="+", default=[], metavar="N", help="visual tokens, or ratios such as 0.5")
-    add("--data", nargs="+", metavar="NAME", help="VLMEvalKit's, or Shapes_* (default: these)")
     add("--out", default="outputs_sweep", metavar="DIR", help="default: outputs_sweep")
-    add("--limit", type=int, metavar="N", help="only the first N rows of each data set")
-    add("--max-new-tokens", type=int, metavar="N", help="default: as run_vlmeval.py")
     add("--workers", type=int, metavar="N", help="processes (default: one per GPU, 2 on a CPU)")
-    add("--fresh", action="store_true", help="start anew; what is there is put aside, not deleted")
-    add("--seed", type=int, default=0, metavar="N", help="default: 0")
-    add("--dtype", choices=DTYPES, help="default: float32 on a CPU, else the checkpoint's")
-    add("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 (default: as found)")
-    add("--attn-implementation", metavar="NAME", help="eager, sdpa or flash_attention_2")
-    add("--fast", action=argparse.BooleanOptionalAction, help="CUDA graphs, or an error")
-    add("--trust-remote-code", action="store_true", help=TRUST_HELP)
+    add_options(parser, SHARED)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the sweep."""
     from vlm_prune_ext.evals import sweep
     from vlm_prune_ext.evals.names import SHAPES, check_by_sight, keep_out_of_lmudata
-    from vlm_prune_ext.settings import Settings
+    from vlm_prune_ext.experiment.settings import Settings
 
     start = time.perf_counter()
     if args.workers is not None and args.workers < 1:
@@ -54,14 +50,9 @@ def run(args: argparse.Namespace) -> int:
         check_by_sight(name)
     if set(data) <= set(SHAPES):
         keep_out_of_lmudata()
-    plain = ("limit", "max_new_tokens", "seed", "dtype", "device", "fast", "fresh")
-    base = Settings(
-        data=data,
-        work_dir=args.out,
-        attn_implementation=args.attn_implementation,
-        trust_remote_code=args.trust_remote_code,
-        **{name: getattr(args, name) for name in plain},
-    )
+    stated = {name: getattr(args, name) for name in SHARED}
+    stated = {name: value for name, value in stated.items() if value is not None}
+    base = Settings(**{**stated, "data": data, "work_dir": args.out})
     models = [None if name == "demo" else name for name in args.model or ["demo"]]
     made = sweep.plan(base, list(dict.fromkeys(models)), choices)
     shown = sweep.Shown({name: name for name in data})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import re
 from pathlib import Path
@@ -35,6 +36,16 @@ def keep_out_of_lmudata() -> None:
     folder = cache_folder() / "LMUData"
     folder.mkdir(parents=True, exist_ok=True)
     os.environ[LMUDATA] = str(folder)
+
+
+def import_quietly() -> None:
+    """Import VLMEvalKit, which reports a missing file of API keys, which nothing here needs, as an
+    error."""
+    logging.disable(logging.ERROR)
+    try:
+        import vlmeval  # noqa: F401
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def own_table(name: str) -> Path:

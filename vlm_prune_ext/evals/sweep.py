@@ -28,9 +28,9 @@ from vlm_prune_ext.experiment.log import lock, write_json
 from vlm_prune_ext.experiment.record import Record, read_record
 from vlm_prune_ext.experiment.report import Column, Table, line_plot, write_table
 from vlm_prune_ext.experiment.report import Line as Curve
+from vlm_prune_ext.experiment.settings import Settings, resolve
 from vlm_prune_ext.methods.base import Method
 from vlm_prune_ext.methods.registry import method_class, parse_method, standard_method
-from vlm_prune_ext.settings import Settings, resolve
 
 LOADING = ("model_path", "dtype", "device", "attn_implementation", "fast", "trust_remote_code")
 """Settings that cells which share a loaded model have in common."""

@@ -53,9 +53,9 @@ from vlm_prune_ext.experiment.record import (
     summarise,
     weights_fingerprint,
 )
+from vlm_prune_ext.experiment.settings import Settings, method_as_json
 from vlm_prune_ext.models import load
 from vlm_prune_ext.models.checkpoint import Checkpoint
-from vlm_prune_ext.settings import Settings, method_as_json
 
 _NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 

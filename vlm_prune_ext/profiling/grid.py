@@ -13,9 +13,9 @@ from typing import Any
 
 from vlm_prune_ext.errors import InputError, unknown_name
 from vlm_prune_ext.experiment import grid
+from vlm_prune_ext.experiment.settings import method_as_json
 from vlm_prune_ext.methods.base import Method
 from vlm_prune_ext.methods.registry import get_method, parse_method
-from vlm_prune_ext.settings import method_as_json
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 KERNELS = ("flash", "sdpa", "eager")

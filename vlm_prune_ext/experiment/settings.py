@@ -1,15 +1,18 @@
-"""Settings of an evaluation: defaults, then a file, then the command line.
+"""Settings of runs: one declaration per setting, and defaults < file < command line.
 
-A setting has one name everywhere: ``model_path`` in a file is ``--model-path`` on the command line.
+A setting has one name everywhere: ``max_new_tokens`` in a file and in a record is
+``--max-new-tokens`` on the command line. A field of :class:`Settings` carries its default, what is
+accepted, the options that set it and their help; command lines, checks and records follow from it.
 Parameters of a method go under the names of its fields (``attention_rank``) or under those of
 ``model.config`` that users of the published codes know (``fast_v_attention_rank``).
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,93 @@ from vlm_prune_ext.methods.registry import (
 
 MODES = ("all", "infer", "eval")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+# -- declarations --------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Kind:
+    """A kind of value.
+
+    Attributes:
+        accepted: in words, for the sentence about another value.
+        ok: whether a value is of it.
+        arguments: of ``add_argument``.
+    """
+
+    accepted: str
+    ok: Callable[[Any], bool]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _whole_or_text(text: str) -> int | str:
+    """A number; another text is left for the check to name."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
+def text(accepted: str, metavar: str = "NAME") -> Kind:
+    """A text that is not empty."""
+    return Kind(accepted, _is_text, {"metavar": metavar})
+
+
+def choice(values: tuple[str, ...]) -> Kind:
+    """One of some names."""
+    return Kind(f"one of {', '.join(values)}", values.__contains__, {"choices": values})
+
+
+NAMES = Kind(
+    "names of datasets",
+    lambda value: isinstance(value, tuple) and all(map(_is_text, value)),
+    {"nargs": "+", "metavar": "NAME"},
+)
+WHOLE = Kind(
+    "an integer of at least 1",
+    lambda value: type(value) is int and value >= 1,
+    {"type": _whole_or_text, "metavar": "N"},
+)
+FLAG = Kind("true or false", lambda value: isinstance(value, bool), {"action": "store_true"})
+SWITCH = Kind(FLAG.accepted, FLAG.ok, {"action": argparse.BooleanOptionalAction})
+SEED = Kind("", lambda value: True, {"type": _whole_or_text, "metavar": "N"})  # checks itself
+
+
+def option(default: Any, kind: Kind, about: str, *flags: str) -> Any:
+    """A field of a settings class.
+
+    Args:
+        default: ``None`` is accepted only where it is the default.
+        kind: of its values.
+        about: help of its options.
+        flags: options; not stated: ``--`` and its name with dashes.
+    """
+    return field(default=default, metadata={"kind": kind, "help": about, "flags": flags})
+
+
+def add_options(
+    parser: Any, names: Iterable[str], flags: Mapping[str, tuple[str, ...]] | None = None
+) -> None:
+    """Declare options of settings.
+
+    Args:
+        parser: an argument parser, or a group of one.
+        names: fields of :class:`Settings`.
+        flags: field -> its options here, where they are others than it declares.
+    """
+    declared = {one.name: one for one in fields(Settings)}
+    for name in names:
+        stated = declared[name].metadata
+        dashed = f"--{name.replace('_', '-')}"
+        mine = (flags or {}).get(name) or stated["flags"] or (dashed,)
+        parser.add_argument(*mine, dest=name, help=stated["help"], **stated["kind"].arguments)
+
+
+MODEL = ("model_path", "device", "dtype", "attn_implementation", "fast", "trust_remote_code")
+"""Settings that say which model, where and how it is loaded."""
 
 
 @dataclass(frozen=True)
@@ -50,38 +140,53 @@ class Settings:
         fast, trust_remote_code: see :func:`vlm_prune_ext.load`.
     """
 
-    model_path: str | None = None
+    model_path: str | None = option(
+        None,
+        text("a text", "NAME_OR_PATH"),
+        "folder or repository, original LLaVA or Hugging Face format (default: demo model)",
+        *("--model-path", "--model"),
+    )
     method: Method | None = None
-    data: tuple[str, ...] = ()
-    work_dir: str = "outputs"
-    limit: int | None = None
-    mode: str = "all"
-    reuse: bool = False
-    fresh: bool = False
-    verbose: bool = False
-    seed: int = 0
-    dtype: str | None = None
-    device: str | None = None
-    attn_implementation: str | None = None
-    max_new_tokens: int | None = None
-    fast: bool | None = None
-    trust_remote_code: bool = False
+    data: tuple[str, ...] = option(
+        (), NAMES, "VLMEvalKit's data sets, or the demo's, Shapes_* (default: these)"
+    )
+    work_dir: str = option(
+        "outputs", text("a folder", "DIR"), "default: outputs", "--work-dir", "--out"
+    )
+    limit: int | None = option(None, WHOLE, "only the first N rows of each data set")
+    mode: str = option("all", choice(MODES), "default: all")
+    reuse: bool = option(False, FLAG, "what every run does: go on from what is there")
+    fresh: bool = option(False, FLAG, "start anew; what is there is put aside, not deleted")
+    verbose: bool = option(False, FLAG, "print every answer")
+    seed: int = option(0, SEED, "default: 0")
+    dtype: str | None = option(
+        None, choice(DTYPES), "default: float32 on a CPU, else the checkpoint's"
+    )
+    device: str | None = option(None, text("a text"), "cpu, cuda, cuda:1 (default: as found)")
+    attn_implementation: str | None = option(
+        None, text("a text"), "eager, sdpa or flash_attention_2"
+    )
+    max_new_tokens: int | None = option(None, WHOLE, "default: VLMEvalKit's for LLaVA, 2048")
+    fast: bool | None = option(
+        None,
+        SWITCH,
+        "CUDA graphs with fixed shapes, or an error (default: on a GPU, where possible)",
+    )
+    trust_remote_code: bool = option(
+        False,
+        FLAG,
+        "load formats that come with code of their own, e.g. OpenGVLab/InternVL2-2B (default: "
+        "refuse)",
+    )
 
     def __post_init__(self) -> None:
-        for name in ("model_path", "device", "attn_implementation"):
-            _require(name, getattr(self, name), "a text", _is_text, none=True)
-        _require("work_dir", self.work_dir, "a folder", _is_text)
-        _require("data", self.data, "names of datasets", _are_texts)
-        _require("mode", self.mode, _one_of(MODES), MODES.__contains__)
-        _require("dtype", self.dtype, _one_of(DTYPES), DTYPES.__contains__, none=True)
-        for name in ("limit", "max_new_tokens"):
-            _require(name, getattr(self, name), "an integer of at least 1", _at_least(1), none=True)
+        for one in fields(self):
+            if "kind" in one.metadata:
+                kind, value = one.metadata["kind"], getattr(self, one.name)
+                _require(one.name, value, kind.accepted, kind.ok, none=one.default is None)
         a_seed().check("seed", self.seed)
-        for name in ("reuse", "fresh", "verbose", "trust_remote_code"):
-            _require(name, getattr(self, name), "true or false", _is_bool)
         if self.reuse and self.fresh:
             raise InputError("reuse=True and fresh=True exclude each other: one of them may be.")
-        _require("fast", self.fast, "true or false", _is_bool, none=True)
 
     @property
     def label(self) -> str:
@@ -360,31 +465,11 @@ def _require(name: str, value: Any, accepted: str, ok: Any, *, none: bool = Fals
         raise InputError(f"{name}={value!r} is not valid: {accepted}.")
 
 
-def _is_bool(value: object) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
-def _are_texts(value: Any) -> bool:
-    return isinstance(value, tuple) and all(map(_is_text, value))
-
-
-def _at_least(low: int) -> Any:
-    return lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= low
-
-
-def _one_of(values: Sequence[str]) -> str:
-    return f"one of {', '.join(values)}"
-
-
 def _names(value: Any) -> tuple[str, ...]:
     """Names of datasets from a list, or from one text with commas or blanks between."""
     if isinstance(value, str):
         value = value.replace(",", " ").split()
     _require("data", value, "names of datasets", lambda v: isinstance(v, list | tuple) and v)
     names = tuple(dict.fromkeys(value))
-    _require("data", names, "names of datasets", _are_texts)
+    _require("data", names, NAMES.accepted, NAMES.ok)
     return names

@@ -1,88 +1,44 @@
-"""Score a pruned LLaVA with VLMEvalKit.
+"""Score a model, pruned or not, on VLMEvalKit's data sets (also as run_vlmeval.py).
 
 Without arguments: the demo model, with and without pruning, on the demo's data sets. Results are
 in WORK_DIR/NAME_DATA/: predictions (.xlsx) and one record (_results.json) with scores, visual
-tokens, FLOPs, times, memory and settings. Under torchrun rows are shared out among processes.
+tokens, FLOPs, times, memory and settings. A run goes on from what is there; what has changed since
+is named and asked anew. Under torchrun rows are shared out among processes.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
-from vlm_prune_ext.errors import InputError, unknown_name
+from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.experiment.record import Record
 from vlm_prune_ext.experiment.report import Column, Table, terminal_text
-from vlm_prune_ext.settings import (
-    DTYPES,
-    MODES,
+from vlm_prune_ext.experiment.settings import (
+    RUN_KEYS,
     Settings,
+    add_options,
     method_options,
     read_file,
     read_value,
     resolve,
 )
 
-TRUST_HELP = "load formats that come with code of their own, e.g. OpenGVLab/InternVL2-2B"
+ARGUMENT_DEFAULT = argparse.SUPPRESS  # what is not given is absent, so that a file can say it
 
 
 # -- arguments -----------------------------------------------------------------------------------
-class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are :class:`InputError`, with the near name suggested."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of printing usage and leaving."""
-        raise InputError(f"{message[0].upper()}{message[1:].rstrip('.')} (see {self.prog} --help).")
-
-    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Parse all of ``argv``."""
-        for word in argv:
-            option = word.partition("=")[0]
-            if option.startswith("--") and option not in self._option_string_actions:
-                shown = str(unknown_name("option", option, self._option_string_actions))
-                raise InputError(f"{shown.split(' Accepted: ')[0]} See {self.prog} --help.")
-        args, rest = self.parse_known_args(argv)
-        if rest:
-            self.error(f"unexpected {' '.join(map(repr, rest))}")
-        return args
-
-
-def make_parser() -> Parser:
-    """All options; what is not given is absent from the result."""
-    parser = Parser(
-        prog="run_vlmeval.py",
-        usage="run_vlmeval.py [options]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    add_options(parser, RUN_KEYS)
+    parser.add_argument(
+        "--config", metavar="FILE", help="settings as JSON or YAML; the command line wins"
     )
-    add = parser.add_argument
-    add("--model-path", metavar="NAME_OR_PATH", help="original LLaVA or Hugging Face format")
-    add("--data", nargs="+", metavar="NAME", help="VLMEvalKit's data sets, or Shapes_*")
-    add("--work-dir", metavar="DIR", help="default: outputs")
-    add("--config", metavar="FILE", help="settings as JSON or YAML; the command line wins")
-    add("--limit", type=int, metavar="N", help="only the first N rows of each data set")
-    add("--mode", choices=MODES, help="default: all")
-    add("--fresh", action="store_true", help="start anew; what is there is put aside, not deleted")
-    add("--reuse", action="store_true", help="what every run does: go on from what is there")
-    add("--verbose", action="store_true", help="print every answer")
-    add("--seed", type=int, metavar="N", help="default: 0")
-    add("--dtype", choices=DTYPES, help="default: float32 on a CPU, else the checkpoint's")
-    add("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 (default: as found)")
-    add("--attn-implementation", metavar="NAME", help="eager, sdpa or flash_attention_2")
-    add(
-        "--fast",
-        action=argparse.BooleanOptionalAction,
-        help="CUDA graphs with fixed shapes, or an error (default: on a GPU, where possible)",
-    )
-    add("--trust-remote-code", action="store_true", help=TRUST_HELP)
-    add("--max-new-tokens", type=int, metavar="N", help="default: VLMEvalKit's for LLaVA, 2048")
     group = parser.add_argument_group("what prunes")
     group.add_argument("--baseline", action="store_true", help="nothing")
     group.add_argument("--method", metavar="NAME[:BUDGET]", help="see vlm-prune methods")
@@ -98,51 +54,43 @@ def make_parser() -> Parser:
         else:
             help_text = option.help.replace("%", "%%")
             group.add_argument(option.option, metavar="VALUE", help=help_text)
-    return parser
 
 
-def settings_of(argv: Sequence[str]) -> tuple[Settings, frozenset[str]]:
+def settings_of(given: Mapping[str, Any]) -> tuple[Settings, frozenset[str]]:
     """Settings that a command line (and the file it names) asks for, and which of them are given.
+
+    Args:
+        given: name -> value of the arguments that were given.
 
     Raises:
         InputError: anything that is not accepted.
     """
-    given = vars(make_parser().parse(argv))
-    file = read_file(given.pop("config")) if "config" in given else {}
-    extra = given.pop("set", [])
+    line = dict(given)
+    file = read_file(line.pop("config")) if "config" in line else {}
+    extra = line.pop("set", [])
     for option in method_options():
-        if option.key in given and not option.flag:
-            given[option.key] = read_value(given[option.key])
+        if option.key in line and not option.flag:
+            line[option.key] = read_value(line[option.key])
     for setting in extra:
         key, equals, value = setting.partition("=")
         if not equals:
             raise InputError(f"--set {setting!r} is not valid: KEY=VALUE.")
-        given[key.strip().replace("-", "_")] = read_value(value)
-    return resolve(given, file)
+        line[key.strip().replace("-", "_")] = read_value(value)
+    return resolve(line, file)
 
 
 # -- running -------------------------------------------------------------------------------------
-def main(argv: Sequence[str] | None = None) -> int:
+def run(args: argparse.Namespace) -> int:
     """Run the command.
 
-    Args:
-        argv: arguments; ``None`` takes those of the process.
-
     Returns:
-        0: all went well; 1: some rows failed, or scores are missing; 2: wrong input or an
-        interrupted run, said in one sentence on standard error.
+        0: all went well; 1: some rows failed, or scores are missing; 2: an interrupted run.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    settings, given = settings_of(vars(args))
     try:
-        settings, given = settings_of(words)
         if not given - {"work_dir", "limit", "reuse", "fresh", "seed", "device", "dtype"}:
             return _compare(settings)
         return _run(settings)
-    except SystemExit as done:  # --help
-        return int(done.code or 0)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print(
             "Interrupted: the answers made so far are on disk, and the same command goes on from "
@@ -157,25 +105,18 @@ def _compare(settings: Settings) -> int:
     from vlm_prune_ext.evals.sweep import demo
 
     keep_out_of_lmudata()
-
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("Under torchrun a run must name --data: the comparison is one process's.")
     return demo(settings)
 
 
-def _import_quietly() -> None:
-    """VLMEvalKit reports a missing file of API keys, which nothing here needs, as an error."""
-    logging.disable(logging.ERROR)
-    try:
-        import vlmeval  # noqa: F401
-    finally:
-        logging.disable(logging.NOTSET)
-
-
 def _run(settings: Settings) -> int:
-    from dataclasses import replace
-
-    from vlm_prune_ext.evals.names import SHAPES, check_by_sight, keep_out_of_lmudata
+    from vlm_prune_ext.evals.names import (
+        SHAPES,
+        check_by_sight,
+        import_quietly,
+        keep_out_of_lmudata,
+    )
     from vlm_prune_ext.models.checkpoint import Checkpoint, check_trust
 
     # Nothing that is wrong should cost an import of 10 seconds.
@@ -187,7 +128,7 @@ def _run(settings: Settings) -> int:
         settings = replace(settings, data=SHAPES)
     if set(settings.data) <= set(SHAPES):
         keep_out_of_lmudata()
-    _import_quietly()
+    import_quietly()
     from vlm_prune_ext.evals.precheck import check_fit
     from vlm_prune_ext.evals.rows import check_name
     from vlm_prune_ext.evals.shapes import register_datasets
@@ -266,7 +207,3 @@ def _score(record: Record) -> str:
     error = record.score.standard_error
     spread = f" ± {1.96 * error:.1f}" if error is not None else ""
     return f"{record.score.name} {record.score.value:.2f}{spread}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())
