@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from vlm_prune_ext.bench.subject import Subject, of_shape
 
 from vlm_prune_ext.bench.shapes import random_model
-from vlm_prune_ext.bench.subject import Subject, of_shape
 from vlm_prune_ext.engine.decoder import DecoderPruner
 from vlm_prune_ext.engine.prune import session_on
 from vlm_prune_ext.engine.vision import VisionPruner

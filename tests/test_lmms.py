@@ -31,7 +31,7 @@ from vlm_prune_ext.evals.decoding import Decoding, decoding_of
 from vlm_prune_ext.evals.likelihood import Row, score_rows
 from vlm_prune_ext.evals.lmms_requests import chat_prompt
 from vlm_prune_ext.evals.lmms_tally import Sums, _added, _metrics
-from vlm_prune_ext.experiment.flops import DecoderShape, flops_ratio
+from vlm_prune_ext.experiment.flops import DecoderShape, PromptFlops, flops_ratio
 
 TASKS = Path(models.__file__).parent / "tasks"
 KWARGS: dict[str, Any] = {"max_new_tokens": 6, "temperature": 0, "do_sample": False}
@@ -833,7 +833,8 @@ def test_same_answers_as_in_vlmevalkit(checkpoint: Path, tmp_path: Path, make: M
 
 def test_sums_of_processes_add_up() -> None:
     one = Sums(samples=4, seconds=2.0, new_tokens=10, timed=4, first_token=2.0, seeing=4, before=64)
-    one.after, one.flops, one.whole, one.peak, one.joules = 16, 1.0, 4.0, 2**30, 8.0
+    one.after, one.peak, one.joules = 16, 2**30, 8.0
+    one.flops = PromptFlops(1.0, 4.0, visual=1.0, visual_baseline=8.0)
     one.fast = 3
     two = Sums(samples=2, failed=1, seconds=4.0, timed=2, first_token=4.0, decode=2.0, decoded=6)
     two.peak = 2**31
@@ -848,6 +849,7 @@ def test_sums_of_processes_add_up() -> None:
             "visual_tokens_before": 16.0,
             "visual_tokens_after": 4.0,
             "flops_ratio": 0.25,
+            "flops_ratio_visual": 0.125,
             "fast_path": 0.5,
             "peak_memory_gib": 2.0,
             "joules_per_sample": 8 / 6,
