@@ -38,21 +38,50 @@ class LayerArguments:
         """
         prefill = call.state.prefill
         layout = prefill.layout_at(index)
-        cut = layout.count != layout.total or layout.valid is not None
+        cut = not layout.is_whole
         hiding = any(first <= index for first in prefill.hidden_keys)
         changes: dict[str, Any] = {}
         if cut or hiding or self._windows_gaps(index, call):
             changes["attention_mask"] = self._mask(index, layout, hidden, kwargs, call)
-        if cut and call.prefill:
+        if layout.positions is not None:
+            changes |= self._counted_anew(index, layout, hidden, kwargs, call)
+        elif cut and call.prefill:
             for name in ("position_embeddings", "position_ids"):
                 if kwargs.get(name) is not None:
                     changes[name] = call.cut_positions(name, kwargs[name], layout)
-        if call.gaps(cut) and masks.takes_padding_masks(self._attention()):
+        if (
+            call.gaps(cut)
+            and layout.positions is None
+            and masks.takes_padding_masks(self._attention())
+        ):
             # FlashAttention-2 reads gaps in position ids as the borders of packed prompts.
             changes["position_ids"] = None
         if not call.prefill and self.shift[index]:
-            changes["position_embeddings"] = self._shifted(hidden, kwargs, self.shift[index])
+            shifted = kwargs["position_ids"] + self.shift[index]
+            changes["position_embeddings"] = self._rotary(index, hidden, shifted)
         return {**kwargs, **changes} if changes else kwargs
+
+    def _counted_anew(
+        self, index: int, layout: Layout, hidden: torch.Tensor, kwargs: dict, call: Call
+    ) -> dict[str, Any]:
+        """Positions in a layer that counts them over what it holds itself."""
+        assert layout.positions is not None
+        positions = layout.positions
+        if not call.prefill:  # behind the prompt, and behind what was decoded since
+            first = call.once(("next", id(layout)), layout, layout.next_position)
+            ahead = torch.arange(hidden.shape[1], device=first.device)
+            positions = first + (call.decoded + ahead)
+        changes: dict[str, Any] = {}
+        if kwargs.get("position_embeddings") is not None:
+            kind = id(kwargs["position_embeddings"])  # layers of one kind share theirs
+            changes["position_embeddings"] = call.once(
+                (id(layout), kind),
+                kwargs["position_embeddings"],
+                lambda: self._rotary(index, hidden, positions),
+            )
+        if kwargs.get("position_ids") is not None:
+            changes["position_ids"] = positions
+        return changes
 
     def _windows_gaps(self, index: int, call: Call) -> bool:
         """Does the layer count a sliding window over a prompt that layer 0 dropped tokens of?"""
@@ -60,9 +89,12 @@ class LayerArguments:
         gaps = short is not None and short.origin is not None and not short.whole
         return gaps and self.windows[index] is not None
 
-    def _shifted(self, hidden: torch.Tensor, kwargs: dict, shift: int) -> Any:
+    def _rotary(self, index: int, hidden: torch.Tensor, positions: torch.Tensor) -> Any:
+        """The rotary embedding of positions ``(batch, n)`` in layer ``index``."""
+        if self.parts.rotate is not None:
+            return self.parts.rotate(hidden, positions, index)
         rotary: Any = self.parts.decoder.rotary_emb  # type: ignore[union-attr]
-        return rotary(hidden, position_ids=kwargs["position_ids"] + shift)
+        return rotary(hidden, position_ids=positions)
 
     def _attention(self) -> str:
         return str(self.parts.decoder.config._attn_implementation)  # type: ignore[union-attr]
@@ -75,8 +107,7 @@ class LayerArguments:
         if self._makes_mask(index, call):
             return self._made_mask(index, layout, hidden, kwargs, call)
         self._check_window(index, layout, call)
-        whole = layout.count == layout.total and layout.valid is None
-        if call.prefill and whole and not prefill.hidden_keys:
+        if call.prefill and layout.is_whole and not prefill.hidden_keys:
             return mask  # cut with the prompt, in front of layer 0
         key = (id(layout), id(mask), tuple(f for f in prefill.hidden_keys if f <= index))
         if key not in call.masks:

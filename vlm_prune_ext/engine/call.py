@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-import torch
-
+from vlm_prune_ext.engine.evidence import Seen
 from vlm_prune_ext.engine.layout import Layout, take
 from vlm_prune_ext.engine.prefill import Prefill
 from vlm_prune_ext.engine.shorten import Shortened
@@ -20,24 +20,30 @@ class State:
     @property
     def misses_tokens(self) -> bool:
         """Whether any layer's cache holds less than the prompt."""
-        cut = any(layout.count < layout.total for layout in self.prefill.segments.values())
+        cut = any(not layout.is_whole for layout in self.prefill.segments.values())
         return cut or (self.short is not None and not self.short.whole)
 
 
 class Call:
-    """One run of the decoder."""
+    """One run of the decoder.
 
-    def __init__(self, state: State, prefill: bool) -> None:
-        self.state, self.prefill = state, prefill
+    Args:
+        state: of its prompt.
+        prefill: it is the prompt itself.
+        decoded: tokens that layer 0 holds behind the prompt, before this call.
+    """
+
+    def __init__(self, state: State, *, prefill: bool, decoded: int = 0) -> None:
+        self.state, self.prefill, self.decoded = state, prefill, decoded
         self.cache: Any = None
         self.masks: dict[Any, tuple[Any, Any]] = {}
         self.positions: dict[Any, tuple[Any, Any]] = {}
-        self.attention: torch.Tensor | None = None
-        self.keys: torch.Tensor | None = None
+        self.seen: Seen | None = None
 
-    def forget_evidence(self) -> None:
-        """Scores serve one stage only."""
-        self.attention = self.keys = None
+    def take_seen(self) -> Seen | None:
+        """What was read for a stage; it serves that stage only."""
+        seen, self.seen = self.seen, None
+        return seen
 
     def gaps(self, cut: bool) -> bool:
         """Do this layer's positions have gaps?"""
@@ -46,11 +52,17 @@ class Call:
 
     def cut_positions(self, name: str, value: Any, layout: Layout) -> Any:
         """Positions of the tokens a layer holds; computed once for all layers that hold them."""
-        key = (name, id(layout), id(value))
+        return self.once((name, id(layout), id(value)), value, lambda: _cut(name, value, layout))
+
+    def once(self, key: Any, kept: Any, make: Callable[[], Any]) -> Any:
+        """What ``make`` made for a key before, or makes now. ``kept`` is held beside it: an id in
+        the key is only unique while its object lives."""
         if key not in self.positions:
-            if name == "position_ids":
-                made: Any = take(value, layout.slots, -1)
-            else:
-                made = tuple(take(part, layout.slots, -2) for part in value)
-            self.positions[key] = (value, made)
+            self.positions[key] = (kept, make())
         return self.positions[key][1]
+
+
+def _cut(name: str, value: Any, layout: Layout) -> Any:
+    if name == "position_ids":
+        return take(value, layout.slots, -1)
+    return tuple(take(part, layout.slots, -2) for part in value)

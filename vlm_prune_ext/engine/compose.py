@@ -370,7 +370,7 @@ class Composer:
             # Several axes say where in the picture a token stood: kept, as after any drop.
             lost = torch.zeros(given.batch, 1, dtype=torch.int64, device=given.device)
             kept = take(positions, layout.slots, -1)
-            return Shortened(given, layout, layout.positions(), kept, lost, images, held)
+            return Shortened(given, layout, layout.kept(), kept, lost, images, held)
         lost = sent([[given.length - count] for count in held], given.device)
         return Shortened(given, layout, None, count_anew(layout, given), lost, images, held)
 

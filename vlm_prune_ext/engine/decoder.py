@@ -20,7 +20,7 @@ from vlm_prune_ext.engine.arguments import LayerArguments
 from vlm_prune_ext.engine.call import Call, State
 from vlm_prune_ext.engine.compose import FeatureSite
 from vlm_prune_ext.engine.entrance import Entrance
-from vlm_prune_ext.engine.evidence import AttentionReader, cached_keys, read
+from vlm_prune_ext.engine.evidence import AttentionReader, Seen, cached_keys, reads
 from vlm_prune_ext.engine.parts import ModelParts, Undo
 from vlm_prune_ext.engine.seal import seal
 from vlm_prune_ext.engine.selection import Selection
@@ -29,6 +29,7 @@ from vlm_prune_ext.engine.spans import VisualSpan, check_stated, tokens_by_sampl
 from vlm_prune_ext.engine.trace import Trace
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.methods.base import Method
+from vlm_prune_ext.methods.evidence import attention_needs
 
 
 class DecoderPruner:
@@ -64,11 +65,18 @@ class DecoderPruner:
                 f"reference does on LLaMA; {type(parts.decoder).__name__} counts positions "
                 "differently: leave it False."
             )
+        recounts = any(stage.recount for stage in self.stages.values())
+        if recounts and not (parts.plain_rotary or parts.rotate):
+            raise InputError(
+                f"{method.name} counts rotary positions anew behind a drop, which "
+                f"{type(parts.decoder).__name__} has no way to do."
+            )
         self.site = site
         first = self.stages.get(0)
-        self.entrance = Entrance(parts, method, visual_span, first, features_shrink, site)
+        drops_first = first if first is not None and first.mode == "drop" else None
+        self.entrance = Entrance(parts, method, visual_span, drops_first, features_shrink, site)
         self.arguments = LayerArguments(parts, shift)
-        self.selection = Selection(self.stages, self.num_layers, trace)
+        self.selection = Selection(self.stages, parts, trace)
         self.pending: tuple[torch.Tensor, list[list[int]] | None] | None = None
         # State by KV cache: several caches may be decoded in turn.
         self.states: weakref.WeakKeyDictionary[Any, State] = weakref.WeakKeyDictionary()
@@ -88,8 +96,8 @@ class DecoderPruner:
             handles.append(
                 self.parts.layers[index].register_forward_pre_hook(hook, with_kwargs=True)
             )
-        for layer in self.stages:
-            if layer > 0:
+        for layer, stage in self.stages.items():
+            if layer > 0 and reads(stage.needs):
                 attn: Any = self.parts.layers[layer - 1].self_attn
                 hook = _bind(self._after_attention, layer)
                 handles.append(attn.register_forward_hook(hook, with_kwargs=True))
@@ -173,7 +181,10 @@ class DecoderPruner:
                 "while pruning, feed the whole prompt at once."
             )
         state = self.states.get(cache)
-        self.call = Call(state, prefill=False) if state is not None else None
+        self.call = None
+        if state is not None:
+            decoded = seen - state.prefill.segments[0].count
+            self.call = Call(state, prefill=False, decoded=decoded)
         if state is None or state.short is None:
             return None
         return (), state.short.decode_arguments(kwargs, given, seen)
@@ -197,7 +208,10 @@ class DecoderPruner:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         call.cache = kwargs.get("past_key_values", call.cache)
-        if call.prefill and index in self.stages and index > 0:
+        stage = self.stages.get(index)
+        if call.prefill and stage is not None and (index > 0 or stage.mode == "observe"):
+            if attention_needs(stage.needs, "coming"):
+                call.seen = self._foresee(index, module, hidden, kwargs, call)
             hidden = self.selection.run(index, hidden, call)
         kwargs = self.arguments(index, hidden, kwargs, call)
         if args:
@@ -221,14 +235,40 @@ class DecoderPruner:
             hidden,
             prefill,
             prefill.layout_at(layer - 1),
-            keys=cached_keys(kwargs.get("past_key_values"), layer - 1, hidden.shape[1], call),
+            keys=cached_keys(
+                kwargs.get("past_key_values"), layer - 1, hidden.shape[1], prompt=call.prefill
+            ),
             mask=kwargs.get("attention_mask"),
             rotary=kwargs.get("position_embeddings"),
             prompt=call.prefill,
         )
-        call.attention, call.keys = read(stage.needs, reader)
+        call.seen = reader.read(stage.needs, "before")
         if not call.prefill:
             self.selection.again(layer, call)
+
+    @torch.no_grad()
+    def _foresee(
+        self, index: int, layer: Any, hidden: torch.Tensor, kwargs: dict, call: Call
+    ) -> Seen:
+        """What ``layer`` would attend to if nothing were dropped in front of it; added to what was
+        read off the layer before."""
+        prefill = call.state.prefill
+        prefill.move(hidden.device)
+        arguments = self.arguments(index, hidden, kwargs, call)
+        reader = AttentionReader(
+            self.parts,
+            layer.self_attn,
+            self.parts.input_norm(layer).forward(hidden),
+            prefill,
+            prefill.layout,
+            keys=None,
+            mask=arguments.get("attention_mask"),
+            rotary=arguments.get("position_embeddings"),
+            prompt=True,
+        )
+        before = call.take_seen() or [{} for _ in prefill.groups]
+        coming = reader.read(self.stages[index].needs, "coming")
+        return [{**a, **b} for a, b in zip(before, coming, strict=True)]
 
     def _after_last(self, module: nn.Module, args: tuple) -> tuple | None:
         """In front of the final norm: a stage after the last layer."""

@@ -19,6 +19,7 @@ from vlm_prune_ext.engine.spans import (
     VisualSpan,
     images_from_argument,
     images_from_mask,
+    sparing_last,
 )
 from vlm_prune_ext.engine.trace import Trace
 from vlm_prune_ext.errors import InputError
@@ -104,9 +105,12 @@ class Entrance:
             kwargs = {**kwargs, "inputs_embeds": short.given.embeds, "input_ids": None}
         elif self.features_shrink:
             short = without_marked(given, images)
+        else:
+            images = sparing_last(images, given.last_tokens())
+        if short is not None:
+            short.images = sparing_last(short.images, short.last_tokens())
         elif self.first_stage is not None:
-            counts = self.parts.counts_real
-            short = without_dropped(given, images, self.first_stage, trace, counts)
+            short = without_dropped(given, images, self.first_stage, trace, self.parts)
         if short is None:
             state = Prefill.start(images, given.batch, given.length, given.real, given.device)
         else:

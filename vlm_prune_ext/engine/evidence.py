@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
 from vlm_prune_ext.engine import scores
-from vlm_prune_ext.engine.call import Call
 from vlm_prune_ext.engine.kernels import triton_kernels
 from vlm_prune_ext.engine.layout import Layout, take
 from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.engine.prefill import Group, Prefill
 from vlm_prune_ext.errors import InputError
-from vlm_prune_ext.methods.base import Evidence, Need
+from vlm_prune_ext.methods.evidence import Attention, Evidence, Need, attention_needs
+
+Seen = list[dict[str, torch.Tensor]]
+"""By group, fields of :class:`Evidence` that were read off a layer."""
+
+
+def reads(needs: Iterable[Need]) -> bool:
+    """Does a stage want to see anything of the layer in front of it?"""
+    needs = tuple(needs)
+    return bool({"keys", "tail_keys"} & set(needs)) or bool(attention_needs(needs, "before"))
 
 
 class Looker:
@@ -23,51 +33,93 @@ class Looker:
 
     Args:
         needs: what the rule asks for; it is shown nothing else.
-        attention: ``(batch, n)``; keys: ``(batch, kv_heads, n, head_dim)``; hidden:
-            ``(batch, n, hidden)``; each may be ``None`` where nobody asked for it.
+        parts: where things are in the model.
+        prefill: state of the prompt.
+        hidden: ``(batch, n, hidden)``, what would enter the layer; ``None`` at a decode step.
+        seen: what was read off layers, see :meth:`AttentionReader.read`.
     """
 
     def __init__(
         self,
         needs: Sequence[Need],
-        attention: torch.Tensor | None,
-        keys: torch.Tensor | None,
+        parts: ModelParts,
+        prefill: Prefill,
         hidden: torch.Tensor | None,
+        seen: Seen | None = None,
     ) -> None:
-        self.attention, self.keys = attention, keys
-        self.hidden = hidden if "hidden" in needs else None
+        self.needs, self.parts, self.prefill = set(needs), parts, prefill
+        self.hidden, self.seen = hidden, seen
 
-    def __call__(self, group: Group, places: torch.Tensor) -> Evidence:
-        """``places`` ``(rows, n)``: where the group's tokens are in the sequence."""
-        rows = group.samples[:, None]
-        attention, keys = self.attention, self.keys
-        return Evidence(
-            total=group.total,
-            places=group.places,
-            attention=None if attention is None else attention[rows, places],
-            keys=None if keys is None else keys.transpose(1, 2)[rows, places].transpose(1, 2),
-            hidden=None if self.hidden is None else self.hidden[rows, places],
-            sample=group.names,
+    def __call__(self, index: int, group: Group, places: torch.Tensor) -> Evidence:
+        """``index`` of the group in the prompt; ``places`` ``(rows, n)``: where its tokens are."""
+        evidence = Evidence(
+            group.total, group.places, chosen=group.chosen, sample=group.names, **self._read(index)
         )
+        rows = group.samples[:, None]
+        for name, value in self._of_hidden(rows, places):
+            setattr(evidence, name, value)
+        if any(speaks_of_tail(need) for need in self.needs):
+            tail = self.prefill.tail()
+            slots, evidence.tail_real = tail.slots[group.samples], tail.real[group.samples]
+            there = self.prefill.layout.places_of(slots, group.samples)
+            for name, value in self._of_hidden(rows, there, "tail_"):
+                setattr(evidence, name, value)
+            if "positions" in self.needs:
+                evidence.tail_positions = self.prefill.positions_of(slots, group.samples)
+        if "positions" in self.needs:
+            # A row that was added stands for its image's last token.
+            slots = group.tokens.where(group.places < group.total, group.last)
+            evidence.positions = self.prefill.positions_of(slots, group.samples)
+        if "frequencies" in self.needs:
+            evidence.frequencies = frequencies(self.parts)
+        return evidence
+
+    def _read(self, index: int) -> dict[str, Any]:
+        return dict(self.seen[index]) if self.seen else {}
+
+    def _of_hidden(
+        self, rows: torch.Tensor, places: torch.Tensor, prefix: str = ""
+    ) -> Iterable[tuple[str, torch.Tensor]]:
+        if self.hidden is None:
+            return
+        if f"{prefix}hidden" in self.needs:
+            yield f"{prefix}hidden", self.hidden[rows, places]
+        if f"{prefix}normed" in self.needs:
+            norm: Any = self.parts.final_norm
+            # Not as a call: hooks on the norm wait for what leaves the last layer.
+            yield f"{prefix}normed", norm.forward(self.hidden[rows, places])
 
 
-def read(
-    needs: Sequence[Need], reader: AttentionReader
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """``(attention, keys)`` of a layer as :class:`Looker` takes them: what a stage needs of it."""
-    rows = [need for need in needs if need.startswith("attention:")]
-    attention = reader.attention(rows[-1]) if rows else None
-    return attention, reader.keys if "keys" in needs else None
+def speaks_of_tail(need: Need) -> bool:
+    """Does a need concern the text behind the images row by row?"""
+    if isinstance(need, Attention):
+        return need.maps and need.rows in ("text", "chosen")
+    return need.startswith("tail_")
 
 
-def cached_keys(cache: Any, layer: int, queries: int, call: Call) -> torch.Tensor | None:
+def frequencies(parts: ModelParts) -> torch.Tensor:
+    """Angles per position of the rotary embedding, float32 ``(head_dim / 2,)``.
+
+    Raises:
+        InputError: the decoder has none, or several.
+    """
+    found = getattr(getattr(parts.decoder, "rotary_emb", None), "inv_freq", None)
+    if found is None:
+        raise InputError(
+            f"{type(parts.decoder).__name__} does not have one rotary embedding for all layers, "
+            "which this method divides attention by."
+        )
+    return found.float()
+
+
+def cached_keys(cache: Any, layer: int, queries: int, *, prompt: bool) -> torch.Tensor | None:
     """Keys a layer has just attended to, ``(batch, kv_heads, n, head_dim)``.
 
     Args:
         cache: of the whole model, or ``None``.
         layer: 0-based.
         queries: tokens of this call.
-        call: the run that it is part of.
+        prompt: they are a prompt.
 
     Returns:
         ``None`` where a prompt's keys are not, or not all, in the cache.
@@ -78,19 +130,48 @@ def cached_keys(cache: Any, layer: int, queries: int, call: Call) -> torch.Tenso
     if cache is None:
         return None
     keys = cache.layers[layer].keys
-    if call.prefill:
-        return keys[..., :queries, :] if keys.shape[-2] >= queries else None
-    if keys.shape[-2] < int(cache.get_seq_length(layer)):
+    held = keys.shape[-2] if keys.dim() == 4 else 0  # a quantised cache holds something else
+    if prompt:
+        return keys[..., :queries, :] if held >= queries else None
+    if held < int(cache.get_seq_length(layer)):
         raise InputError(
-            f"mode='mask' chooses anew at each decode step from the keys of layer "
-            f"{layer}, but that layer caches only its sliding window: use mode='drop', "
-            "or a layer behind one that sees all tokens."
+            f"mode='mask' chooses anew at each decode step from the keys of layer {layer}, but the "
+            f"cache of that layer ({type(cache.layers[layer]).__name__}) does not hold them all as "
+            "they are: use mode='drop', or a layer and a cache that do."
         )
     return keys[..., : int(cache.get_seq_length(layer)), :]
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """Query rows.
+
+    Attributes:
+        places: int64 ``(b, rows)`` in this call's input.
+        weights: float32 ``(b, rows)``; ``None``: all count.
+        samples: int64 ``(b,)`` batch rows that they belong to; ``None``: each to its own.
+    """
+
+    places: torch.Tensor
+    weights: torch.Tensor | None
+    samples: torch.Tensor | None = None
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """``(batch or 1, ...)`` -> ``(b, ...)``."""
+        if self.samples is None:
+            return tensor
+        return tensor.expand(-1 if len(tensor) > 1 else len(self.samples), *tensor.shape[1:])[
+            self.samples if len(tensor) > 1 else slice(None)
+        ]
+
+    def block(self, part: slice) -> _Rows:
+        """Some of the rows."""
+        weights = None if self.weights is None else self.weights[:, part]
+        return _Rows(self.places[:, part], weights, self.samples)
+
+
 class AttentionReader:
-    """Reads attention rows and keys of a layer that has just attended.
+    """Reads attention rows and keys of a layer, as it attended or as it would attend.
 
     Args:
         parts: where things are in the model.
@@ -118,47 +199,128 @@ class AttentionReader:
         prompt: bool,
     ) -> None:
         self.parts, self.attn, self.hidden, self.prefill = parts, attn, hidden, prefill
-        self.mask, self.rotary, self.prompt = mask, rotary, prompt
+        self.mask, self.rotary, self.prompt, self._keys = mask, rotary, prompt, keys
         self.layout = layout.to(hidden.device)
-        if keys is None:
-            assert parts.keys is not None
-            keys = parts.keys(attn, hidden, rotary)
-        self.keys = keys
+        self.width = hidden.shape[1] if keys is None else keys.shape[-2]
 
-    def attention(self, need: str) -> torch.Tensor:
+    @cached_property
+    def keys(self) -> torch.Tensor:
+        """``(batch, kv_heads, width, head_dim)``."""
+        return self._projected(None, self.rotary) if self._keys is None else self._keys
+
+    def read(self, needs: Sequence[Need], layer: str) -> Seen:
+        """What a stage wants to see of this layer, which is the one ``"before"`` it or the one
+        ``"coming"``."""
+        seen: Seen = [{} for _ in self.prefill.groups]
+        attention = attention_needs(needs, layer)
+        # One row per sample serves all its images, unless the image has a say in it.
+        shared = {need: self.attention(need) for need in attention if _is_shared(need)}
+        for group, found in zip(self.prefill.groups, seen, strict=True):
+            here = self.layout.places_of(group.tokens, group.samples)
+            rows = group.samples[:, None]
+            for need in attention:
+                if need in shared:
+                    found["attention"] = shared[need][rows, here]
+                else:
+                    found["maps" if need.maps else "attention"] = self._of_group(need, group, here)
+            if layer == "before" and "keys" in needs:
+                found["keys"] = self._keys_at(rows, here)
+            if layer == "before" and "tail_keys" in needs:
+                slots = self.prefill.tail().slots[group.samples]
+                found["tail_keys"] = self._keys_at(
+                    rows, self.layout.places_of(slots, group.samples)
+                )
+        return seen
+
+    def _keys_at(self, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        return self.keys.transpose(1, 2)[rows, places].transpose(1, 2)
+
+    def _projected(self, rows: torch.Tensor | None, rotary: Any) -> torch.Tensor:
+        """Keys of all that came in, or of ``rows`` ``(batch, m)`` of it."""
+        assert self.parts.keys is not None
+        hidden = self.hidden if rows is None else take(self.hidden, rows, -2)
+        return self.parts.keys(self.attn, hidden, rotary)
+
+    # -- rows of each sample -----------------------------------------------------------------
+    def attention(self, need: Attention) -> torch.Tensor:
         """Attention every token received from the rows ``need`` names, float32 ``(batch, n)``."""
-        rows, weights = self._rows(need)
-        batch, count = rows.shape
-        width = self.keys.shape[-2]
-        queries = self._queries(rows)
+        rows = self._rows(need.rows)
+        queries = self._queries(rows, self.rotary)
         kernels = triton_kernels(queries.device) if self.mask is None else None
         if kernels is not None and _fits(queries, self.keys):
-            limits = rows + (width - self.hidden.shape[1])
+            limits = rows.places + (self.width - self.hidden.shape[1])
             scaling = self.parts.scaling(self.attn)
-            return kernels.received(queries, self.keys, limits, weights, scaling)
-        step = scores.rows_per_block(batch * queries.shape[1] * width, self.hidden.numel())
+            return kernels.received(queries, self.keys, limits, rows.weights, scaling)
         total: torch.Tensor | None = None
-        for first in range(0, count, step):
-            block = slice(first, first + step)
+        for part in self._blocks(rows, queries):
             found = scores.received(
-                queries[:, :, block],
+                queries[:, :, part],
                 self.keys,
-                self._allowed(rows[:, block], need),
-                None if weights is None else weights[:, block],
+                self._allowed(rows.block(part), last=need.rows == "last"),
+                rows.block(part).weights,
                 self.parts.scaling(self.attn),
             )
             total = found if total is None else total + found
         assert total is not None
         return total
 
-    def _queries(self, rows: torch.Tensor) -> torch.Tensor:
-        rotary = self.rotary
+    def _blocks(self, rows: _Rows, queries: torch.Tensor) -> Iterable[slice]:
+        batch, count = rows.places.shape
+        step = scores.rows_per_block(batch * queries.shape[1] * self.width, self.hidden.numel())
+        return [slice(first, first + step) for first in range(0, count, step)]
+
+    def _queries(self, rows: _Rows, rotary: Any) -> torch.Tensor:
         if rotary is not None:
-            rotary = tuple(take(part, rows, -2) for part in rotary)
+            rotary = tuple(take(rows.of(part), rows.places, -2) for part in rotary)
         projection = self.parts.queries
         assert projection is not None
-        return projection(self.attn, take(self.hidden, rows, -2), rotary)
+        return projection(self.attn, take(rows.of(self.hidden), rows.places, -2), rotary)
 
+    # -- rows of each image ------------------------------------------------------------------
+    def _of_group(self, need: Attention, group: Group, here: torch.Tensor) -> torch.Tensor:
+        """Attention that images receive: ``(rows, n)`` or, as maps, ``(rows, heads, r, n)``."""
+        rows = self._group_rows(need.rows, group, here)
+        queries = self._queries(rows, self.rotary if need.rotary else None)
+        keys = self._group_keys(need, rows, here)
+        # A column for each token of the image.
+        columns = None if need.over == "image" else here[:, None, None, :]
+        parts = []
+        for part in self._blocks(rows, queries):
+            block = rows.block(part)
+            allowed = None
+            if need.over == "row":
+                allowed = self._allowed(block, last=need.rows == "last")
+            weights = scores.attend(
+                queries[:, :, part], keys, allowed, self.parts.scaling(self.attn)
+            )
+            if columns is not None:
+                weights = weights.gather(3, columns.expand(*weights.shape[:3], -1))
+            parts.append(weights if need.maps else scores.summed(weights, block.weights))
+        if need.maps:
+            return torch.cat(parts, dim=2)
+        return torch.stack(parts).sum(dim=0)
+
+    def _group_rows(self, which: str, group: Group, here: torch.Tensor) -> _Rows:
+        samples = None if group.names == tuple(range(len(self.hidden))) else group.samples
+        if which == "visual":
+            return _Rows(here, None, samples)
+        rows = self._rows("text" if which == "chosen" else which)
+        weights = group.chosen if which == "chosen" else rows.weights
+        assert which != "chosen" or weights is not None
+        if samples is None:
+            return _Rows(rows.places, weights)
+        if which != "chosen" and weights is not None:
+            weights = weights[samples]
+        return _Rows(rows.places[samples], weights, samples)
+
+    def _group_keys(self, need: Attention, rows: _Rows, here: torch.Tensor) -> torch.Tensor:
+        if need.over == "image" and not need.rotary:  # few enough to be projected for this alone
+            assert self.parts.keys is not None
+            return self.parts.keys(self.attn, take(rows.of(self.hidden), here, -2), None)
+        keys = rows.of(self.keys if need.rotary else self._projected(None, None))
+        return take_keys(keys, here) if need.over == "image" else keys
+
+    # -- what rows are, and what they may see --------------------------------------------------
     def _real(self) -> torch.Tensor | None:
         """Bool ``(batch, n)``, False at padding and empty slots of the prompt."""
         prefill, layout = self.prefill, self.layout
@@ -169,42 +331,23 @@ class AttentionReader:
             real = layout.valid if real is None else real & layout.valid
         return real
 
-    def _rows(self, need: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Query rows (places in this call's input) and their weights, ``(batch, rows)`` each;
-        ``None``: all count."""
+    def _rows(self, which: str) -> _Rows:
+        """Query rows of each sample."""
         batch, count = self.hidden.shape[:2]
         device = self.hidden.device
-        real = self._real() if self.prompt else None
-        iota = torch.arange(count, device=device)
-        if need == "attention:last":
+        if which == "last":
+            real = self._real() if self.prompt else None
             if real is None:
-                rows = torch.full((batch, 1), count - 1, device=device)
-            else:
-                rows = (real * iota).argmax(dim=1, keepdim=True)
-            return rows, None
-        if need == "attention:text":
-            return self._text_rows(real, iota)
+                return _Rows(torch.full((batch, 1), count - 1, device=device), None)
+            iota = torch.arange(count, device=device)
+            return _Rows((real * iota).argmax(dim=1, keepdim=True), None)
+        if which == "text":
+            tail = self.prefill.tail()
+            everybody = torch.arange(batch, device=device)
+            return _Rows(self.layout.places_of(tail.slots, everybody), tail.real.float())
         return self._visual_rows()
 
-    def _text_rows(
-        self, real: torch.Tensor | None, iota: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Text behind the last visual token."""
-        prefill = self.prefill
-        batch, count = self.hidden.shape[:2]
-        last = torch.zeros(batch, dtype=torch.int64, device=iota.device)
-        for group in prefill.groups:
-            ends = self.layout.places_of(group.slots[:, -1:], group.samples)[:, 0]
-            last = last.scatter_reduce(0, group.samples, ends, "amax")
-        # Where the first of them may be, without asking the device: visual tokens are in front.
-        first = min(number for number in prefill.visual_counts() if number)
-        rows = iota[first:].expand(batch, count - first)
-        weights = rows > last[:, None]
-        if real is not None:
-            weights = weights & real[:, first:]
-        return rows, weights.float()
-
-    def _visual_rows(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _visual_rows(self) -> _Rows:
         """All visual tokens that are left; samples with fewer are filled with weight 0."""
         prefill = self.prefill
         counts = prefill.visual_counts()
@@ -213,27 +356,38 @@ class AttentionReader:
             batch, self.hidden.shape[1], dtype=torch.int32, device=self.hidden.device
         )
         for group in prefill.groups:
-            places = self.layout.places_of(group.slots, group.samples)
+            places = self.layout.places_of(group.tokens, group.samples)
             here[group.samples[:, None], places] = 1
         rows = here.argsort(dim=1, stable=True)[:, here.shape[1] - max(counts) :]
-        return rows, None if min(counts) == max(counts) else here.gather(1, rows).float()
+        same = min(counts) == max(counts)
+        return _Rows(rows, None if same else here.gather(1, rows).float())
 
-    def _allowed(self, rows: torch.Tensor, need: str) -> torch.Tensor | None:
-        """What the rows may see, bool ``(batch, rows, keys)``; ``None``: everything."""
-        width = self.keys.shape[-2]
+    def _allowed(self, rows: _Rows, *, last: bool) -> torch.Tensor | None:
+        """What the rows may see, bool ``(b, rows, keys)``; ``None``: everything."""
+        width, places = self.width, rows.places
         plain = self.mask is None and self.prompt and self._real() is None
-        if plain and need == "attention:last" and width == self.hidden.shape[1]:
+        if plain and last and width == self.hidden.shape[1]:
             return None
-        batch = rows.shape[0]
         if self.mask is not None and self.mask.dim() == 4:
-            mask = self.mask[:, 0, :, :width].expand(batch, -1, -1)
-            mask = take(mask, rows, -2)
+            mask = rows.of(self.mask[:, 0, :, :width]).expand(len(places), -1, -1)
+            mask = take(mask, places, -2)
             return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         offset = width - self.hidden.shape[1]
-        allowed = torch.arange(width, device=rows.device) <= (rows + offset)[..., None]
+        allowed = torch.arange(width, device=places.device) <= (places + offset)[..., None]
         if self.mask is not None:
-            return allowed & self.mask.bool()[:, None, :width]
+            return allowed & rows.of(self.mask.bool())[:, None, :width]
         return allowed
+
+
+def take_keys(keys: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """``(b, kv_heads, n, head_dim)`` at ``places`` ``(b, m)``."""
+    index = places[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
+    return keys.gather(2, index)
+
+
+def _is_shared(need: Attention) -> bool:
+    """Do all images of a sample see the same rows, in the same softmax, summed?"""
+    return need.rows != "chosen" and need.rotary and need.over == "row" and not need.maps
 
 
 def _fits(queries: torch.Tensor, keys: torch.Tensor) -> bool:

@@ -84,8 +84,12 @@ class ModelParts:
         final_norm: module that runs after the last layer.
         queries, keys: projections, see :class:`Projection`.
         scaling: factor on query-key products, by attention module.
+        input_norm: norm in front of a layer's attention, by layer.
         plain_rotary: one rotary position per token, from ``decoder.rotary_emb(hidden,
             position_ids=...)`` as in LLaMA, the same in all layers.
+        rotate: ``rotate(hidden, positions (batch, n), layer)`` -> ``position_embeddings`` of text
+            at these positions, where the decoder's rotary embedding is not the plain one; ``None``
+            there: positions cannot be counted anew.
         counts_real: where the decoder is given no positions, it counts tokens that are not
             padding (OPT), not places in the row.
         vision: the tower, or ``None``.
@@ -105,7 +109,9 @@ class ModelParts:
     queries: Projection | None = None
     keys: Projection | None = None
     scaling: Callable[[Any], float] = lambda attn: attn.scaling
+    input_norm: Callable[[Any], Any] = lambda layer: layer.input_layernorm
     plain_rotary: bool = True
+    rotate: Callable[[torch.Tensor, torch.Tensor, int], Any] | None = None
     counts_real: bool = False
     vision: VisionParts | None = None
     why_no_vision: str = "the model has no vision tower"

@@ -6,14 +6,14 @@ Everything here works on tensors and on the pure rules of a method; hooks live i
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from vlm_prune_ext.engine.layout import Layout, iota, sent
+from vlm_prune_ext.engine.layout import Added, Layout, iota, sent
 from vlm_prune_ext.engine.spans import Image
 from vlm_prune_ext.engine.trace import Trace
-from vlm_prune_ext.methods.base import Evidence, Stage
+from vlm_prune_ext.methods.evidence import Answer, Evidence, Stage
 
 
 @dataclass
@@ -22,29 +22,49 @@ class Group:
 
     Attributes:
         samples: int64 ``(rows,)`` batch rows; ``names``: the same as Python numbers.
-        starts: int64 ``(rows, 1)`` slot of each image's first token; ``(rows, total)`` where images
-            are in several runs: for each token, how far its slot is ahead of its place.
         total: visual tokens of each image at layer 0.
-        places: int64 ``(rows, n)``, which of them are left.
+        places: int64 ``(rows, n)``, which of them are left; rows that were added count on.
+        tokens: int64 ``(rows, n)``, what the layout calls them.
+        last: int64 ``(rows, 1)``, slot of each image's last token.
+        added: rows that were added to each image so far.
+        chosen: float32 ``(rows, t)``, weights of the tail's rows, once a stage chose them.
     """
 
     samples: torch.Tensor
     names: tuple[int, ...]
-    starts: torch.Tensor
     total: int
     places: torch.Tensor
+    tokens: torch.Tensor
+    last: torch.Tensor
+    added: int = 0
+    chosen: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Group:
         """The same on another device."""
-        starts, places = self.starts.to(device), self.places.to(device)
-        return Group(self.samples.to(device), self.names, starts, self.total, places)
+        return replace(
+            self,
+            samples=self.samples.to(device),
+            places=self.places.to(device),
+            tokens=self.tokens.to(device),
+            last=self.last.to(device),
+            chosen=None if self.chosen is None else self.chosen.to(device),
+        )
 
-    @property
-    def slots(self) -> torch.Tensor:
-        """``(rows, n)`` slots of the tokens left."""
-        if self.starts.shape[1] == 1:
-            return self.starts + self.places
-        return self.starts.gather(1, self.places) + self.places
+    def rows(self, rows: list[int]) -> Group:
+        """Some of the images."""
+        return replace(
+            self,
+            samples=self.samples[rows],
+            names=tuple(self.names[row] for row in rows),
+            places=self.places[rows],
+            tokens=self.tokens[rows],
+            last=self.last[rows],
+            chosen=None if self.chosen is None else self.chosen[rows],
+        )
+
+    def keep(self, kept: torch.Tensor) -> Group:
+        """Some tokens of each image, int64 ``(rows, k)`` out of 0 ... n-1."""
+        return replace(self, places=self.places.gather(1, kept), tokens=self.tokens.gather(1, kept))
 
 
 def group_images(images: list[Image], device: torch.device) -> list[Group]:
@@ -55,7 +75,8 @@ def group_images(images: list[Image], device: torch.device) -> list[Group]:
         names = tuple(image.sample for image in mine)
         starts = sent(_starts(mine), device)
         places = iota(total, device).expand(len(mine), total)
-        groups.append(Group(sent(names, device), names, starts, total, places))
+        tokens = starts + places
+        groups.append(Group(sent(names, device), names, total, places, tokens, tokens[:, -1:]))
     return groups
 
 
@@ -66,6 +87,17 @@ def _starts(images: list[Image]) -> list[list[int]]:
 
 
 @dataclass
+class Tail:
+    """The text behind each sample's last image.
+
+    ``slots``: int64 ``(batch, t)``; ``real``: bool ``(batch, t)``, False at fillers.
+    """
+
+    slots: torch.Tensor
+    real: torch.Tensor
+
+
+@dataclass
 class Prefill:
     """One prompt on its way through the decoder, and what decoding needs to know of it.
 
@@ -73,16 +105,26 @@ class Prefill:
         layout: what the current layer holds; ``segments``: first layer -> layout, ascending.
         groups: images, as they are now.
         held: tokens each sample holds now (padding included, empty slots not).
+        tail_starts: per sample, slot behind the last image (S where there is no image).
         real: bool ``(batch, S)``, False at padding of the input; ``None`` if there is none.
+        moved: int64 ``(batch, S)``, where the slots that the starts refer to are, if they moved.
         hidden_keys: first layer -> bool ``(batch, n)``, tokens hidden as keys (mask mode).
+        created: per sample, rows that rules added so far.
+        next_position: int64 ``(batch, 1)``, position of the first decoded token as the model counts
+            it; known once a layer counts positions anew.
     """
 
     layout: Layout
     groups: list[Group]
     held: list[int]
+    tail_starts: list[int]
     real: torch.Tensor | None = None
+    moved: torch.Tensor | None = None
     segments: dict[int, Layout] = field(default_factory=dict)
     hidden_keys: dict[int, torch.Tensor] = field(default_factory=dict)
+    created: list[int] = field(default_factory=list)
+    next_position: torch.Tensor | None = None
+    _tail: Tail | None = None
 
     @staticmethod
     def start(
@@ -90,8 +132,18 @@ class Prefill:
     ) -> Prefill:
         """The prompt as it enters layer 0."""
         layout = Layout.whole(batch, total, device)
-        groups = group_images(images, device)
-        return Prefill(layout, groups, [total] * batch, real, {0: layout})
+        ends = [0] * batch
+        for image in images:
+            ends[image.sample] = max(ends[image.sample], image.end)
+        return Prefill(
+            layout,
+            group_images(images, device),
+            [total] * batch,
+            [end or total for end in ends],
+            real,
+            segments={0: layout},
+            created=[0] * batch,
+        )
 
     def move(self, device: torch.device) -> None:
         """Go on on another device, for the layers of a model that is spread over several."""
@@ -99,10 +151,32 @@ class Prefill:
             self.layout = self.layout.to(device)
             self.groups = [group.to(device) for group in self.groups]
             self.real = None if self.real is None else self.real.to(device)
+            self._tail = None
 
     def layout_at(self, layer: int) -> Layout:
         """What ``layer`` holds."""
         return self.segments[max(first for first in self.segments if first <= layer)]
+
+    def tail(self) -> Tail:
+        """The text behind the images."""
+        if self._tail is None:
+            total, device = self.layout.total, self.layout.slots.device
+            starts = sent([[start] for start in self.tail_starts], device)
+            slots = starts + iota(total - min(self.tail_starts), device)
+            inside = slots < total
+            slots = slots.clamp(max=total - 1)
+            if self.moved is not None:
+                slots = self.moved.gather(1, slots)
+            real = inside if self.real is None else inside & self.real.gather(1, slots)
+            self._tail = Tail(slots, real)
+        return self._tail
+
+    def positions_of(self, slots: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
+        """Places in the prompt, padding not counted: ``slots`` ``(rows, m)`` of batch rows
+        ``samples``, int64 of the same shape."""
+        if self.real is None:
+            return slots
+        return (self.real.long().cumsum(dim=1) - 1)[samples[:, None], slots]
 
     def visual_counts(self) -> list[int]:
         """Visual tokens each sample holds now."""
@@ -112,15 +186,29 @@ class Prefill:
                 counts[name] += group.places.shape[1]
         return counts
 
-    def select(self, stage: Stage, look: Look) -> torch.Tensor | None:
+    def observe(self, stage: Stage, look: Look) -> None:
+        """Run a rule that chooses rows for later stages."""
+        for index, group in enumerate(self.groups):
+            here = self.layout.places_of(group.tokens, group.samples)
+            weights = stage.rule(look(index, group, here))
+            assert isinstance(weights, torch.Tensor)
+            group.chosen = weights.float()
+
+    def select(self, stage: Stage, look: Look) -> tuple[torch.Tensor | None, Added | None]:
         """Run a stage's rule on every group. Returns what goes, bool ``(batch, n)`` (``None``:
-        nothing). Groups and counts are updated; the layout is not."""
+        nothing), and what comes in. Groups and counts are updated; the layout is not."""
         gone = None
         groups: list[Group] = []
-        for group in self.groups:
-            here = self.layout.places_of(group.slots, group.samples)
-            kept = stage.rule(look(group, here))
-            parts, goes = _outcome(group, kept)
+        new: list[_New] = []
+        for index, group in enumerate(self.groups):
+            here = self.layout.places_of(group.tokens, group.samples)
+            answer = stage.rule(look(index, group, here))
+            if not isinstance(answer, Answer):
+                answer = Answer(answer)
+            parts, goes = _outcome(group, answer.keep)
+            if answer.rows is not None and answer.rows.shape[1]:
+                # Rows that are added tell groups apart no more than counts do: one part.
+                parts = [self._with_rows(parts[0], answer.rows, here[:, -1:], new)]
             groups += parts
             if goes is not None:
                 if gone is None:
@@ -131,28 +219,92 @@ class Prefill:
             self.groups = groups
             after = self.visual_counts()
             self.held = [h - b + a for h, b, a in zip(self.held, before, after, strict=True)]
-        return gone
+        return gone, _joined(new, len(self.held)) if new else None
 
-    def drop(self, layer: int, gone: torch.Tensor) -> torch.Tensor:
-        """Take tokens out in front of ``layer``. Returns the ``(batch, n')`` places to gather."""
-        self.layout, index = self.layout.drop(~gone, self.held)
+    def _with_rows(
+        self, group: Group, hidden: torch.Tensor, behind: torch.Tensor, new: list[_New]
+    ) -> Group:
+        """A group with rows added to each image; notes them in ``new``."""
+        count, device = hidden.shape[1], hidden.device
+        firsts = []
+        for sample in group.names:
+            firsts.append([self.layout.total + self.created[sample]])
+            self.created[sample] += count
+        names = sent(firsts, device) + iota(count, device)
+        new.append(_New(group, hidden, names, behind))
+        first = group.total + group.added
+        places = iota(first + count, device)[first:].expand_as(names)
+        return replace(
+            group,
+            places=torch.cat([group.places, places], dim=1),
+            tokens=torch.cat([group.tokens, names], dim=1),
+            added=group.added + count,
+        )
+
+    def drop(
+        self, layer: int, gone: torch.Tensor | None, added: Added | None, *, recount: bool
+    ) -> torch.Tensor:
+        """Take tokens out, and others in, in front of ``layer``. Returns the ``(batch, n')`` places
+        to gather, see :meth:`Layout.drop`."""
+        keep = torch.ones_like(self.layout.slots, dtype=torch.bool) if gone is None else ~gone
+        self.layout, index = self.layout.drop(keep, self.held, added)
+        if recount:
+            self.layout = self.layout.counted_anew(self.real)
         self.segments[layer] = self.layout
         return index
 
     def record(self, layer: int, trace: Trace, hidden: torch.Tensor | None = None) -> None:
         """Note what enters ``layer`` after its rule ran; ``hidden``: tokens that only hide."""
-        trace.kept[layer] = self.layout.positions()
+        trace.kept[layer] = self.layout.kept()
         trace.visual_tokens[layer] = self.visual_counts()
+        if self.layout.positions is not None:
+            valid, positions = self.layout.valid, self.layout.positions
+            trace.positions[layer] = (
+                positions.clone() if valid is None else positions.masked_fill(~valid, -1)
+            )
         if hidden is not None:
             lost = hidden.sum(1).tolist()
             left = [held - n for held, n in zip(self.held, lost, strict=True)]
-            trace.kept[layer] = self.layout.drop(~hidden, left)[0].positions()
+            trace.kept[layer] = self.layout.drop(~hidden, left)[0].kept()
             visual = zip(self.visual_counts(), lost, strict=True)
             trace.visual_tokens[layer] = [count - n for count, n in visual]
 
 
-Look = Callable[[Group, torch.Tensor], Evidence]
-"""``look(group, places)``: the evidence about a group; ``places`` ``(rows, n)`` in the sequence."""
+Look = Callable[[int, Group, torch.Tensor], Evidence]
+"""``look(index, group, places)``: the evidence about one of the prompt's groups; ``places``
+``(rows, n)`` of its tokens in the sequence."""
+
+
+@dataclass
+class _New:
+    """Rows for each image of a group: ``hidden`` ``(rows, c, hidden)``, ``names`` ``(rows, c)``,
+    ``behind`` ``(rows, 1)`` place that they stand behind."""
+
+    group: Group
+    hidden: torch.Tensor
+    names: torch.Tensor
+    behind: torch.Tensor
+
+
+def _joined(new: list[_New], batch: int) -> Added:
+    """The rows of all groups, side by side in their samples."""
+    columns, used = [], [0] * batch
+    for one in new:
+        firsts = []
+        for sample in one.group.names:
+            firsts.append([used[sample]])
+            used[sample] += one.names.shape[1]
+        columns.append(sent(firsts, one.names.device) + iota(one.names.shape[1], one.names.device))
+    hidden = new[0].hidden.new_zeros(batch, max(used), new[0].hidden.shape[-1])
+    names, slots, behind = (new[0].names.new_zeros(batch, max(used)) for _ in range(3))
+    real = torch.zeros_like(names, dtype=torch.bool)
+    for one, column in zip(new, columns, strict=True):
+        at = (one.group.samples[:, None], column)
+        hidden[at] = one.hidden
+        names[at], real[at] = one.names, True
+        slots[at] = one.group.last.expand_as(column)
+        behind[at] = one.behind.expand_as(column)
+    return Added(hidden, names, slots, behind, real)
 
 
 def _outcome(group: Group, kept: torch.Tensor) -> tuple[list[Group], torch.Tensor | None]:
@@ -163,7 +315,7 @@ def _outcome(group: Group, kept: torch.Tensor) -> tuple[list[Group], torch.Tenso
     if kept.shape[1] == group.places.shape[1]:
         return [group], None
     goes = torch.ones_like(group.places, dtype=torch.bool).scatter_(1, kept, False)
-    return [_keep(group, kept)], goes
+    return [group.keep(kept)], goes
 
 
 def _outcome_of_mask(group: Group, stays: torch.Tensor) -> tuple[list[Group], torch.Tensor | None]:
@@ -172,9 +324,9 @@ def _outcome_of_mask(group: Group, stays: torch.Tensor) -> tuple[list[Group], to
     groups: list[Group] = []
     for count in sorted(set(counts)):
         rows = [row for row, c in enumerate(counts) if c == count]
-        part = _rows(group, rows) if len(rows) < len(counts) else group
+        part = group.rows(rows) if len(rows) < len(counts) else group
         if count < stays.shape[1]:
-            part = _keep(part, _pick(stays[rows], count))
+            part = part.keep(_pick(stays[rows], count))
         groups.append(part)
     return groups, ~stays if min(counts) < stays.shape[1] else None
 
@@ -182,13 +334,3 @@ def _outcome_of_mask(group: Group, stays: torch.Tensor) -> tuple[list[Group], to
 def _pick(mask: torch.Tensor, count: int) -> torch.Tensor:
     """Places of the ``count`` True in each row, in order, without asking the device how many."""
     return mask.int().argsort(dim=1, stable=True)[:, mask.shape[1] - count :]
-
-
-def _rows(group: Group, rows: list[int]) -> Group:
-    names = tuple(group.names[row] for row in rows)
-    return Group(group.samples[rows], names, group.starts[rows], group.total, group.places[rows])
-
-
-def _keep(group: Group, kept: torch.Tensor) -> Group:
-    places = group.places.gather(1, kept)
-    return Group(group.samples, group.names, group.starts, group.total, places)

@@ -19,14 +19,28 @@ def received(
     """Attention each key receives, mean over query heads, summed over weighted query rows.
 
     Args:
-        queries: ``(batch, heads, rows, head_dim)``.
-        keys: ``(batch, kv_heads, n, head_dim)``; heads are grouped as in grouped-query attention.
-        allowed: bool ``(batch, rows, n)``: what a row may see; ``None``: everything.
-        weights: float32 ``(batch, rows)``, 0 for rows that do not count; ``None``: all count.
-        scaling: factor on the products.
+        queries, keys, allowed, scaling: see :func:`attend`.
+        weights: see :func:`summed`.
 
     Returns:
         float32 ``(batch, n)``.
+    """
+    return summed(attend(queries, keys, allowed, scaling), weights)
+
+
+def attend(
+    queries: torch.Tensor, keys: torch.Tensor, allowed: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """Attention weights, softmax over the keys.
+
+    Args:
+        queries: ``(batch, heads, rows, head_dim)``.
+        keys: ``(batch, kv_heads, n, head_dim)``; heads are grouped as in grouped-query attention.
+        allowed: bool ``(batch, rows, n)``: what a row may see; ``None``: everything.
+        scaling: factor on the products.
+
+    Returns:
+        float32 ``(batch, heads, rows, n)``.
     """
     batch, heads, rows, dim = queries.shape
     groups, count = keys.shape[1:3]
@@ -38,10 +52,22 @@ def received(
     logits = logits.view(batch, heads, rows, count)
     if allowed is not None:
         logits = logits.masked_fill(~allowed[:, None], torch.finfo(logits.dtype).min)
-    attention = logits.softmax(dim=-1, dtype=torch.float32)
+    return logits.softmax(dim=-1, dtype=torch.float32)
+
+
+def summed(attention: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """Mean over heads, sum over rows, in place where rows are weighted.
+
+    Args:
+        attention: float32 ``(batch, heads, rows, n)``.
+        weights: float32 ``(batch, rows)``, 0 for rows that do not count; ``None``: all count.
+
+    Returns:
+        float32 ``(batch, n)``.
+    """
     if weights is not None:
         attention = attention.mul_(weights[:, None, :, None])
-    return attention.sum(dim=(1, 2)) / heads
+    return attention.sum(dim=(1, 2)) / attention.shape[1]
 
 
 def rows_per_block(row: int, hidden: int) -> int:

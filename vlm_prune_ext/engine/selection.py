@@ -7,8 +7,9 @@ import torch
 from vlm_prune_ext.engine.call import Call
 from vlm_prune_ext.engine.evidence import Looker
 from vlm_prune_ext.engine.layout import Layout, take
+from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.engine.trace import Trace
-from vlm_prune_ext.methods.base import Stage
+from vlm_prune_ext.methods.evidence import Stage
 
 
 class Selection:
@@ -16,53 +17,60 @@ class Selection:
 
     Args:
         stages: layer -> the stage in front of it.
-        num_layers: of the decoder.
+        parts: where things are in the model.
         trace: to be written to.
     """
 
-    def __init__(self, stages: dict[int, Stage], num_layers: int, trace: Trace) -> None:
-        self.stages, self.num_layers, self.trace = stages, num_layers, trace
+    def __init__(self, stages: dict[int, Stage], parts: ModelParts, trace: Trace) -> None:
+        self.stages, self.parts, self.trace = stages, parts, trace
+        self.num_layers = len(parts.layers)
 
     def run(self, layer: int, hidden: torch.Tensor, call: Call) -> torch.Tensor:
         """Select in front of ``layer``; returns the hidden states that go on."""
-        stage = self.stages[layer]
-        prefill = call.state.prefill
+        stage, prefill = self.stages[layer], call.state.prefill
         prefill.move(hidden.device)
-        gone = prefill.select(stage, Looker(stage.needs, call.attention, call.keys, hidden))
-        call.forget_evidence()
-        if gone is not None and stage.mode == "drop":
-            index = prefill.drop(layer, gone)
+        look = Looker(stage.needs, self.parts, prefill, hidden, call.take_seen())
+        if stage.mode == "observe":
+            prefill.observe(stage, look)
+            return hidden
+        gone, added = prefill.select(stage, look)
+        if stage.mode == "mask":
+            if gone is not None:
+                prefill.hidden_keys[layer] = gone
+        elif gone is not None or added is not None:
+            index = prefill.drop(layer, gone, added, recount=stage.recount)
+            if added is not None:
+                hidden = torch.cat([hidden, added.hidden.to(hidden.dtype)], dim=1)
+                self.trace.merged[layer] = added.names.shape[1]
             hidden = take(hidden, index, -2)
-            for later in range(layer, self.num_layers):
-                self.trace.lengths[later] = prefill.layout.count
-        elif gone is not None:
-            prefill.hidden_keys[layer] = gone
+        self._note(layer, prefill.layout.count)
         prefill.record(layer, self.trace, prefill.hidden_keys.get(layer))
         self._translate(layer, call)
         return hidden
+
+    def _note(self, layer: int, count: int) -> None:
+        for later in range(layer, self.num_layers):
+            self.trace.lengths[later] = count
 
     def _translate(self, layer: int, call: Call) -> None:
         """Slots -> positions of the sequence that entered layer 0, where layer 0 itself dropped."""
         short = call.state.short
         if short is not None and short.origin is not None:
             kept = self.trace.kept[layer]
-            real = short.origin.to(kept.device).gather(1, kept.clamp(min=0))
-            self.trace.kept[layer] = torch.where(kept < 0, kept, real)
+            self.trace.kept[layer] = torch.where(kept < 0, kept, short.places(kept.clamp(min=0)))
 
     def write_trace(self, layer: int, call: Call, layout: Layout, visual: list[int]) -> None:
-        """Note what another way of running the model (fast.py) kept in front of ``layer``."""
-        self.trace.kept[layer] = layout.positions()
+        """Note what another way of running the model (fast/run.py) kept in front of ``layer``."""
+        self.trace.kept[layer] = layout.kept()
         self.trace.visual_tokens[layer] = visual
-        for later in range(layer, self.num_layers):
-            self.trace.lengths[later] = layout.count
+        self._note(layer, layout.count)
         self._translate(layer, call)
 
     def again(self, layer: int, call: Call) -> None:
         """Mask mode, decode step: choose anew what the layers from ``layer`` on may see."""
-        stage = self.stages[layer]
-        prefill = call.state.prefill
-        gone = prefill.select(stage, Looker(stage.needs, call.attention, call.keys, None))
-        call.forget_evidence()
+        stage, prefill = self.stages[layer], call.state.prefill
+        look = Looker(stage.needs, self.parts, prefill, None, call.take_seen())
+        gone, _ = prefill.select(stage, look)
         prefill.hidden_keys.pop(layer, None)
         if gone is not None:
             prefill.hidden_keys[layer] = gone

@@ -8,7 +8,7 @@ their rotary positions, as after any later layer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,12 +16,14 @@ import torch
 from torch import nn
 
 from vlm_prune_ext.engine import masks
+from vlm_prune_ext.engine.evidence import Looker
 from vlm_prune_ext.engine.layout import Layout, take
-from vlm_prune_ext.engine.prefill import Group, Prefill
+from vlm_prune_ext.engine.parts import ModelParts
+from vlm_prune_ext.engine.prefill import Prefill
 from vlm_prune_ext.engine.spans import Image, runs_of
 from vlm_prune_ext.engine.trace import Trace
 from vlm_prune_ext.errors import InputError
-from vlm_prune_ext.methods.base import Evidence, Stage
+from vlm_prune_ext.methods.evidence import Stage
 
 # A feature row that is this number in every channel was dropped in the tower. Exact in float32,
 # float16 and bfloat16, and no projector gives it in all channels at once.
@@ -90,6 +92,17 @@ class DecoderInput:
         real = self.real
         return [0] * self.batch if real is None else real.int().argmax(dim=1).tolist()
 
+    def last_tokens(self) -> list[int]:
+        """Per sample, place of the last token that is not padding."""
+        return last_tokens(self.real, self.batch, self.length)
+
+
+def last_tokens(real: torch.Tensor | None, batch: int, length: int) -> list[int]:
+    """Per sample, place of the last token of which ``real`` ``(batch, length)`` is True."""
+    if real is None:
+        return [length - 1] * batch
+    return (length - 1 - real.flip(1).int().argmax(dim=1)).tolist()
+
 
 @dataclass
 class Shortened:
@@ -132,20 +145,29 @@ class Shortened:
     @property
     def whole(self) -> bool:
         """Nothing was dropped."""
-        return self.layout.count == self.layout.total and self.layout.valid is None
+        return self.layout.is_whole
 
-    def start_prefill(self) -> Prefill:
-        """State of the shorter prompt: its slots are the places that went in."""
+    @property
+    def real(self) -> torch.Tensor | None:
+        """As :attr:`DecoderInput.real`, of the shorter prompt; False at empty slots."""
         real = self.given.real
         if real is not None:
             real = real.gather(1, self.layout.slots)
         if self.layout.valid is not None:
             real = self.layout.valid if real is None else real & self.layout.valid
+        return real
+
+    def last_tokens(self) -> list[int]:
+        """As :meth:`DecoderInput.last_tokens`, of the shorter prompt."""
+        return last_tokens(self.real, self.given.batch, self.length)
+
+    def start_prefill(self) -> Prefill:
+        """State of the shorter prompt: its slots are the places that went in."""
+        real = self.real
         state = Prefill.start(self.images, self.given.batch, self.length, real, self.given.device)
         if self.layout.valid is not None:
             # Empty slots are there from the start and may go when longer samples shrink.
-            valid = self.layout.valid
-            state.layout = Layout(state.layout.slots, valid, self.length)
+            state.layout = replace(state.layout, valid=self.layout.valid)
             state.segments = {0: state.layout}
         state.held = list(self.held)
         return state
@@ -184,7 +206,7 @@ class Shortened:
 
     def _real_keys(self, width: int) -> torch.Tensor:
         """2-D padding mask over the shorter prompt and what was decoded since."""
-        real = self.start_prefill().real
+        real = self.real
         if real is None:
             real = torch.ones_like(self.layout.slots, dtype=torch.bool)
         return torch.nn.functional.pad(real.long(), (0, width - self.length), value=1)
@@ -217,7 +239,7 @@ def without_marked(given: DecoderInput, images: list[Image]) -> Shortened:
     marked = torch.zeros(given.batch, given.length, dtype=torch.bool, device=given.device)
     for group in state.groups:
         rows = group.samples[:, None]
-        marked[rows, group.slots] = (embeds[rows, group.slots] == DROPPED).all(dim=-1)
+        marked[rows, group.tokens] = (embeds[rows, group.tokens] == DROPPED).all(dim=-1)
     lost = marked.sum(dim=1)
     held = [given.length - n for n in lost.tolist()]
     layout, _ = state.layout.drop(~marked, held)
@@ -230,7 +252,7 @@ def without_marked(given: DecoderInput, images: list[Image]) -> Shortened:
 def _without(images: list[Image], marked: torch.Tensor, layout: Layout) -> list[Image]:
     """Where the images are once marked tokens are gone."""
     gone = marked.tolist()
-    slots = layout.positions().tolist()
+    slots = layout.kept().tolist()
     place = [{slot: i for i, slot in enumerate(row)} for row in slots]
     left = []
     for image in images:
@@ -251,31 +273,23 @@ def count_anew(layout: Layout, given: DecoderInput) -> torch.Tensor:
 
 
 def without_dropped(
-    given: DecoderInput, images: list[Image], stage: Stage, trace: Trace, counts_real: bool = False
+    given: DecoderInput, images: list[Image], stage: Stage, trace: Trace, parts: ModelParts
 ) -> Shortened:
-    """The prompt after a stage at layer 0; kept tokens keep their positions.
-
-    ``counts_real``: see :class:`ModelParts`.
-    """
+    """The prompt after a stage at layer 0; kept tokens keep their positions."""
     state = Prefill.start(images, given.batch, given.length, given.real, given.device)
-    embeds = given.embedded()
-
-    def look(group: Group, places: torch.Tensor) -> Evidence:
-        hidden = embeds[group.samples[:, None], places]
-        return Evidence(group.total, group.places, hidden=hidden, sample=group.names)
-
-    gone = state.select(stage, look)
+    look = Looker(stage.needs, parts, state, given.embedded())
+    gone, _ = state.select(stage, look)
     if gone is not None:
-        state.drop(0, gone)
+        state.drop(0, gone, None, recount=False)
     state.record(0, trace)
     layout = state.layout
     positions = given.positions
     if positions is None:
         positions = torch.arange(given.length, device=given.device)[None]
-        if counts_real and given.real is not None:
+        if parts.counts_real and given.real is not None:
             positions = (given.real.long().cumsum(dim=1) - 1).clamp(min=0)
     lost = torch.zeros(given.batch, 1, dtype=torch.int64, device=given.device)
     left = images if gone is None else _without(images, gone, layout)
     return Shortened(
-        given, layout, layout.positions(), take(positions, layout.slots, -1), lost, left, state.held
+        given, layout, layout.kept(), take(positions, layout.slots, -1), lost, left, state.held
     )

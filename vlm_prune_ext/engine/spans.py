@@ -38,6 +38,11 @@ class Image:
         runs = self.runs or ((self.start, self.length),)
         return [slot for start, length in runs for slot in range(start, start + length)]
 
+    @property
+    def end(self) -> int:
+        """Position behind its last token."""
+        return sum(self.runs[-1]) if self.runs else self.start + self.length
+
 
 def tokens_by_sample(images: list[Image], batch: int) -> list[int]:
     """Visual tokens of each of ``batch`` samples."""
@@ -104,6 +109,23 @@ def runs_of(slots: Sequence[int]) -> list[Span]:
         else:
             runs.append((slot, 1))
     return runs
+
+
+def sparing_last(images: list[Image], last: list[int]) -> list[Image]:
+    """Images without the token that predicts the answer: where a prompt ends in its image, the
+    image's last token counts as text, since it must stay.
+
+    Args:
+        images: of the prompt.
+        last: per sample, place of the last token.
+    """
+    left = []
+    for image in images:
+        if image.end - 1 != last[image.sample]:
+            left.append(image)
+        elif image.length > 1:
+            left.append(Image.of(image.sample, runs_of(image.slots[:-1])))
+    return left
 
 
 def images_from_argument(span: VisualSpan, batch: int, seq: int) -> list[Image]:

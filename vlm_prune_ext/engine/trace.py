@@ -17,7 +17,7 @@ class Trace:
     """Record of the last prefill (and the last run of the vision tower).
 
     Attributes:
-        kept: layer -> int64 ``(batch, n)``, absolute positions, ascending, in the sequence as it
+        kept: layer -> int64 ``(batch, n)``, absolute positions, in order, in the sequence as it
             entered layer 0, of all tokens (text and padding included) that enter that layer. One
             entry for each layer at which a rule ran; ``num_layers`` is "after the last layer".
             Where samples keep different numbers, the shorter rows start with ``-1`` (empty slots).
@@ -30,8 +30,11 @@ class Trace:
         visual_input: visual tokens of each sample in the prompt, before anything was dropped.
         visual_tokens: layer -> visual tokens of each sample that enter that layer; layer 0 and
             each layer at which a rule ran.
+        positions: layer -> int64 ``(batch, n)``, rotary positions of the rows that enter it, where
+            a method counted them anew; laid out as ``kept``.
         merged: layer -> most rows that a method added to a sample in front of it, -1: to an image
-            or crop between vision tower and language model.
+            or crop between vision tower and language model. In front of a layer, ``kept`` numbers
+            them from the length of the sequence on, in the order of their creation.
         backend: what ran the model last.
     """
 
@@ -40,6 +43,7 @@ class Trace:
     vision_kept: dict[int, torch.Tensor] = field(default_factory=dict)
     visual_input: list[int] = field(default_factory=list)
     visual_tokens: dict[int, list[int]] = field(default_factory=dict)
+    positions: dict[int, torch.Tensor] = field(default_factory=dict)
     merged: dict[int, int] = field(default_factory=dict)
     backend: Backend = "transformers"
 
@@ -50,3 +54,6 @@ class Trace:
         self.lengths.clear()
         self.visual_input.clear()
         self.visual_tokens.clear()
+        self.positions.clear()
+        for layer in [layer for layer in self.merged if layer >= 0]:
+            del self.merged[layer]

@@ -295,15 +295,17 @@ def planned_lengths(
     Raises:
         InputError: the method's counts depend on the data (SAINT in the language model).
     """
-    lengths = [text + sum(visual)] * num_layers
+    lengths, now = [text + sum(visual)] * num_layers, list(visual)
     for stage in method.stages(num_layers) if method is not None else ():
-        count = text + sum(_kept(method, stage, total) for total in visual)
         if stage.mode == "drop":
-            lengths[stage.layer :] = [count] * (num_layers - stage.layer)
+            now = [_left(method, stage, *image) for image in zip(visual, now, strict=True)]
+            lengths[stage.layer :] = [text + sum(now)] * (num_layers - stage.layer)
     return lengths
 
 
-def _kept(method: Method | None, stage: Stage, total: int) -> int:
+def _left(method: Method | None, stage: Stage, total: int, now: int) -> int:
+    if stage.left is not None:
+        return stage.left(total, now)
     if stage.budget is None:
         name = getattr(method, "name", "method")
         raise InputError(f"method={name!r} keeps a number of tokens that depends on the picture.")

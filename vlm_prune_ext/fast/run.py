@@ -7,18 +7,20 @@ piece before. So every rule that keeps a fixed number of tokens works here as it
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import ChainMap
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from vlm_prune_ext.engine.call import Call
 from vlm_prune_ext.engine.decoder import DecoderPruner
-from vlm_prune_ext.engine.evidence import AttentionReader, Looker, read
+from vlm_prune_ext.engine.evidence import AttentionReader, Looker, Seen, reads
 from vlm_prune_ext.engine.layout import Layout, iota, sent, take
-from vlm_prune_ext.engine.prefill import Group, Prefill
+from vlm_prune_ext.engine.prefill import Prefill
 from vlm_prune_ext.fast.pieces import Pieces
 from vlm_prune_ext.fast.segments import Segment, SegmentCache, Step
-from vlm_prune_ext.methods.base import Stage
+from vlm_prune_ext.methods.evidence import Stage, attention_needs
 
 ROOM = 128  # for decoded tokens at first: limits are high, answers short
 
@@ -63,19 +65,27 @@ class _Aligned:
         """A tensor of the prompt in this order, tokens along the negative ``dim``."""
         return take(tensor, self.order, dim) if self.padded else tensor
 
-    def prefill(self, groups: list[Group]) -> Prefill:
-        """The engine's state of the prompt, in this order."""
+    def prefill(self, origin: Prefill | None) -> Prefill:
+        """The engine's state of the prompt, in this order; ``origin``: in its own."""
         batch, count = self.order.shape
         layout = Layout.whole(batch, count, self.order.device)
-        if not self.padded:
-            return Prefill(layout, groups, [count] * batch, None, {0: layout})
-        place = self.order.argsort(dim=1)
-        moved = [
-            Group(g.samples, g.names, place[g.samples[:, None], g.starts], g.total, g.places)
-            for g in groups
-        ]
-        real = layout.slots < self.counts[:, None]
-        return Prefill(layout, moved, [count] * batch, real, {0: layout})
+        groups = origin.groups if origin is not None else []
+        tails = origin.tail_starts if origin is not None else [count] * batch
+        state = Prefill(
+            layout, groups, [count] * batch, tails, segments={0: layout}, created=[0] * batch
+        )
+        if self.padded:
+            state.moved = place = self.order.argsort(dim=1)
+            state.real = layout.slots < self.counts[:, None]
+            state.groups = [
+                replace(
+                    group,
+                    tokens=place[group.samples[:, None], group.tokens],
+                    last=place[group.samples[:, None], group.last],
+                )
+                for group in groups
+            ]
+        return state
 
 
 @dataclass
@@ -115,6 +125,9 @@ class Run:
         """All segments, and the drops between them."""
         counts = self.aligned.counts[:, None]
         self._position = positions.expand(len(counts), -1).gather(1, counts - 1) + 1
+        observes = stages.pop(0, None)
+        if observes is not None:
+            self.state.observe(observes, self._looker(observes, hidden, positions))
         starts = [0, *sorted(stages)]
         stops = [*starts[1:], len(self.pieces.parts.layers)]
         for first, stop in zip(starts, stops, strict=True):
@@ -145,7 +158,7 @@ class Run:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Let a stage choose; what stays goes on, in order, at the left."""
         state = self.state
-        gone = state.select(stage, self._looker(stage, hidden))
+        gone, _ = state.select(stage, self._looker(stage, hidden, positions))
         if gone is not None:
             index = self._move_left(gone, stage.layer)
             hidden, positions = take(hidden, index, -2), take(positions, index, -1)
@@ -159,27 +172,52 @@ class Run:
         lost = gone if layout.valid is None else gone | ~layout.valid
         index = lost.int().argsort(dim=1, stable=True)[:, : max(held)]
         valid = ~lost.gather(1, index) if min(held) < max(held) else None
-        self.state.layout = Layout(layout.slots.gather(1, index), valid, layout.total)
+        slots = layout.slots.gather(1, index)
+        self.state.layout = Layout(slots, valid, layout.total, slots)
         self.state.segments[layer] = self.state.layout
         return index
 
-    def _looker(self, stage: Stage, hidden: torch.Tensor) -> Looker:
-        if not any(need == "keys" or need.startswith("attention:") for need in stage.needs):
-            return Looker(stage.needs, None, None, hidden)
-        segment, count = self.segments[-1], hidden.shape[1]
-        before, memory = segment.cache.stop - 1, segment.memory
-        reader = AttentionReader(
-            self.pieces.parts,
-            self.pieces.parts.layers[before].self_attn,  # type: ignore[arg-type]
-            memory.attended[:, :count],
+    def _looker(self, stage: Stage, hidden: torch.Tensor, positions: torch.Tensor) -> Looker:
+        parts, state = self.pieces.parts, self.state
+        seen = [self._before(stage)] if reads(stage.needs) else []
+        if attention_needs(stage.needs, "coming"):
+            seen.append(self._coming(stage, hidden, positions))
+        joined = [dict(ChainMap(*each)) for each in zip(*seen, strict=True)] if seen else None
+        return Looker(stage.needs, parts, state, hidden, joined)
+
+    def _before(self, stage: Stage) -> Seen:
+        """What a stage wants to see of the layer in front of it."""
+        segment, count = self.segments[-1], self.state.layout.count
+        layer, memory = segment.cache.stop - 1, segment.memory
+        rotary = (memory.cosines[:, :count], memory.sines[:, :count])
+        keys = segment.cache.keys[layer][:, :, :count]
+        return self._reader(layer, memory.attended[:, :count], keys, rotary).read(
+            stage.needs, "before"
+        )
+
+    def _coming(self, stage: Stage, hidden: torch.Tensor, positions: torch.Tensor) -> Seen:
+        """What a stage wants to see of the layer behind it, if nothing were dropped."""
+        parts, decoder = self.pieces.parts, self.pieces.parts.decoder
+        rotary = decoder.rotary_emb(hidden, position_ids=positions)  # type: ignore[union-attr,operator]
+        normed = parts.input_norm(parts.layers[stage.layer]).forward(hidden)
+        return self._reader(stage.layer, normed, None, rotary).read(stage.needs, "coming")
+
+    def _reader(
+        self, layer: int, hidden: torch.Tensor, keys: torch.Tensor | None, rotary: Any
+    ) -> AttentionReader:
+        parts = self.pieces.parts
+        attn: Any = parts.layers[layer].self_attn
+        return AttentionReader(
+            parts,
+            attn,
+            hidden,
             self.state,
             self.state.layout,
-            keys=segment.cache.keys[before][:, :, :count],
+            keys=keys,
             mask=None,
-            rotary=(memory.cosines[:, :count], memory.sines[:, :count]),
+            rotary=rotary,
             prompt=True,
         )
-        return Looker(stage.needs, *read(stage.needs, reader), hidden)
 
     def write_trace(self, pruner: DecoderPruner, call: Call) -> None:
         """What was kept, as the ordinary path says it: places in the padded prompt."""
@@ -250,10 +288,10 @@ def start(
     """
     aligned = _Aligned.of(prompt)
     stages: dict[int, Stage] = {}
-    state = aligned.prefill([])
+    state = aligned.prefill(None if call is None else call.state.prefill)
     if pruner is not None and call is not None:
-        stages = {layer: stage for layer, stage in pruner.stages.items() if layer > 0}
-        state = aligned.prefill(call.state.prefill.groups)
+        done = {0} if pruner.entrance.first_stage is not None else set()
+        stages = {layer: stage for layer, stage in pruner.stages.items() if layer not in done}
     run = Run(pieces, aligned, state, max_new_tokens)
     run.prefill(aligned(prompt.embeds, -2), aligned(prompt.positions, -1), stages)
     if pruner is not None and call is not None:

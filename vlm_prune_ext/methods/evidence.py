@@ -1,8 +1,8 @@
-"""What passes between a rule and the engine: what a rule may ask to see, and what it is shown."""
+"""What passes between a rule and the engine: what a rule may ask to see, is shown, and answers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -10,22 +10,85 @@ if TYPE_CHECKING:
     import torch
 
 Budget = int | float
-Need = Literal["attention:last", "attention:text", "attention:visual", "keys", "hidden"]
 FeatureNeed = Literal["features", "attention", "keys", "last", "projected", "joint"]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A need: attention that the visual tokens receive, recomputed from a few query rows.
+
+    Attributes:
+        rows: who attends: the prompt's last token, the text behind the last image, the visual
+            tokens, or the rows of that text which an earlier stage chose.
+        layer: the layer in front of the stage, or the one to come (its norm and projections
+            applied to what would enter it if nothing were dropped).
+        rotary: queries and keys carry their rotary positions.
+        over: the softmax runs over all that a row sees, or over the image's tokens alone.
+        maps: not summed: one weight per head and row, in :attr:`Evidence.maps`.
+    """
+
+    rows: Literal["last", "text", "visual", "chosen"] = "last"
+    layer: Literal["before", "coming"] = "before"
+    rotary: bool = True
+    over: Literal["row", "image"] = "row"
+    maps: bool = False
+
+
+Name = Literal[
+    "attention:last",
+    "attention:text",
+    "attention:visual",
+    "keys",
+    "hidden",
+    "normed",
+    "positions",
+    "tail_keys",
+    "tail_hidden",
+    "tail_normed",
+    "frequencies",
+]
+Need = Name | Attention
+"""``"attention:last"`` stands for ``Attention("last")``, and so on; the other names are those of
+:class:`Evidence`. Nothing is computed that no stage asks for."""
+
+
+def attention_needs(needs: Sequence[Need], layer: str) -> list[Attention]:
+    """Those of ``needs`` that are attention of the layer ``"before"`` or the one ``"coming"``."""
+    found = []
+    for need in needs:
+        if isinstance(need, str) and need.startswith("attention:"):
+            need = Attention(need.removeprefix("attention:"))  # type: ignore[arg-type]
+        if isinstance(need, Attention) and need.layer == layer:
+            found.append(need)
+    return found
 
 
 @dataclass
 class Evidence:
     """What a rule sees: one group of images (a batch) with equally many visual tokens each.
 
+    The *tail* is the text behind a sample's last image (the prompt's last token, where it ends in
+    an image); tails of different lengths are filled up from behind.
+
     Attributes:
         total: visual tokens each image had when it entered layer 0 (what a ratio refers to).
-        places: ``(batch, n)`` int64, which of those ``total`` tokens are still there, ascending.
-        attention: ``(batch, n)`` float32, the attention each token received in the layer before,
-            mean over query heads, summed over the query rows the stage asked for (``None`` if it
-            asked for none).
-        keys: ``(batch, kv_heads, n, head_dim)``, that layer's keys after rotary embedding.
-        hidden: ``(batch, n, hidden)``, the hidden states that would enter the layer.
+        places: ``(batch, n)`` int64, which of those ``total`` tokens are still there, ascending;
+            rows that were added count on from ``total``.
+        attention: ``(batch, n)`` float32, the attention each token received, mean over query
+            heads, summed over the query rows the stage asked for, with their weights if they were
+            chosen (``None`` if it asked for none).
+        maps: ``(batch, heads, rows, n)`` float32, the same before any mean or sum.
+        keys: ``(batch, kv_heads, n, head_dim)``, keys of the layer before, with rotary positions.
+        hidden: ``(batch, n, hidden)``, the hidden states that would enter the layer; at layer 0
+            the embeddings.
+        normed: the same, through the decoder's final norm.
+        positions: ``(batch, n)`` int64, places in the prompt, padding not counted.
+        tail_real: ``(batch, t)`` bool, False at fillers of the tail; there with whatever else
+            speaks of the tail.
+        tail_keys, tail_hidden, tail_normed: as above, of the tail.
+        tail_positions: ``(batch, t)``, as ``positions``.
+        chosen: ``(batch, t)`` float32, the weights that an earlier stage gave to the tail's rows.
+        frequencies: ``(head_dim / 2,)`` float32, angle per position of the rotary embedding.
         sample: index in the batch of the forward pass, per row (for messages only; a rule must
             not let its answer depend on it, or a batch would differ from single runs).
     """
@@ -33,8 +96,18 @@ class Evidence:
     total: int
     places: torch.Tensor
     attention: torch.Tensor | None = None
+    maps: torch.Tensor | None = None
     keys: torch.Tensor | None = None
     hidden: torch.Tensor | None = None
+    normed: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    tail_real: torch.Tensor | None = None
+    tail_keys: torch.Tensor | None = None
+    tail_hidden: torch.Tensor | None = None
+    tail_normed: torch.Tensor | None = None
+    tail_positions: torch.Tensor | None = None
+    chosen: torch.Tensor | None = None
+    frequencies: torch.Tensor | None = None
     sample: tuple[int, ...] = ()
 
     @property
@@ -43,9 +116,25 @@ class Evidence:
         return self.places.shape[1]
 
 
-Rule: TypeAlias = "Callable[[Evidence], torch.Tensor]"
-"""Evidence -> what stays: int64 ``(batch, k)`` places 0...n-1 in ascending order, or, where the
-number may differ between rows, a bool mask ``(batch, n)``."""
+@dataclass(frozen=True)
+class Answer:
+    """What a rule decides where it does more than drop.
+
+    Attributes:
+        keep: what stays, see :data:`Rule`.
+        rows: ``(batch, c, hidden)``, hidden states of new tokens, which stand behind the kept ones
+            of their image and count as visual tokens from then on.
+    """
+
+    keep: torch.Tensor
+    rows: torch.Tensor | None = None
+
+
+Rule: TypeAlias = "Callable[[Evidence], torch.Tensor | Answer]"
+"""Evidence -> what stays: int64 ``(batch, k)`` places 0...n-1 in ascending order (``k`` may be 0),
+or, where the number may differ between rows, a bool mask ``(batch, n)``; in an :class:`Answer` if
+rows are added. Of a stage with ``mode="observe"``: float32 ``(batch, t)``, weights of the tail's
+rows for stages that ask for the attention of ``"chosen"`` rows."""
 
 
 @dataclass(frozen=True)
@@ -54,20 +143,28 @@ class Stage:
 
     Attributes:
         layer: 0-based decoder layer in front of which tokens go; ``num_layers`` means after the
-            last. Evidence about attention and keys is that of layer ``layer - 1``.
+            last. Keys, and attention unless it is of the layer to come, are those of layer
+            ``layer - 1``.
         needs: what the rule wants to see.
         rule: the pure selection.
         mode: ``"drop"`` removes tokens from the sequence; ``"mask"`` hides them as keys only and
-            selects anew at each decode step.
+            selects anew at each decode step; ``"observe"`` only chooses rows for later stages.
         budget: what the rule keeps per image, for error messages and FLOPs (``None``: unknown
             before it runs, as with thresholds).
+        left: ``left(total, now)``: visual tokens of an image of ``total`` that had ``now`` in front
+            of the stage and has so many behind it, rows that are added included; ``None``: as
+            ``budget`` says.
+        recount: positions are counted anew over what is left, 0, 1, ...; a token that is decoded
+            then has the length of each layer's own cache as its position there.
     """
 
     layer: int
     needs: tuple[Need, ...]
     rule: Rule
-    mode: Literal["drop", "mask"] = "drop"
+    mode: Literal["drop", "mask", "observe"] = "drop"
     budget: Budget | None = None
+    left: Callable[[int, int], int] | None = None
+    recount: bool = False
 
 
 @dataclass(frozen=True)
