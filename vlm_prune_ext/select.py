@@ -39,6 +39,30 @@ def take_rows(tensor: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     return tensor.gather(1, places[..., None].expand(-1, -1, tensor.shape[-1]))
 
 
+# -- text -----------------------------------------------------------------------------------
+def text_raters(image: torch.Tensor, tail: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Which tokens of the text have to do with the image, by their embeddings.
+
+    Every image row spreads a weight of one over the text, by a softmax over plain products; a token
+    is a rater if its mean weight is above the mean of all. Where none is (a text of one token), the
+    one with the largest weight is.
+
+    Args:
+        image: ``(batch, n, d)``; tail: ``(batch, t, d)``, any float dtype (computed in float32).
+        real: bool ``(batch, t)``, False at fillers.
+
+    Returns:
+        float32 ``(batch, t)``: one over the number of raters at raters, 0 elsewhere.
+    """
+    products = image.float() @ tail.float().transpose(1, 2)
+    weights = products.masked_fill(~real[:, None], float("-inf")).softmax(dim=-1).mean(dim=1)
+    mean = weights.sum(dim=1, keepdim=True) / real.sum(dim=1, keepdim=True)
+    raters = (weights > mean) & real
+    first = torch.zeros_like(raters).scatter_(1, weights.argmax(dim=1, keepdim=True), True)
+    raters = torch.where(raters.any(dim=1, keepdim=True), raters, first)
+    return raters / raters.sum(dim=1, keepdim=True)
+
+
 # -- similarity ------------------------------------------------------------------------------
 def mean_over_heads(keys: torch.Tensor) -> torch.Tensor:
     """Keys ``(batch, heads, n, head_dim)`` -> metric ``(batch, n, head_dim)``, float32.

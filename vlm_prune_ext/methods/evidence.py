@@ -115,6 +115,11 @@ class Evidence:
         """Visual tokens of each image that are still there, ``n``."""
         return self.places.shape[1]
 
+    @property
+    def everything(self) -> torch.Tensor:
+        """The answer that all stay, int64 ``(batch, n)``."""
+        return torch.arange(self.count, device=self.places.device).expand_as(self.places)
+
 
 @dataclass(frozen=True)
 class Answer:
