@@ -44,7 +44,7 @@ class Replay(Method):
 
     name: ClassVar[str] = "replay"
 
-    def stages(self, num_layers: int) -> tuple[Stage, ...]:
+    def decoder_stages(self, num_layers: int) -> tuple[Stage, ...]:
         def rule_for(layer: int):
             def rule(evidence: Evidence) -> torch.Tensor:
                 rows = []

@@ -54,7 +54,7 @@ def seen(total: int, attention: torch.Tensor, places: torch.Tensor | None = None
 
 
 def only_rule(method: Method, layer: int, evidence: Evidence) -> torch.Tensor:
-    stage = next(stage for stage in method.stages(32) if stage.layer == layer)
+    stage = next(stage for stage in method.decoder_stages(32) if stage.layer == layer)
     return stage.rule(evidence)
 
 

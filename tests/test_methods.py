@@ -58,7 +58,7 @@ def row_of(seen: Evidence, row: int) -> Evidence:
 
 
 def run_rule(method: Method, seen: Evidence, stage: int = 0) -> torch.Tensor:
-    return method.stages(32)[stage].rule(seen)
+    return method.decoder_stages(32)[stage].rule(seen)
 
 
 def pick_first(evidence: Evidence, keep: int) -> torch.Tensor:
@@ -158,7 +158,7 @@ def test_random_draw_depends_on_count_and_seed_only() -> None:
 
 def test_himap_stages() -> None:
     method = HiMAP(attn_txt_layer=3, attn_txt_rank=20, attn_img_layer=6, attn_img_rank=0.25)
-    text, image = method.stages(12)
+    text, image = method.decoder_stages(12)
     assert (text.layer, text.needs, image.layer, image.needs) == (
         3,
         ("attention:text",),
@@ -167,19 +167,19 @@ def test_himap_stages() -> None:
     )
     left = evidence(n=20, total=36)
     assert image.rule(left).shape == (3, 9)  # a ratio is of the tokens at layer 0
-    assert len(HiMAP(attn_img_layer=None, attn_img_rank=None).stages(12)) == 1
+    assert len(HiMAP(attn_img_layer=None, attn_img_rank=None).decoder_stages(12)) == 1
     with pytest.raises(InputError, match=r"attn_img_rank=0.75.*20 visual tokens"):
-        HiMAP(attn_txt_rank=20, attn_img_rank=0.75).stages(12)[1].rule(left)
+        HiMAP(attn_txt_rank=20, attn_img_rank=0.75).decoder_stages(12)[1].rule(left)
 
 
 def test_saint_stages_and_positions() -> None:
     method = SAINT(start=2, end=4, threshold=0.3)
-    assert [stage.layer for stage in method.stages(6)] == [3, 4, 5]
-    assert {stage.needs for stage in method.stages(6)} == {("keys",)}
-    assert SAINT(start=5, end=5).stages(6)[0].layer == 6
+    assert [stage.layer for stage in method.decoder_stages(6)] == [3, 4, 5]
+    assert {stage.needs for stage in method.decoder_stages(6)} == {("keys",)}
+    assert SAINT(start=5, end=5).decoder_stages(6)[0].layer == 6
     seen = evidence()
     want = saint_drop(seen.keys.mean(1), 0.3, 5, 10.0)
-    assert torch.equal(method.stages(6)[0].rule(seen), want)
+    assert torch.equal(method.decoder_stages(6)[0].rule(seen), want)
     assert [method.decode_position_shift(i) for i in range(3)] == [0, 0, 0]
     faithful = dataclasses.replace(method, reference_positions=True)
     assert [faithful.decode_position_shift(i) for i in range(3)] == [0, 1, 1]
@@ -187,7 +187,7 @@ def test_saint_stages_and_positions() -> None:
 
 def test_saint_in_the_tower() -> None:
     method = SAINT(start=None, vit=SAINTViT(layers=(1, 3), keep_num=(14, 8), r=(4, 3)))
-    assert method.stages(2) == ()
+    assert method.decoder_stages(2) == ()
     stages = method.vision_stages(6, 4)
     assert [stage.layer for stage in stages] == [1, 3]
     keys = torch.randn(2, 2, 16, 8)
@@ -223,16 +223,16 @@ def test_own_selection_by_name_and_by_function() -> None:
 
 
 def test_own_selection_says_what_it_needs() -> None:
-    (stage,) = CustomSelection(method=pick_first).stages(12)
+    (stage,) = CustomSelection(method=pick_first).decoder_stages(12)
     assert stage.needs == ("attention:last", "keys", "hidden")
-    (stage,) = CustomSelection(method=pick_first, agg_layer=0).stages(12)
+    (stage,) = CustomSelection(method=pick_first, agg_layer=0).decoder_stages(12)
     assert stage.needs == ("hidden",)
 
     def by_text(evidence: Evidence, keep: int) -> torch.Tensor:
         return pick_first(evidence, keep)
 
     by_text.needs = ("attention:text",)
-    (stage,) = CustomSelection(method=by_text).stages(12)
+    (stage,) = CustomSelection(method=by_text).decoder_stages(12)
     assert stage.needs == ("attention:text",)
     with pytest.raises(InputError, match="agg_layer=0"):
         CustomSelection(method=by_text, agg_layer=0)
@@ -341,7 +341,7 @@ TOO_DEEP = [
 @pytest.mark.parametrize(("method", "message"), TOO_DEEP, ids=[m[:20] for _, m in TOO_DEEP])
 def test_layers_the_model_does_not_have(method: Method, message: str) -> None:
     with pytest.raises(InputError) as error:
-        method.stages(12)
+        method.decoder_stages(12)
     assert message in str(error.value)
 
 
@@ -358,14 +358,14 @@ def test_default_layers_move_with_the_depth_and_stated_ones_do_not(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     method = SAINT()
-    assert [stage.layer for stage in method.stages(12)] == [4, 5, 6, 7]
-    assert [stage.layer for stage in HiMAP().stages(8)] == [1, 2]
-    assert [stage.layer for stage in HiMAP(attn_txt_layer=2).stages(32)] == [2, 8]
+    assert [stage.layer for stage in method.decoder_stages(12)] == [4, 5, 6, 7]
+    assert [stage.layer for stage in HiMAP().decoder_stages(8)] == [1, 2]
+    assert [stage.layer for stage in HiMAP(attn_txt_layer=2).decoder_stages(32)] == [2, 8]
     assert "saint: start=3, end=6, the published depth in 12 layers." in caplog.text
     for copied in (copy.deepcopy(method), pickle.loads(pickle.dumps(method))):
-        assert [stage.layer for stage in copied.stages(12)] == [4, 5, 6, 7]
+        assert [stage.layer for stage in copied.decoder_stages(12)] == [4, 5, 6, 7]
     with pytest.raises(InputError, match="end=16"):
-        SAINT(end=16).stages(12)
+        SAINT(end=16).decoder_stages(12)
 
 
 def test_misspelt_keywords_suggest_the_near_name() -> None:
@@ -496,7 +496,7 @@ def test_config_files(path: Path) -> None:
     method = get_method(settings.pop("method"), **settings)
     assert (method is None) == (path.stem == "baseline")
     if method is not None:
-        method.stages(32)
+        method.decoder_stages(32)
         method.vision_stages(24, 22)
         assert path.stem.startswith(method.name)
 
@@ -528,7 +528,7 @@ def test_fields_of_model_config() -> None:
     config.use_hmap_v, config.hmap_v_attn_img_rank, config.hmap_v_sys_length = True, 50, 35
     assert method_from_config(config) == HiMAP(attn_img_rank=50, sys_length=35)
     config.hmap_v_attn_img_layer = None
-    assert len(method_from_config(config).stages(32)) == 1
+    assert len(method_from_config(config).decoder_stages(32)) == 1
     config.use_fast_v = True
     with pytest.raises(InputError, match="use_fast_v, use_hmap_v"):
         method_from_config(config)

@@ -158,15 +158,17 @@ class LayerArguments:
         for first, gone in prefill.hidden_keys.items():
             if first <= index:
                 allowed = allowed & ~_pick(gone, slots, False)
+        seen = None
         if call.prefill:
             rows = layout.slots
+            seen = masks.in_order(layout, slots) if layout.added else None
         else:
             first_row = layout.total + held - layout.count
             rows = torch.arange(first_row, first_row + queries, device=device)[None]
         short = call.state.short
         if short is not None:
             slots, rows = short.places(slots), short.places(rows.expand(len(slots), -1))
-        made = masks.by_place(slots, allowed, rows, window, self._attention(), hidden.dtype)
+        made = masks.by_place(slots, allowed, rows, window, self._attention(), hidden.dtype, seen)
         call.masks[key] = (None, made)
         return made
 

@@ -57,7 +57,7 @@ class DecoderPruner:
         self.parts, self.method, self.trace = parts, method, trace
         self.visual_span, self.features_shrink = visual_span, features_shrink
         self.num_layers = len(parts.layers)
-        self.stages = {stage.layer: stage for stage in method.stages(self.num_layers)}
+        self.stages = {stage.layer: stage for stage in method.decoder_stages(self.num_layers)}
         shift = [method.decode_position_shift(layer) for layer in range(self.num_layers)]
         if any(shift) and not parts.plain_rotary:
             raise InputError(

@@ -18,7 +18,7 @@ from transformers.masking_utils import (
     flash_attention_mask,
 )
 
-from vlm_prune_ext.engine.layout import Layout, take
+from vlm_prune_ext.engine.layout import Layout, iota, take
 from vlm_prune_ext.errors import InputError
 
 
@@ -74,6 +74,7 @@ def by_place(
     window: int | None,
     attention: str,
     dtype: torch.dtype,
+    seen: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """A causal mask, with a sliding window or without, from where tokens stood in the prompt.
 
@@ -84,6 +85,7 @@ def by_place(
         window: places back that a query sees, itself included; ``None`` sees all.
         attention: the model's attention implementation.
         dtype: of the hidden states.
+        seen: bool ``(batch, queries, keys)``, False at pairs that are forbidden besides.
     """
     if takes_padding_masks(attention):
         if window is None:
@@ -92,6 +94,8 @@ def by_place(
     mask = keys[:, None, :] <= rows[..., None]
     if window is not None:
         mask = mask & (keys[:, None, :] > rows[..., None] - window)
+    if seen is not None:
+        mask = mask & seen
     mask = (mask & allowed[:, None, :])[:, None]
     if ALL_MASK_ATTENTION_FUNCTIONS.get(attention) is eager_mask:
         zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
@@ -172,4 +176,22 @@ def adapt(
     if prefill:
         mask = take(mask.transpose(0, 1), layout.slots, -2).transpose(0, 1)
     mask = take(mask.permute(1, 2, 0, 3), slots, -1).permute(2, 0, 1, 3)
-    return hide(mask, allowed[:, None, None, :])
+    seen = allowed[:, None, None, :]
+    if prefill and layout.added:
+        seen = seen & in_order(layout, slots)[:, None]
+    return hide(mask, seen)
+
+
+def in_order(layout: Layout, keys: torch.Tensor) -> torch.Tensor:
+    """Rows that were added stand at the same slot as their image's last token: among those that
+    share a slot, nobody sees who stands behind.
+
+    Args:
+        layout: what the layer holds of the prompt.
+        keys: int64 ``(batch, width)``, slots of the keys.
+
+    Returns:
+        bool ``(batch, n, width)``, False where a key stands behind a query at its slot.
+    """
+    behind = iota(keys.shape[1], keys.device) > iota(layout.count, keys.device)[:, None]
+    return ~(behind & (keys[:, None, :] == layout.slots[:, :, None]))

@@ -112,7 +112,7 @@ class Answerer:
         self.largest: int | None = None
         self._num_layers = _count_layers(model, method)
         check_method(model, method)
-        stages = method.stages(self._num_layers) if method is not None else ()
+        stages = method.decoder_stages(self._num_layers) if method is not None else ()
         self._hiding = {stage.layer for stage in stages if stage.mode == "mask"}
 
     def answer(self, queries: Sequence[Query]) -> list[Answer]:

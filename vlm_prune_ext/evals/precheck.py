@@ -31,7 +31,7 @@ def check_fit(source: Checkpoint, method: Method | None) -> None:
 def check_config(config: Any, method: Method) -> None:
     """As :func:`check_fit`, from a model's configuration."""
     text: Any = getattr(config, "text_config", config)
-    method.stages(text.num_hidden_layers)
+    method.decoder_stages(text.num_hidden_layers)
     vision: Any = getattr(config, "vision_config", None)
     if getattr(vision, "model_type", None) != "clip_vision_model":
         return  # other towers drop nothing, and their patches are not what becomes visual tokens

@@ -296,7 +296,7 @@ def planned_lengths(
         InputError: the method's counts depend on the data (SAINT in the language model).
     """
     lengths, now = [text + sum(visual)] * num_layers, list(visual)
-    for stage in method.stages(num_layers) if method is not None else ():
+    for stage in method.decoder_stages(num_layers) if method is not None else ():
         if stage.mode == "drop":
             now = [_left(method, stage, *image) for image in zip(visual, now, strict=True)]
             lengths[stage.layer :] = [text + sum(now)] * (num_layers - stage.layer)

@@ -74,7 +74,7 @@ def _why_not_method(method: Method, layers: int) -> str | None:
     between = method.feature_stage()
     if between is not None and between.budget is None:
         return f"{method.name} keeps a number of tokens that depends on the picture"
-    for stage in method.stages(layers):
+    for stage in method.decoder_stages(layers):
         if stage.mode == "mask":
             return f"{method.name} with mode='mask' drops nothing"
         if stage.mode == "observe":

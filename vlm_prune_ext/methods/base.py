@@ -101,7 +101,7 @@ class Method(Declared):
     companions: ClassVar[tuple[type[Declared], ...]] = ()
 
     # -- what the engine asks --------------------------------------------------------------
-    def stages(self, num_layers: int) -> tuple[Stage, ...]:
+    def decoder_stages(self, num_layers: int) -> tuple[Stage, ...]:
         """Selections in the language model, ascending by layer.
 
         Raises:
@@ -111,15 +111,13 @@ class Method(Declared):
         made = fitted.plan(num_layers)
         for one in fitted.options().values() if made else ():
             if one.accepts.kind == "layers":
-                value = getattr(fitted, one.name)
-                for layer in value if isinstance(value, tuple) else (value,):
-                    if layer is not None:
-                        model = f"a model of {num_layers} layers"
-                        require_layer(one.name, layer, one.accepts.low, num_layers - 1, model)
+                for layer in _layers_in(getattr(fitted, one.name)):
+                    model = f"a model of {num_layers} layers"
+                    require_layer(one.name, layer, one.accepts.low, num_layers - 1, model)
         return made
 
     def plan(self, num_layers: int) -> tuple[Stage, ...]:
-        """What :meth:`stages` answers, of a method whose default layers fit the model."""
+        """What :meth:`decoder_stages` answers, of a method whose default layers fit the model."""
         return ()
 
     def placed(self, num_layers: int) -> Method:
@@ -132,7 +130,7 @@ class Method(Declared):
             and one.name not in self._stated
             and getattr(self, one.name) is not None
         ]
-        if all(_deepest(getattr(self, one.name)) < num_layers for one in layers):
+        if all(max(_layers_in(getattr(self, one.name))) < num_layers for one in layers):
             return self
         moved = {o.name: _placed(getattr(self, o.name), num_layers, o.accepts.low) for o in layers}
         said = ", ".join(f"{name}={value}" for name, value in moved.items())
@@ -242,17 +240,24 @@ class Method(Declared):
         return cls(**values)
 
 
-def _deepest(value: int | tuple[int, ...]) -> int:
-    return max(value) if isinstance(value, tuple) else value
+def _layers_in(value: Any) -> list[int]:
+    """The layers in a field: one, several, several with a number beside each, or none."""
+    if value is None:
+        return []
+    if not isinstance(value, tuple):
+        return [value]
+    return [entry[0] if isinstance(entry, tuple) else entry for entry in value]
 
 
-def _placed(value: int | tuple[int, ...], num_layers: int, low: int) -> int | tuple[int, ...]:
+def _placed(value: Any, num_layers: int, low: int) -> Any:
+    """A field's layers at the same relative depth."""
     if not isinstance(value, tuple):
         return relative_layer(value, num_layers, low)
     moved: list[int] = []
-    for layer in value:  # two layers never fall on one
+    for layer in _layers_in(value):  # two layers never fall on one
         moved.append(relative_layer(layer, num_layers, moved[-1] + 1 if moved else low))
-    return tuple(moved)
+    both = zip(moved, value, strict=True)
+    return tuple((layer, *old[1:]) if isinstance(old, tuple) else layer for layer, old in both)
 
 
 def _meant(key: str, value: Any, one: Option) -> Any:

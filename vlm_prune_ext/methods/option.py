@@ -102,6 +102,22 @@ def some_layers(low: int = 0, count: int | None = None) -> Accepts:
     return Accepts(f"{many} of at least {low}, ascending", ok, tuple, "layers", low)
 
 
+def some_stages() -> Accepts:
+    """Pairs of a layer and the visual tokens kept behind it, layers ascending."""
+
+    def ok(value: Any) -> bool:
+        if not isinstance(value, tuple | list) or not value:
+            return False
+        for pair in value:
+            if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(map(_is_int, pair)):
+                return False
+        layers = [layer for layer, _ in value]
+        return layers == sorted(set(layers)) and layers[0] >= 0 and all(k >= 1 for _, k in value)
+
+    text = "pairs (layer of at least 0, visual tokens kept of at least 1), layers ascending"
+    return Accepts(text, ok, lambda value: tuple((a, b) for a, b in value), "layers")
+
+
 def a_budget(*, zero: bool = False) -> Accepts:
     """A keep budget: visual tokens per image (int) or a ratio (float); 0 only where ``zero``."""
     low = 0 if zero else 1
