@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
-import torch
 from torch import nn
 
 from vlm_prune_ext.methods.base import Evidence, Method, Stage
@@ -31,28 +31,37 @@ def fingerprint(model: nn.Module) -> dict[str, tuple]:
     return found
 
 
-@dataclass(frozen=True)
-class Replay(Method):
-    """Drops what a recorded trace dropped: the same kept set, whatever the scores say now.
+class Recorded(Method):
+    """Carries a method out in the language model and remembers what its rules answered.
 
-    ``kept``: layer -> ``(batch, n)`` absolute positions; ``starts``: (sample -> first position of
-    its only image).
+    Made from another one, ``Recorded(method, before)``, it gives the same answers again, whatever
+    there is to see now: the same tokens are kept and the same rows added.
     """
 
-    kept: dict
-    starts: tuple
+    name = "recorded"
 
-    name: ClassVar[str] = "replay"
+    def __new__(cls, method: Method, before: Recorded | None = None) -> Recorded:
+        return object.__new__(cls)
+
+    def __init__(self, method: Method, before: Recorded | None = None) -> None:
+        object.__setattr__(self, "method", method)
+        object.__setattr__(self, "before", before)
+        object.__setattr__(self, "answers", {})
 
     def decoder_stages(self, num_layers: int) -> tuple[Stage, ...]:
-        def rule_for(layer: int):
-            def rule(evidence: Evidence) -> torch.Tensor:
-                rows = []
-                for row, sample in enumerate(evidence.sample):
-                    here = evidence.places[row] + self.starts[sample]
-                    rows.append(torch.isin(here, self.kept[layer][sample]))
-                return torch.stack(rows)
+        stages = self.method.decoder_stages(num_layers)
+        if self.before is None:
+            return tuple(replace(s, rule=partial(self._record, s.rule, s.layer)) for s in stages)
+        return tuple(
+            replace(stage, needs=(), rule=partial(self._replay, stage.layer))
+            for stage in stages
+            if stage.mode != "observe"
+        )
 
-            return rule
+    def _record(self, rule: Any, layer: int, seen: Evidence) -> Any:
+        answer = rule(seen)
+        self.answers[layer, seen.sample, seen.total, seen.count] = answer
+        return answer
 
-        return tuple(Stage(layer, (), rule_for(layer)) for layer in sorted(self.kept))
+    def _replay(self, layer: int, seen: Evidence) -> Any:
+        return self.before.answers[layer, seen.sample, seen.total, seen.count]

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import vlm_prune_ext as vp
 from tests import flash_standin
-from tests.pruning_checks import Replay, fingerprint
+from tests.pruning_checks import Recorded, fingerprint
 
 LAYERS, WIDTH = 5, 32
 ATTENTIONS = ["eager", "sdpa", flash_standin.register()]
@@ -34,6 +34,12 @@ METHODS = {
     "random": vp.RandomDrop(keep=9),
     "random-ratio": vp.RandomDrop(keep=0.3),
     "random-layer": vp.RandomDrop(keep=9, layer=3),
+    "vtw": vp.VTW(layer=2),
+    "pdrop": vp.PyramidDrop(layers=(1, 3), ratios=(0.6, 0.3)),
+    "dart": vp.DART(layer=2, max_num_trunction=6, pivot_image_token=2, pivot_text_token=1),
+    "sparsevlm": vp.SparseVLM(stages=((1, 9), (3, 4))),
+    "sparsevlm_plus": vp.SparseVLMPlus(stages=((1, 9), (3, 4))),
+    "feather": vp.FEATHER(layers=(1, 3), reduction_ratio=0.4),
 }
 KEEP_ALL = {
     "fastv": vp.FastV(agg_layer=2, attention_rank=1.0),
@@ -43,10 +49,39 @@ KEEP_ALL = {
     "custom": vp.CustomSelection(kept_tokens=1.0, agg_layer=2),
     "random": vp.RandomDrop(keep=1.0),
     "random-layer": vp.RandomDrop(keep=1.0, layer=3),
+    "pdrop": vp.PyramidDrop(layers=(1, 3), ratios=(1.0, 1.0)),
+    "dart": vp.DART(layer=2, max_num_trunction=999),
+    "sparsevlm": vp.SparseVLM(stages=((1, 999),)),
+    "sparsevlm_plus": vp.SparseVLMPlus(stages=((1, 999),)),
+    "feather": vp.FEATHER(layers=(1, 3), reduction_ratio=0.0),
 }
-EXACT = {"fastv": 7, "fastv-mask": 7, "himap": 5, "himap-one-stage": 6, "random": 9} | {
-    name: 9 for name in METHODS if name.startswith("custom")
-}
+EXACT = (
+    {
+        "fastv": 7,
+        "fastv-mask": 7,
+        "himap": 5,
+        "himap-one-stage": 6,
+        "random": 9,
+        "vtw": 0,
+        "pdrop": 6,
+        "dart": 8,
+        "sparsevlm": 5,
+        "sparsevlm_plus": 4,
+    }
+    | {
+        "vtw": 0,
+        "pdrop": 6,
+        "dart": 8,
+        "sparsevlm": 5,
+        "sparsevlm_plus": 4,
+        "fastv": 7,
+        "fastv-mask": 7,
+        "himap": 5,
+        "himap-one-stage": 6,
+        "random": 9,
+    }
+    | {name: 9 for name in METHODS if name.startswith("custom")}
+)
 
 
 def make(attention: str, kv_heads: int = 2) -> LlamaForCausalLM:
@@ -135,9 +170,15 @@ def test_counts_and_text(model: LlamaForCausalLM, name: str) -> None:
         generate(model, embeds, steps=2)
     last = max(trace.kept)
     kept = trace.kept[last][0].tolist()
-    text = [*range(front), *range(front + image, front + image + behind)]
-    assert kept == sorted(set(kept)) and set(text) <= set(kept)
-    assert len(kept) < embeds.shape[1]
+    total = embeds.shape[1]
+    text = [*range(front), *range(front + image, total)]
+    prompt = [token for token in kept if token < total]
+    assert prompt == sorted(set(prompt)) and set(text) <= set(prompt)
+    # What was added stands behind the image's tokens and in front of the text.
+    added = kept[len(prompt) - behind : len(kept) - behind]
+    assert len(added) == len(kept) - len(prompt) and all(token >= total for token in added)
+    assert (len(added) > 0) == bool(trace.merged) == (name == "sparsevlm")
+    assert len(kept) < total
     assert trace.visual_input == [image]
     assert trace.visual_tokens[last] == [len(kept) - len(text)]
     if name in EXACT:
@@ -171,11 +212,10 @@ def test_cached_equals_rerun(model: LlamaForCausalLM, name: str, cache: str) -> 
     front, image, _ = PROMPTS[1]
     embeds = prompts()[1]
     how = {"cache_implementation": "static", "disable_compile": True} if cache == "static" else {}
-    with vp.prune(model, METHODS[name], visual_span=(front, image)) as trace:
+    recorded = Recorded(METHODS[name])
+    with vp.prune(model, recorded, visual_span=(front, image)):
         tokens, logits = generate(model, embeds, **how)
-        kept = {layer: rows.clone() for layer, rows in trace.kept.items()}
-    replay = Replay(kept, (front,))
-    with vp.prune(model, replay, visual_span=(front, image)):
+    with vp.prune(model, Recorded(METHODS[name], recorded), visual_span=(front, image)):
         for step in range(tokens.shape[1]):
             out = model(inputs_embeds=embeds, use_cache=False)
             torch.testing.assert_close(out.logits[0, -1], logits[0, step], atol=1e-4, rtol=1e-4)
@@ -217,12 +257,13 @@ def test_several_tokens_at_once(model: LlamaForCausalLM, name: str) -> None:
     torch.testing.assert_close(logits[0], logits[1], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["fastv", "saint", "random"])
+@pytest.mark.parametrize("name", ["fastv", "saint", "random", "pdrop", "sparsevlm"])
 def test_beams(model: LlamaForCausalLM, name: str) -> None:
     """Beam search reorders the cache; the layouts must fit every beam."""
     embeds, mask, spans, _ = padded()
     spans = [span for span in spans for _ in range(2)]
-    with vp.prune(model, METHODS[name], visual_span=spans) as trace:
+    recorded = Recorded(METHODS[name])
+    with vp.prune(model, recorded, visual_span=spans):
         got = model.generate(
             inputs_embeds=embeds,
             attention_mask=mask,
@@ -230,9 +271,7 @@ def test_beams(model: LlamaForCausalLM, name: str) -> None:
             max_new_tokens=4,
             do_sample=False,
         )
-        kept = {layer: rows.clone() for layer, rows in trace.kept.items()}
-    replay = Replay(kept, tuple(start for start, _ in spans))
-    with vp.prune(model, replay, visual_span=spans):
+    with vp.prune(model, Recorded(METHODS[name], recorded), visual_span=spans):
         want = model.generate(
             inputs_embeds=embeds,
             attention_mask=mask,

@@ -70,7 +70,7 @@ def test_run(name: str, run: dict, attention: str) -> None:
         lengths = [layer.keys.shape[-2] for layer in cache.layers]
         assert lengths == want["cache_lens"].tolist()
         if method is not None:
-            check_trace(trace, want, case, [positions for positions in seen.calls[0]])
+            check_trace(trace, want, case, seen.calls[0])
         for _ in range(4):
             token = logits[-1].argmax().view(1, 1)
             logits.append(model(input_ids=token, past_key_values=cache).logits[0, -1])
@@ -99,22 +99,21 @@ def check_trace(trace: Any, want: dict, case: Case, positions: list[torch.Tensor
         assert trace.visual_tokens[layer] == [len(kept) - total + case.info["image_length"]]
 
 
+MERGES = [(name, run) for name, run in RUNS if run["mode"] == "merge"]
+
+
+@pytest.mark.parametrize(("name", "run"), MERGES, ids=run_ids(MERGES))
 @torch.no_grad()
-def test_recycled_rows() -> None:
+def test_recycled_rows(name: str, run: dict) -> None:
     """What SparseVLM merges enters the next layer as stored."""
-    for name, run in RUNS:
-        if run["mode"] != "merge":
-            continue
-        case = load_case(name)
-        model, want = language_model(case, "sdpa"), case.of(run["name"])
-        entered: dict[int, torch.Tensor] = {}
-        with vp.prune(model, method_of(case, run), visual_span=case.span) as trace:
-            for index, layer in enumerate(model.model.layers):
-                layer.register_forward_pre_hook(
-                    lambda module, args, index=index: entered.update({index: args[0][0]})
-                )
-            model(inputs_embeds=case.embeds)
-        for layer, kept in trace.kept.items():
-            stored = want[f"recycled.{layer}"]
-            newest = kept[0] > kept[0].max() - len(stored)
-            close(entered[layer][newest], stored)
+    case = load_case(name)
+    model, want = language_model(case, "sdpa"), case.of(run["name"])
+    entered: list[torch.Tensor] = []
+    with vp.prune(model, method_of(case, run), visual_span=case.span) as trace:
+        for layer in model.model.layers:
+            layer.register_forward_pre_hook(lambda module, args: entered.append(args[0][0]))
+        model(inputs_embeds=case.embeds)
+    for layer, kept in trace.kept.items():
+        stored = want[f"recycled.{layer}"]
+        newest = kept[0] > kept[0].max() - len(stored)
+        close(entered[layer][newest], stored)

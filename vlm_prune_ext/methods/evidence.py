@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
-if TYPE_CHECKING:
-    import torch
+from vlm_prune_ext.lazy import torch
 
 Budget = int | float
 FeatureNeed = Literal["features", "attention", "keys", "last", "projected", "joint"]
