@@ -118,10 +118,10 @@ class DecoderPruner:
         if call is None or not call.prefill:
             return None
         layout, short = call.state.prefill.layout, call.state.short
-        whole = layout.count == layout.total and layout.valid is None
-        if whole and (short is None or short.whole):
+        if layout.is_whole and (short is None or short.whole):
             return None
-        here = layout.positions()
+        here = layout.kept()
+        here = here.masked_fill(here >= layout.total, -1)  # rows that were added
         if short is None:
             return here
         came = short.layout.slots.to(here.device).gather(1, here.clamp(min=0))

@@ -25,6 +25,7 @@ from vlm_prune_ext.methods.base import (
     register,
     resolve_budget,
 )
+from vlm_prune_ext.methods.evidence import Attention, Named
 from vlm_prune_ext.methods.option import (
     a_budget,
     a_layer,
@@ -59,7 +60,12 @@ NEEDS: dict[str, tuple[Need, ...]] = {
 }
 """Selection name -> what it has to see."""
 
-_FROM_LAYER_BEFORE = ("attention:last", "attention:text", "attention:visual", "keys")
+
+def _of_a_layer(need: Need) -> str:
+    """What a need reads off a layer's attention, which nothing has run in front of layer 0."""
+    if isinstance(need, Attention) or need.startswith("attention:"):
+        return "attention"
+    return "keys" if need in ("keys", "tail_keys") else ""
 
 
 @register
@@ -123,7 +129,7 @@ class CustomSelection(Method):
         function = self._function()
         if function is not None:
             _check_signature(function, self.method)
-        before = [need.split(":")[0] for need in self._needs() if need in _FROM_LAYER_BEFORE]
+        before = list(dict.fromkeys(filter(None, map(_of_a_layer, self._needs()))))
         accepted = (
             f"at least 1 for method={label_text(self.method)!r}, which needs "
             f"{' and '.join(before)} of the layer in front of it"
@@ -159,10 +165,11 @@ class CustomSelection(Method):
         if declared is None:
             return ("attention:last", "keys", "hidden") if self.agg_layer > 0 else ("hidden",)
         is_list = isinstance(declared, tuple | list)
-        require(is_list, "needs", declared, f"a tuple of {', '.join(get_args(Need))}")
+        names = get_args(Named)
+        require(is_list, "needs", declared, f"a tuple of Attention(...), {', '.join(names)}")
         for need in declared:
-            if need not in get_args(Need):
-                raise unknown_name("entry of needs", need, get_args(Need))
+            if not isinstance(need, Attention) and need not in names:
+                raise unknown_name("entry of needs", need, names)
         return tuple(declared)
 
     def _rule(self, evidence: Evidence) -> torch.Tensor:

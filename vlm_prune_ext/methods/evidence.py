@@ -33,7 +33,7 @@ class Attention:
     maps: bool = False
 
 
-Name = Literal[
+Named = Literal[
     "attention:last",
     "attention:text",
     "attention:visual",
@@ -46,7 +46,7 @@ Name = Literal[
     "tail_normed",
     "frequencies",
 ]
-Need = Name | Attention
+Need = Named | Attention
 """``"attention:last"`` stands for ``Attention("last")``, and so on; the other names are those of
 :class:`Evidence`. Nothing is computed that no stage asks for."""
 
