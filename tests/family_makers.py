@@ -567,6 +567,124 @@ def mistral3(folder: Path, layers: int = 4) -> None:
     ).save_pretrained(folder)
 
 
+def aya_vision(folder: Path, layers: int = 4) -> None:
+    names = ["<PAD>", "<|END_OF_TURN_TOKEN|>", "<BOS_TOKEN>", "<|START_OF_IMG|>", "<|END_OF_IMG|>"]
+    names += ["<|IMG_PATCH|>", "<|IMG_LINE_BREAK|>", "TILE", "TILE_GLOBAL", "<image>"]
+    names += ["<|START_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|SYSTEM_TOKEN|>"]
+    tokenizer = fast_tokenizer(
+        names, "<BOS_TOKEN>", bos_token="<BOS_TOKEN>", eos_token=names[1], pad_token="<PAD>"
+    )
+    config = transformers.AyaVisionConfig(
+        text_config=_text(
+            layers,
+            model_type="cohere2",
+            bos_token_id=2,
+            sliding_window=24,
+            # Layers that see everything do not turn queries and keys.
+            layer_types=[f"{k}_attention" for k in ("sliding", "full", "sliding", "full")],
+            logit_scale=1.0,
+        ),
+        vision_config=_vision(model_type="siglip_vision_model", vision_use_head=False),
+        image_token_index=names.index("<|IMG_PATCH|>"),
+        downsample_factor=2,
+        tie_word_embeddings=False,
+    )
+    scatter(transformers.AyaVisionForConditionalGeneration(config)).save_pretrained(folder)
+    template = (
+        "{{ bos_token }}{% for message in messages %}<|START_OF_TURN_TOKEN|>"
+        "{{ {'user': '<|USER_TOKEN|>', 'assistant': '<|CHATBOT_TOKEN|>', "
+        "'system': '<|SYSTEM_TOKEN|>'}[message['role']] }}{% for item in message['content'] %}"
+        "{% if item['type'] == 'text' %}{{ item['text'] }}{% else %}<image>{% endif %}"
+        "{% endfor %}<|END_OF_TURN_TOKEN|>{% endfor %}"
+        "{% if add_generation_prompt %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{% endif %}"
+    )
+    transformers.AyaVisionProcessor(
+        transformers.GotOcr2ImageProcessor(size={"height": 28, "width": 28}, max_patches=4),
+        tokenizer,
+        patch_size=7,
+        img_size=28,
+        downsample_factor=2,
+        chat_template=template,
+    ).save_pretrained(folder)
+
+
+def ovis2(folder: Path, layers: int = 4) -> None:
+    names = ["<pad>", "<|im_end|>", "<|im_start|>", "<image>", "<IMG_ATOM>", "<IMG_START>"]
+    names += ["<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"]
+    vision = _vision(hidden_stride=2, vocab_size=32 + 5, rms_norm_eps=1e-5)
+    config = transformers.Ovis2Config(
+        text_config=_text(layers, model_type="qwen2"),
+        vision_config=vision,
+        image_token_id=names.index("<IMG_ATOM>"),
+        visual_indicator_token_ids=[5, 6, 7, 8, 9],
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        tie_word_embeddings=False,
+    )
+    model = scatter(transformers.Ovis2ForConditionalGeneration(config))
+    # What it says must not be taken for a part of an image when it is read again.
+    model.generation_config.suppress_tokens = [4, 5, 6, 7, 8, 9]
+    model.save_pretrained(folder)
+    transformers.Ovis2Processor(
+        transformers.Ovis2ImageProcessor(size={"height": 28, "width": 28}, max_patches=4),
+        fast_tokenizer(names, eos_token="<|im_end|>", pad_token="<pad>"),
+        image_seq_length=4,
+        chat_template=_chatml("<image>\n", HELPFUL),
+    ).save_pretrained(folder)
+
+
+def glm4v(folder: Path, layers: int = 4) -> None:
+    names = ["<|pad|>", "<|user|>", "<|assistant|>", "<|begin_of_image|>", "<|end_of_image|>"]
+    names += [
+        "<|image|>",
+        "<|video|>",
+        "<|begin_of_video|>",
+        "<|end_of_video|>",
+        "[gMASK]",
+        "<sop>",
+    ]
+    ids = {
+        "image_token_id": 5,
+        "video_token_id": 6,
+        "image_start_token_id": 3,
+        "image_end_token_id": 4,
+        "video_start_token_id": 7,
+        "video_end_token_id": 8,
+    }
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 2,
+        "image_size": 56,
+        "patch_size": 14,
+        "out_hidden_size": HIDDEN,
+    }
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "mrope_section": [1, 1, 2],
+        "partial_rotary_factor": 0.5,
+    }
+    config = transformers.Glm4vConfig(
+        text_config=_text(layers, rope_parameters=rope), vision_config=vision, **ids
+    )
+    scatter(transformers.Glm4vForConditionalGeneration(config)).save_pretrained(folder)
+    template = (
+        "[gMASK]<sop>{% for message in messages %}<|{{ message['role'] }}|>\n"
+        "{% for item in message['content'] %}{% if item['type'] == 'text' %}{{ item['text'] }}"
+        "{% else %}<|begin_of_image|><|image|><|end_of_image|>{% endif %}{% endfor %}"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    size = {"shortest_edge": 28 * 28 * 4, "longest_edge": 28 * 28 * 32}
+    transformers.Glm4vProcessor(
+        transformers.Glm4vImageProcessor(size=size),
+        fast_tokenizer(names, eos_token="<|user|>", pad_token="<|pad|>"),
+        transformers.Glm4vVideoProcessor(),
+        chat_template=template,
+    ).save_pretrained(folder)
+
+
 # -------------------------------------------------------------------------------- families
 
 
@@ -617,6 +735,9 @@ TABLE = {
     "idefics3": Kind(idefics3, "Idefics3"),
     "paligemma": Kind(paligemma, "PaliGemma"),
     "mistral3": Kind(mistral3, "Mistral3"),
+    "aya_vision": Kind(aya_vision, "AyaVision"),
+    "ovis2": Kind(ovis2, "Ovis2"),
+    "glm4v": Kind(glm4v, "Glm4v"),
 }
 """Families that are a line of the table and nothing else."""
 

@@ -196,8 +196,10 @@ def test_sizes_reach_the_processor(form: families.Form) -> None:
     """Settings of the family's own image processor; others are refused in one sentence."""
     setting = {"qwen2_vl": {"max_pixels": 28 * 28 * 4}, "qwen3_vl": {"max_pixels": 32 * 32 * 4}}
     if form.name not in setting:
-        with pytest.raises(vp.InputError, match=r"min_patches is no setting of \w+Processor"):
-            vp.load(form.folder, min_patches=3)
+        tiled = form.name in ("aya_vision", "ovis2")
+        wrong: Any = {"do_image_splitting" if tiled else "min_patches": 3}
+        with pytest.raises(vp.InputError, match=r"is no setting of \w+Processor"):
+            vp.load(form.folder, **wrong)
         return
     _, processor = vp.load(form.folder, **setting[form.name])
     picture = makers.photo(200, 200)
@@ -251,3 +253,32 @@ def test_a_video_is_pruned_frame_by_frame(form: families.Form) -> None:
     with families.HiddenKeys(form.model, kept), families.Recorder(form.model) as masked:
         form.model(**inputs, use_cache=False)
     families.compare_rows(seen.first, masked.first, kept[2], inputs, **scaled(masked.first))
+
+
+def test_queries_and_keys_are_what_every_layer_computes(form: families.Form) -> None:
+    """Through the layer's own keys and its own attention weights, so that norms, rotary positions
+    (or none) and scaling are the family's."""
+    model, _ = vp.load(form.folder, attn_implementation="eager")
+    inputs, parts = form.inputs([0]), parts_of(model)
+    seen: dict[int, Any] = {}
+    for index, layer in enumerate(parts.layers):
+        attn: Any = layer.self_attn
+        attn.register_forward_pre_hook(
+            lambda module, args, kwargs, index=index: seen.update({index: kwargs}), with_kwargs=True
+        )
+    out = model(**inputs, use_cache=True, output_attentions=True)
+    assert parts.keys is not None and parts.queries is not None
+    for index, layer in enumerate(parts.layers):
+        attn, given = layer.self_attn, seen[index]
+        made = [
+            project(attn, given["hidden_states"], given["position_embeddings"])
+            for project in (parts.queries, parts.keys)
+        ]
+        width = out.past_key_values.layers[index].keys.shape[-2]
+        cached = out.past_key_values.layers[index].keys
+        torch.testing.assert_close(made[1][..., -width:, :], cached, **EXACT)
+        groups = made[0].shape[1] // made[1].shape[1]
+        scores = made[0] @ made[1].repeat_interleave(groups, 1).mT * parts.scaling(attn)
+        hidden = out.attentions[index] == 0
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        torch.testing.assert_close(weights, out.attentions[index], **EXACT)

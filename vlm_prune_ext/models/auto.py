@@ -225,9 +225,11 @@ def marker_of(processor: Any) -> str:
     token = str(processor.image_token)
     if not getattr(processor, "chat_template", None):
         return token
-    item = [{"type": "text", "text": "A"}, {"type": "image"}, {"type": "text", "text": "B"}]
+    before, behind = "what stands before", "what stands behind"
+    texts = [{"type": "text", "text": text} for text in (before, behind)]
+    item = [texts[0], {"type": "image"}, texts[1]]
     said = processor.apply_chat_template([{"role": "user", "content": item}], tokenize=False)
-    framed = said.partition("A")[2].partition("B")[0].strip()
+    framed = said.partition(before)[2].partition(behind)[0].strip()
     return framed if framed.count(token) == 1 else token  # some put all images in front
 
 

@@ -173,7 +173,14 @@ def _project(attn: Any, which: str, hidden: torch.Tensor, rotary: Any) -> torch.
     heads = flat.view(*hidden.shape[:-1], -1, attn.head_dim)
     if per_head:
         heads = norm(heads)  # type: ignore[misc]
-    return _rotate(attn, heads.transpose(1, 2), rotary)
+    return _rotate(attn, heads.transpose(1, 2), rotary if _turns(attn) else None)
+
+
+def _turns(attn: Any) -> bool:
+    """Some layers see no positions: those that say so, and in Cohere 2 those without a window."""
+    windowless = getattr(attn, "sliding_window", None) is None
+    cohere = type(attn).__name__ == "Cohere2Attention"
+    return bool(getattr(attn, "use_rope", True)) and not (cohere and windowless)
 
 
 def _rotate(attn: nn.Module, heads: torch.Tensor, rotary: Any) -> torch.Tensor:
