@@ -19,6 +19,7 @@ from vlm_prune_ext.models.checkpoint import FETCHING, first_line
 from vlm_prune_ext.models.images import ImageLike, open_image
 from vlm_prune_ext.models.prompts import IMAGE, STYLES, Style, Turn
 from vlm_prune_ext.models.questions import Questions, answers_for
+from vlm_prune_ext.models.sentencepiece import blank_in_front
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -382,7 +383,8 @@ class PromptProcessor:
         Raises:
             InputError: the text spells the placeholder's own name.
         """
-        ids = list(self.tokenizer(text, **options).input_ids)
+        front = blank_in_front(self.tokenizer, text)
+        ids = list(self.tokenizer(front + text, **options).input_ids)
         if self.image_token_id in ids:
             raise spelled(self.tokenizer.convert_ids_to_tokens(self.image_token_id))
         return ids

@@ -20,6 +20,7 @@ from transformers.convert_slow_tokenizer import SentencePieceExtractor
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.models.checkpoint import Checkpoint, first_line, read_json
 from vlm_prune_ext.models.loading import load_tokenizer
+from vlm_prune_ext.models.sentencepiece import merges_of
 
 _BLANK = "▁"
 _FIELDS = ("pad_token", "model_max_length", "clean_up_tokenization_spaces")
@@ -56,7 +57,7 @@ def _internlm2(path: Path, stored: Mapping[str, Any], what: str) -> PreTrainedTo
     extractor = SentencePieceExtractor(str(path))
     proto = extractor.proto
     found: Any = extractor.extract(BPE)
-    vocabulary, merges = dict(found["vocab"]), found["merges"]
+    vocabulary, merges = dict(found["vocab"]), merges_of(proto)
     added = {
         int(place): entry["content"] if isinstance(entry, Mapping) else str(entry)
         for place, entry in (stored.get("added_tokens_decoder") or {}).items()

@@ -11,6 +11,7 @@ from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.models.base import LoadOptions
 from vlm_prune_ext.models.checkpoint import WEIGHT_FILES, Checkpoint, first_line, read_json
 from vlm_prune_ext.models.fields import explained
+from vlm_prune_ext.models.sentencepiece import order_merges
 
 _PICTURES = ("preprocessor_config.json", "processor_config.json")
 _TOKENIZERS = ("tokenizer.model", "tokenizer.json")
@@ -100,7 +101,10 @@ def load_tokenizer(source: Checkpoint) -> Any:
     kind: Any = LlamaTokenizer if llama else AutoTokenizer
     more = {} if llama else {"trust_remote_code": False}  # it would ask on the terminal
     try:
-        return kind.from_pretrained(str(folder), **more)
+        made = kind.from_pretrained(str(folder), **more)
+        if llama and not (folder / "tokenizer.json").is_file():
+            order_merges(made, folder / "tokenizer.model")
+        return made
     except Exception as error:  # many kinds, by format and version
         raise InputError(f"The tokenizer of {what} cannot be read: {first_line(error)}") from error
 
