@@ -130,6 +130,24 @@ def test_run_with_a_broken_image_and_again(data, capsys, caplog, monkeypatch):
     assert lines(data) == again
 
 
+def test_a_broken_line_or_another_picture_is_asked_again(data, capsys):
+    Image.new("RGB", (30, 30)).save(data / "images" / "broken.png")
+    assert start(data) == 0
+    first = lines(data)
+    whole = (data / "out.jsonl").read_text().split("\n")
+    whole[1] = whole[1][:30]
+    (data / "out.jsonl").write_text("\n".join(whole))
+    Image.new("RGB", (30, 30), "red").save(data / "images" / "broken.png")
+    capsys.readouterr()
+    assert start(data) == 0
+    assert "broken: its picture has changed" in capsys.readouterr().err
+    again = [line["question_id"] for line in lines(data)]
+    kept = [line["question_id"] for line in first if line != first[1]]
+    assert again == [*kept, first[1]["question_id"], "broken"]
+    assert start(data, "--max-new-tokens", "2") == 2
+    assert "max_new_tokens=3, now 2" in capsys.readouterr().err
+
+
 def test_pruned_batches_equal_single_runs(data, caplog):
     method = ("--method", "custom:16", "--set", "method=norm", "--limit", "4")
     with caplog.at_level(logging.INFO):
@@ -164,6 +182,7 @@ def test_a_file_of_something_else_is_left_alone(content, part, data, capsys):
 def test_answers_of_another_run_are_not_mixed(data, capsys):
     record = dict.fromkeys(scienceqa.Record.__dataclass_fields__, "")
     record |= {"question_id": "3", "prompt": "old", "model_id": "demo", "method": "baseline"}
+    record |= {"row": {}, "settings": {}}
     (data / "out.jsonl").write_text(json.dumps(record) + "\n")
     assert start(data, "--method", "fastv:64") == 2
     assert "fastv_rank64" in capsys.readouterr().err

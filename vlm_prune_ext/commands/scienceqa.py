@@ -2,8 +2,8 @@
 a list of {id, conversations: [{from: human, value}, {from: gpt, value}], image (optional)}.
 
 Answers are appended to a JSONL file as they come. A second start with the same file continues;
-each sample is answered once. A sample whose image cannot be read is reported and left out; the
-others go on, and the exit code is 1.
+each sample is answered once, and again only where its picture has changed. A sample whose image
+cannot be read is reported and left out; the others go on, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -14,26 +14,28 @@ import os
 import re
 import statistics
 import sys
-import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from PIL import Image
 
 from vlm_prune_ext.commands.common import (
     add_method_arguments,
     add_model_arguments,
+    checkpoint_of,
     chosen_method,
     load_model,
     model_name,
 )
 from vlm_prune_ext.commands.terminal import print_table, track
 from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.experiment.log import Log, lock
+from vlm_prune_ext.experiment.record import changed, digest, weights_fingerprint
+from vlm_prune_ext.experiment.report import terminal_text
 
 if TYPE_CHECKING:
     from vlm_prune_ext.evals.answer import Answerer
+    from vlm_prune_ext.experiment.record import Sample
 
 # The request that LLaVA's evaluation adds; without these words scores are not comparable.
 SINGLE_PREDICTION = "Answer with the option's letter from the given choices directly."
@@ -70,13 +72,24 @@ class Question:
     reference: str
     image: Path | None
 
+    @property
+    def row(self) -> dict[str, str]:
+        """Fingerprints of what its answer depends on, beside the text."""
+        if self.image is None:
+            return {}
+        try:
+            return {"picture": digest(self.image.read_bytes())}
+        except OSError:  # it will fail, and say why
+            return {"picture": ""}
+
 
 @dataclass(frozen=True)
 class Record:
-    """One line of the answers file.
+    """One line of the answers file: a sample of the experiment's record as this command names it.
 
     ``answer`` is the letter read off ``text`` (``None``: none could be). ``seconds`` is the time
-    of the batch it was answered in, divided by the batch.
+    of the batch it was answered in, divided by the batch. ``row`` and ``settings`` are what it
+    depends on, beside prompt, model and method.
     """
 
     question_id: str
@@ -90,6 +103,8 @@ class Record:
     visual_kept: dict[str, int]
     model_id: str
     method: str
+    row: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -101,21 +116,32 @@ def run(args: argparse.Namespace) -> int:
     )[: args.limit]
     label = "baseline" if method is None else method.label()
     path = Path(args.answers_file or _default_path(model_name(args), label))
-    answers = AnswersFile(path, model_name(args), label)
-    known = answers.read({question.id: question for question in questions})
-    open_ = [question for question in questions if question.id not in known]
+    answers = AnswersFile(path, model_name(args), label, _settings(args))
+    answers.check_writable()
     failed: list[str] = []
-    if open_:
-        from vlm_prune_ext.evals.answer import Answerer
-        from vlm_prune_ext.resets import announce
+    with lock(path.parent, path.name):
+        known = answers.read({question.id: question for question in questions})
+        open_ = [question for question in questions if question.id not in known]
+        if open_:
+            from vlm_prune_ext.evals.answer import Answerer
+            from vlm_prune_ext.resets import announce
 
-        announce(method)
-        model, processor = load_model(args)
-        answerer = Answerer(model, processor, method)
-        done = list(_answer_all(answerer, open_, args, answers, failed, len(known)))
-        known |= {record.question_id: record for record in done}
+            announce(method)
+            answerer = Answerer(*load_model(args), method)
+            done = list(_answer_all(answerer, open_, args, answers, failed, len(known)))
+            known |= {record.question_id: record for record in done}
     _report(list(known.values()), len(failed), label, path)
     return 1 if failed else 0
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    from vlm_prune_ext.models.checkpoint import Checkpoint
+
+    return {
+        "weights": weights_fingerprint(Checkpoint(checkpoint_of(args)).folder),
+        "dtype": args.dtype,
+        "max_new_tokens": args.max_new_tokens,
+    }
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -202,42 +228,47 @@ class AnswersFile:
 
     Args:
         path: the file; made with its folder when the first answer comes.
-        model_id, method: what the answers are of; a file of something else is refused.
+        model_id, method, settings: what the answers are of; a file of something else is refused.
     """
 
-    def __init__(self, path: Path, model_id: str, method: str) -> None:
-        self.path, self.model_id, self.method = path, model_id, method
+    def __init__(self, path: Path, model_id: str, method: str, settings: dict[str, Any]) -> None:
+        self.path, self.log = path, Log(path)
+        self.model_id, self.method, self.settings = model_id, method, settings
 
     def read(self, questions: dict[str, Question]) -> dict[str, Record]:
-        """What is answered already, of these questions; a line cut off by a crash is removed.
+        """What is answered already, of these questions; of several lines the last one counts, and
+        one that is broken or whose picture has changed does not.
 
         Raises:
-            InputError: the file is of another model, method or prompt, or is not an answers file.
+            InputError: the file is of another model, method, prompt or setting, or is no answers
+                file.
         """
-        self._check_writable()
         if not self.path.exists():
             return {}
-        data = self.path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        records = [self._line(n, line) for n, line in enumerate(whole.splitlines(), 1)]
-        for record in records:
-            self._check_same(record, questions.get(record.question_id))
-        rest = data[len(whole) :]
-        if rest and not rest.startswith(b"{"):
-            self._line(len(records) + 1, rest)  # not ours: leave it alone
-        if rest:
-            with self.path.open("r+b") as file:
-                file.truncate(len(whole))
-        return {r.question_id: r for r in records if r.question_id in questions}
-
-    def _line(self, number: int, line: bytes) -> Record:
-        try:
-            return Record(**json.loads(line))
-        except (ValueError, TypeError) as error:
+        known = {f.name for f in fields(Record)}
+        found: dict[str, Record] = {}
+        lines = self.log.read()
+        for line in lines:
+            try:
+                record = Record(**{name: line[name] for name in line.keys() & known})
+            except TypeError:  # cut off, or of something else
+                continue
+            question = questions.get(record.question_id)
+            self._check_same(record, question)
+            found[record.question_id] = record
+        if not found and (lines or self.log.broken):
             raise InputError(
-                f"Line {number} of --answers-file {str(self.path)!r} is not an answer of this "
-                "command: give another file."
-            ) from error
+                f"Line 1 of --answers-file {str(self.path)!r} is not an answer of this command: "
+                "give another file."
+            )
+        if self.log.broken:
+            numbers = ", ".join(map(str, self.log.broken))
+            print(f"{self.path}: line {numbers} cannot be read, and is left out.", file=sys.stderr)
+            self.log.replace(lines)
+        old = [id_ for id_, r in found.items() if id_ in questions and r.row != questions[id_].row]
+        for id_ in old:
+            print(f"{terminal_text(id_)}: its picture has changed; asked anew.", file=sys.stderr)
+        return {id_: r for id_, r in found.items() if id_ in questions and id_ not in old}
 
     def _check_same(self, record: Record, question: Question | None) -> None:
         found, wanted = (record.model_id, record.method), (self.model_id, self.method)
@@ -251,8 +282,13 @@ class AnswersFile:
                 f"--answers-file {str(self.path)!r} has another prompt for {question.id!r} than "
                 "the question file: give another file."
             )
+        if different := changed(record.settings, self.settings):
+            raise InputError(
+                f"--answers-file {str(self.path)!r} holds answers made with "
+                f"{'; '.join(different)}: give another file."
+            )
 
-    def _check_writable(self) -> None:
+    def check_writable(self) -> None:
         """Say now, before a model is loaded, that the file cannot be written."""
         place = self.path
         while not place.exists():
@@ -261,11 +297,26 @@ class AnswersFile:
         if not right_kind or not os.access(place, os.W_OK):
             raise InputError(f"--answers-file {str(self.path)!r} cannot be written: see {place}.")
 
-    def append(self, record: Record) -> None:
-        """Write one line, whole, at once."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
+    def add(self, question: Question, sample: Sample) -> Record:
+        """Append a sample as a line."""
+        letter = read_letter(sample.prediction)
+        record = Record(
+            question_id=question.id,
+            prompt=question.text,
+            text=sample.prediction,
+            answer=letter,
+            reference=question.reference,
+            correct=letter == question.reference,
+            seconds=sample.seconds,
+            visual_tokens=sample.visual_tokens,
+            visual_kept=sample.visual_kept if sample.visual_tokens else {},
+            model_id=self.model_id,
+            method=self.method,
+            row=question.row,
+            settings=self.settings,
+        )
+        self.log.append(asdict(record))
+        return record
 
 
 # -- answering ---------------------------------------------------------------------------------
@@ -278,61 +329,23 @@ def _answer_all(
     done: int,
 ) -> Iterator[Record]:
     """Answer in batches, writing each answer as it comes; ids of bad images go to ``failed``."""
-    batch: list[tuple[Question, list[Image.Image]]] = []
-    for index, question in enumerate(track(questions, "ScienceQA", done=done)):
-        try:
-            batch.append((question, _images(question)))
-        except Exception as error:  # decoders raise whatever they like on damaged files
+    from vlm_prune_ext.evals.answer import Query, answer_rows
+
+    by_id = {question.id: question for question in questions}
+
+    def query(question: Question) -> Query:
+        pictures = [question.image] if question.image else []
+        return Query(question.text, pictures, max_new_tokens=args.max_new_tokens)
+
+    rows = ((question.id, lambda q=question: query(q)) for question in questions)
+    samples = answer_rows(answerer, rows, args.batch_size)
+    for _, sample in zip(track(questions, "ScienceQA", done=done), samples, strict=True):
+        question = by_id[str(sample.index)]
+        if sample.failed:
             failed.append(question.id)
-            print(f"{question.id}: image cannot be read: {error}", file=sys.stderr)
-        if len(batch) == args.batch_size or (batch and index + 1 == len(questions)):
-            for record in _answer(answerer, batch, args, answers):
-                answers.append(record)
-                yield record
-            batch = []
-
-
-def _images(question: Question) -> list[Image.Image]:
-    from vlm_prune_ext.models.images import open_image
-
-    return [] if question.image is None else [open_image(question.image)]
-
-
-def _answer(
-    answerer: Answerer,
-    batch: list[tuple[Question, list[Image.Image]]],
-    args: argparse.Namespace,
-    answers: AnswersFile,
-) -> list[Record]:
-    from vlm_prune_ext.evals.answer import Query
-
-    queries = [
-        Query(question.text, list(images), max_new_tokens=args.max_new_tokens)
-        for question, images in batch
-    ]
-    start = time.perf_counter()
-    given = answerer.answer(queries)
-    seconds = (time.perf_counter() - start) / len(batch)
-    records = []
-    for (question, _), answer in zip(batch, given, strict=True):
-        letter = read_letter(answer.text)
-        kept = answer.visual_kept if answer.visual_tokens else {}
-        records.append(
-            Record(
-                question_id=question.id,
-                prompt=question.text,
-                text=answer.text,
-                answer=letter,
-                reference=question.reference,
-                correct=letter == question.reference,
-                seconds=seconds,
-                visual_tokens=answer.visual_tokens,
-                visual_kept={str(layer): n for layer, n in kept.items()},
-                model_id=answers.model_id,
-                method=answers.method,
-            )
-        )
-    return records
+            print(f"{question.id}: image cannot be read: {sample.failed}", file=sys.stderr)
+        else:
+            yield answers.add(question, sample)
 
 
 # -- reporting ---------------------------------------------------------------------------------

@@ -133,9 +133,13 @@ def read_json(path: Path) -> Any | None:
 
 # -- folders -------------------------------------------------------------------------------------
 @contextmanager
-def lock(folder: Path) -> Iterator[None]:
+def lock(folder: Path, name: str = "") -> Iterator[None]:
     """Keep other runs out of a folder while this one writes to it. The system lets go of the lock
     when the process ends, however that happens.
+
+    Args:
+        folder: of the results; made if it is not there.
+        name: a file in it; given, only that is locked.
 
     Raises:
         InputError: another run has it, or the folder cannot be made.
@@ -144,13 +148,14 @@ def lock(folder: Path) -> Iterator[None]:
 
     with _says_why(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("w")
+        file = (folder / (f".{name}{LOCK}" if name else LOCK)).open("w")
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise InputError(
-                f"{str(folder)!r} is in use by another run: wait for it, or give another folder."
+                f"{str(folder / name)!r} is in use by another run: wait for it, or give another "
+                f"{'file' if name else 'folder'}."
             ) from error
         yield
 
