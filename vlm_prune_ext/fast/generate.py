@@ -195,8 +195,9 @@ class FastGenerate:
         mask = kwargs.get("attention_mask")
         if mask is None or mask.dim() != 2 or mask.shape != kwargs["input_ids"].shape:
             return "generate was not given a 2-D attention_mask, as long as input_ids"
-        if not bool(mask[:, -1].all()):
-            return "there is padding behind a prompt"
+        real = mask.bool()
+        if not bool((real[:, -1] & (real[:, 1:] >= real[:, :-1]).all(dim=1)).all()):
+            return "attention_mask hides tokens inside or behind a prompt"
         if model.training:
             return "the model is in training mode"
         if self._capture and next(model.parameters()).device.type != "cuda":

@@ -30,14 +30,7 @@ _GREEDY: dict[str, tuple[Any, ...]] = {
 _FREE = frozenset({"temperature", "top_p", "top_k", "max_new_tokens", "pad_token_id"})
 _OWN = frozenset({"eos_token_id", "logits_processor", "stopping_criteria"})
 # Fields of a model's generation_config that greedy decoding does not read, or that are read here.
-_HARMLESS = _FREE | {
-    "do_sample",
-    "bos_token_id",
-    "eos_token_id",
-    "max_length",
-    "transformers_version",
-    "use_cache",
-}
+_HARMLESS = _FREE | {"bos_token_id", "eos_token_id", "max_length", "transformers_version"}
 
 
 def why_not(parts: ModelParts, method: Method | None) -> str | None:
@@ -100,16 +93,26 @@ def why_not_options(model: Any, kwargs: Mapping[str, Any]) -> str | None:
             return f"generate was given {name}"
     if not INPUTS & set(kwargs) <= _accepted(type(model).forward):
         return "generate was given inputs that the model does not take"
-    config = model.generation_config
-    if config.do_sample and "do_sample" not in kwargs:
-        return "the model's generation_config samples"
-    usual = _usual_config()
-    said = {name for name, value in vars(config).items() if value and value != usual.get(name)}
-    odd = sorted(name for name in said - _HARMLESS if not name.startswith("_"))
-    if odd:
-        return f"the model's generation_config sets {odd[0]}"
+    reason = _why_not_config(vars(model.generation_config), kwargs)
+    if reason is not None:
+        return reason
     if token_limit(model, kwargs) < 1:
         return "max_new_tokens is not stated"
+    return None
+
+
+def _why_not_config(config: Mapping[str, Any], kwargs: Mapping[str, Any]) -> str | None:
+    """What a model's generation_config asks for beyond greedy decoding, where the call does not say
+    otherwise."""
+    usual = _usual_config()
+    for name, value in sorted(config.items()):
+        if name.startswith("_") or value is None:
+            continue
+        if name in _GREEDY:
+            if name not in kwargs and value not in _GREEDY[name]:
+                return f"the model's generation_config has {name}={value!r}"
+        elif name not in _HARMLESS and value is not False and value != usual.get(name):
+            return f"the model's generation_config sets {name}"
     return None
 
 
@@ -121,7 +124,8 @@ def _accepted(forward: Callable[..., Any]) -> frozenset[str]:
 
 @lru_cache
 def _usual_config() -> dict[str, Any]:
-    return dict(vars(GenerationConfig()))
+    """What transformers takes where a field is not set."""
+    return GenerationConfig._get_default_generation_params()
 
 
 def token_limit(model: Any, kwargs: Mapping[str, Any]) -> int:
