@@ -82,6 +82,12 @@ class DecoderPruner:
         self.states: weakref.WeakKeyDictionary[Any, State] = weakref.WeakKeyDictionary()
         self.call: Call | None = None
 
+    @property
+    def only_masks(self) -> bool:
+        """Whether all tokens stay, some of them hidden."""
+        modes = {stage.mode for stage in self.stages.values()}
+        return modes <= {"mask", "observe"} and not self.features_shrink and self.site is None
+
     # -- attaching ---------------------------------------------------------------------------
     def attach(self) -> list[Undo]:
         """Register all hooks; the returned callables take them off."""

@@ -15,6 +15,7 @@ from vlm_prune_ext.engine.parts import ModelParts, Undo
 from vlm_prune_ext.engine.recorders import restore_recorders
 from vlm_prune_ext.engine.spans import VisualSpan
 from vlm_prune_ext.engine.trace import Trace
+from vlm_prune_ext.engine.training import refuse_training
 from vlm_prune_ext.engine.vision import VisionPruner
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.methods.base import Method
@@ -54,6 +55,8 @@ class Session:
         self._undos: list[Undo] = [kernels.let_in_cudnn, restore_recorders(parts)]
         _BUSY.update({module: weakref.ref(self) for module in self._claimed})
         try:
+            shortens = not all(isinstance(p, DecoderPruner) and p.only_masks for p in pruners)
+            self._undos.append(refuse_training(parts, shortens))
             for pruner in pruners:
                 self._undos += pruner.attach()
         except BaseException:

@@ -1,0 +1,50 @@
+"""Training steps on a model that is being pruned: what cannot work is said before anything runs.
+
+Gradients flow through a drop as through any gather. A loss over labels does not: logits have lost
+the positions that were dropped. Nor does gradient checkpointing, which runs layers a second time in
+the backward pass, when the prompt they belonged to is gone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlm_prune_ext.engine.parts import ModelParts, Undo
+from vlm_prune_ext.errors import InputError
+
+
+def refuse_training(parts: ModelParts, shortens: bool) -> Undo:
+    """A hook in front of the model that raises InputError for labels and for checkpointed layers.
+
+    Args:
+        parts: of the model.
+        shortens: whether logits lose positions; masks alone leave them all.
+
+    Returns:
+        what takes it off.
+    """
+    tower = parts.vision.layers if parts.vision is not None else ()
+    layers = [*parts.layers, *tower]
+
+    def look(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if shortens and kwargs.get("labels") is not None:
+            raise InputError(
+                "labels are not accepted while pruning: logits have lost the positions that were "
+                "dropped. Compute the loss of the logits that are left (Trace.kept says which), or "
+                "train outside of prune()."
+            )
+        if not torch.is_grad_enabled():
+            return
+        if any(
+            getattr(layer, "gradient_checkpointing", False) and layer.training for layer in layers
+        ):
+            raise InputError(
+                "Gradient checkpointing is not possible while pruning: layers would run a second "
+                "time without their prompt. Call gradient_checkpointing_disable() or train outside "
+                "of prune()."
+            )
+
+    return parts.model.register_forward_pre_hook(look, with_kwargs=True).remove
