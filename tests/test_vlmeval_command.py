@@ -24,6 +24,7 @@ from tests.makers import photo, tiny_original
 from vlm_prune_ext.evals import vlmeval as wrappers
 from vlm_prune_ext.evals.names import model_name
 from vlm_prune_ext.evals.rows import open_table
+from vlm_prune_ext.experiment import metrics
 from vlm_prune_ext.experiment.log import lock
 from vlm_prune_ext.methods.fastv import FastV
 from vlm_prune_ext.resets import OFF_LINE
@@ -193,6 +194,36 @@ def test_interleaved_images_keep_their_places(checkpoint: Path, tmp_path: Path) 
     assert isinstance(model.generate(message), str)
     assert model.last is not None
     assert model.last.visual_kept == {0: 32, 3: 6}
+
+
+# -- metrics of one's own ------------------------------------------------------------------------
+def test_a_registered_metric_is_in_the_record_and_the_table(
+    checkpoint: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It sees what was said, what it cost and what would have been right."""
+    monkeypatch.setattr(metrics, "METRICS", dict(metrics.METRICS))
+
+    @metrics.metric("tokens_per_answer", "tok/answer", digits=2, help="new tokens, mean")
+    def tokens(scored: metrics.Scored) -> float:
+        assert {right for own in scored.references for right in own} <= set("ABCD")
+        return sum(one.new_tokens for one in scored.samples) / len(scored.samples)  # type: ignore[union-attr]
+
+    @metrics.metric("never", "never")
+    def never(scored: metrics.Scored) -> float:
+        raise metrics.Unavailable("nobody has it")
+
+    files.write(data, "Mine", files.mcq_rows(3))
+    command = ["--model-path", str(checkpoint), "--method", "fastv:5", "--data", "Mine"]
+    assert main([*command, "--work-dir", str(tmp_path / "out"), *SHORT]) == 0
+    record = result(tmp_path / "out" / "llava-1.5-7b-fastv_rank5_Mine")
+    assert record["metrics"]["tokens_per_answer"] == 4.0 and record["metrics"]["never"] is None
+    assert record["missing"] == {"never": "nobody has it"}
+    said = capsys.readouterr().out
+    assert "tok/answer" in said and "4.00" in said
 
 
 # -- broken rows ---------------------------------------------------------------------------------

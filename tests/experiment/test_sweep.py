@@ -125,6 +125,11 @@ def test_methods_at_budgets() -> None:
         FastV(attention_rank=5, agg_layer=2),
     ]
     assert "attention_rank=0" in made[3].why
+    assert [one.text for one in choices_of(["vtw", "saint", "pdrop"], ["0.5"])] == [
+        "vtw",
+        "saint",
+        "pdrop:0.5",
+    ]
     with pytest.raises(InputError, match="'fastv'"):
         choices_of(["random:9", "fastvv"], ["5"])
     with pytest.raises(InputError, match="attention_rank=0"):

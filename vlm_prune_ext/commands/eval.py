@@ -18,7 +18,7 @@ from typing import Any
 
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.experiment.record import Record
-from vlm_prune_ext.experiment.report import Column, Table, terminal_text
+from vlm_prune_ext.experiment.report import Column, Table, metric_figures, terminal_text
 from vlm_prune_ext.experiment.settings import (
     RUN_KEYS,
     Settings,
@@ -164,7 +164,8 @@ COLUMNS = (
 
 def report(records: Sequence[Record], settings: Settings) -> int:
     """Print one row per data set and what went wrong; returns the exit code."""
-    table = Table(COLUMNS, title=records[0].name)
+    extra = metric_figures()
+    table = Table([*COLUMNS, *extra], title=records[0].name)
     for one in records:
         prefill = one.seconds.prefill if one.seconds else None
         table.rows.append(
@@ -176,6 +177,7 @@ def report(records: Sequence[Record], settings: Settings) -> int:
                 one.token_steps,
                 100 * one.flops.ratio if one.flops else None,
                 1000 * prefill.median if prefill else None,
+                *(one.metrics.get(column.key) for column in extra),
             ]
         )
     table.show(boxed=True)

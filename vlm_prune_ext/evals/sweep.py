@@ -26,7 +26,14 @@ from vlm_prune_ext.experiment.grid import DONE, FAILED, SKIPPED, Cell, Held, Lin
 from vlm_prune_ext.experiment.grid import worker as worker_number
 from vlm_prune_ext.experiment.log import lock, write_json
 from vlm_prune_ext.experiment.record import Record, read_record
-from vlm_prune_ext.experiment.report import Column, Table, line_plot, write_table
+from vlm_prune_ext.experiment.report import (
+    Column,
+    Figure,
+    Table,
+    line_plot,
+    metric_figures,
+    write_table,
+)
 from vlm_prune_ext.experiment.report import Line as Curve
 from vlm_prune_ext.experiment.settings import Settings, resolve
 from vlm_prune_ext.methods.base import Method
@@ -110,7 +117,7 @@ def choices_of(names: Sequence[str], budgets: Sequence[str] = ()) -> list[Choice
 
     Args:
         names: short forms; one that states no parameters is taken at each of ``budgets``, if it
-            has a keep budget.
+            has a keep budget, else as published.
         budgets: counts or ratios, as texts.
 
     Raises:
@@ -119,7 +126,7 @@ def choices_of(names: Sequence[str], budgets: Sequence[str] = ()) -> list[Choice
     known = [method_class(name.partition(":")[0].strip()) for name in names]
     found: dict[str, Choice] = {}
     for name, cls in zip(names, known, strict=True):
-        swept = cls is not None and ":" not in name and bool(budgets) and bool(cls.budget_field)
+        swept = bool(budgets) and ":" not in name and _has_keep_budget(cls)
         for text in [f"{name}:{budget}" for budget in budgets] if swept else [name]:
             try:
                 method = parse_method(text) if ":" in text else standard_method(text)
@@ -129,6 +136,15 @@ def choices_of(names: Sequence[str], budgets: Sequence[str] = ()) -> list[Choice
                     raise
                 found.setdefault(text, Choice(text, None, str(error)))
     return list(found.values())
+
+
+def _has_keep_budget(cls: type[Method] | None) -> bool:
+    """Whether a method's short form states how much stays (VTW's states a layer, SAINT's a
+    threshold: in a sweep these run once, as published)."""
+    if cls is None:
+        return False
+    own = cls.budget_settings.__func__ is not Method.budget_settings.__func__  # type: ignore[attr-defined]
+    return own or cls.budget_field in cls.budgets()
 
 
 # -- running ---------------------------------------------------------------------------------------
@@ -304,62 +320,80 @@ def setting_of(record: Record) -> str:
     return record.name.removeprefix(f"{model_name(record.config['model_path'])}-")
 
 
-LONG = (
-    Column("model", left=True),
-    Column("method", left=True),
-    Column("data", left=True),
-    Column("status", left=True),
-    Column("score", 2),
-    Column("score name", left=True, key="score_name"),
-    Column("±", 2, "standard error", key="standard_error"),
-    Column("rows", 0),
-    Column("failed", 0),
-    Column("visual tokens", left=True, key="visual_tokens"),
-    Column("kept", 1, "visual tokens that enter a decoder layer, mean over layers"),
-    Column("kept last", 1, "of the last layer", key="kept_last"),
-    Column("FLOPs", 3, "prefill of the language model over the unpruned one", key="flops_ratio"),
-    Column("with tower", 3, "the same with the vision tower", key="flops_ratio_with_vision"),
-    Column("TTFT ms", 1, "time to first token, median", key="ttft_ms"),
-    Column("TPOT ms", 1, "time per output token", key="tpot_ms"),
-    Column("peak GiB", 2, key="peak_gib"),
-    Column("why", left=True, note="why a cell was skipped or failed"),
+FIGURES = (
+    Figure("model", left=True, path="model"),
+    Figure("method", left=True, path="setting"),
+    Figure("data", left=True, path="dataset"),
+    Figure("status", left=True, path="status"),
+    Figure("score", 2, path="score.value"),
+    Figure("score name", left=True, key="score_name", path="score.name"),
+    Figure("±", 2, "standard error", key="standard_error", path="score.standard_error"),
+    Figure("rows", 0, path="samples"),
+    Figure("failed", 0, path="failed_rows"),
+    Figure("visual tokens", left=True, key="visual_tokens", path="token_steps"),
+    Figure("kept", 1, "visual tokens of a decoder layer, mean over layers", path="kept"),
+    Figure("kept last", 1, "of the last layer", key="kept_last", path="kept_last"),
+    Figure(
+        "FLOPs", 3, "language model's prefill, over unpruned", key="flops_ratio", path="flops.ratio"
+    ),
+    Figure(
+        "image FLOPs",
+        3,
+        "the same of visual tokens alone, as papers state it",
+        key="flops_ratio_visual",
+        path="flops.ratio_visual",
+    ),
+    Figure(
+        "with tower",
+        3,
+        "the same with the vision tower",
+        key="flops_ratio_with_vision",
+        path="flops.ratio_with_vision",
+    ),
+    Figure(
+        "TTFT ms",
+        1,
+        "time to first token, median",
+        key="ttft_ms",
+        path="seconds.prefill.median",
+        scale=1e3,
+    ),
+    Figure(
+        "TPOT ms",
+        1,
+        "time per output token",
+        key="tpot_ms",
+        path="seconds.decode_per_token",
+        scale=1e3,
+    ),
+    Figure("peak GiB", 2, key="peak_gib", path="peak_memory_bytes", scale=2**-30),
 )
+WHY = Figure("why", left=True, note="why a cell was skipped or failed", path="why")
 
 
 def long_table(lines: Sequence[Line], folder: Path) -> Table:
     """A row per cell, with those that were skipped or failed."""
-    table = Table(LONG, title="Sweep")
+    columns = [*FIGURES, *metric_figures(), WHY]
+    table = Table(columns, title="Sweep")
     for line in lines:
-        if line.status != DONE:
-            model, data = line.cell["model_path"] or "demo", line.cell["data"][0]
-            head = [model, line.label, data, line.status]
-            table.rows.append([*head, *[None] * (len(LONG) - 5), line.why])
-            continue
-        (one,) = records_of([line], folder)
-        prefill, flops, peak = one.seconds.prefill, one.flops, one.peak_memory_bytes
-        per_token, score = one.seconds.decode_per_token, one.score
-        table.rows.append(
-            [
-                one.config["model_path"] or "demo",
-                setting_of(one),
-                one.dataset,
-                line.status,
-                score.value if score else None,
-                score.name if score else None,
-                score.standard_error if score else None,
-                one.samples,
-                len(one.failed),
-                one.token_steps,
-                one.mean_visual_tokens,
-                one.last_visual_tokens,
-                flops.ratio if flops else None,
-                flops.ratio_with_vision if flops else None,
-                1000 * prefill.median if prefill else None,
-                1000 * per_token if per_token else None,
-                peak / 2**30 if peak else None,
-                None,
-            ]
-        )
+        shown: dict[str, Any] = {"status": line.status, "why": line.why}
+        if line.status == DONE:
+            (one,) = records_of([line], folder)
+            shown |= asdict(one) | {
+                "model": one.config["model_path"] or "demo",
+                "setting": setting_of(one),
+                "failed_rows": len(one.failed),
+                "token_steps": one.token_steps,
+                "kept": one.mean_visual_tokens,
+                "kept_last": one.last_visual_tokens,
+            }
+        else:
+            shown |= {
+                "model": line.cell["model_path"] or "demo",
+                "setting": line.label,
+                "dataset": line.cell["data"][0],
+            }
+        table.rows.append([column.of(shown) for column in columns])
     return table
 
 

@@ -17,7 +17,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property
@@ -39,7 +39,7 @@ from vlm_prune_ext.evals.precheck import check_fit, is_untrained
 from vlm_prune_ext.evals.rows import Table, open_table
 from vlm_prune_ext.evals.vlmeval import PrunedVLM, run_name
 from vlm_prune_ext.evals.vlmeval_files import own_files
-from vlm_prune_ext.experiment import host, measure
+from vlm_prune_ext.experiment import host, measure, metrics
 from vlm_prune_ext.experiment.log import lock, put_aside, read_json, write_json
 from vlm_prune_ext.experiment.record import (
     Record,
@@ -296,11 +296,7 @@ def _part(column: str) -> str:
 def _picture_bytes(value: Any, root: Path) -> str:
     """Pictures that are named by their files, one or a list: what the files hold."""
     text = str(value)
-    names = [text]
-    if text.startswith("["):
-        with contextlib.suppress(ValueError, SyntaxError):
-            names = list(map(str, ast.literal_eval(text)))
-    return digest([text, *(_content(root / name) for name in names)])
+    return digest([text, *(_content(root / name) for name in _texts(text))])
 
 
 def _content(path: Path) -> str:
@@ -598,6 +594,8 @@ def finish(
     if is_untrained(models.source):
         notes.append(UNTRAINED)
     measured = summarise(samples, stretches)
+    answered = [sample for sample in samples if not sample.failed]
+    values, missing = metrics.score_all(answered, _references(table.dataset, answered))
     bad = [{"index": row.index, "reason": row.reason} for row in table.bad]
     return Record(
         name=files.name,
@@ -611,8 +609,26 @@ def finish(
         versions=host.versions(),
         commit=host.commit(),
         note=" ".join(notes) or None,
+        metrics=values,
+        missing=missing,
         **{**measured, "failed": bad + measured["failed"]},
     )
+
+
+def _references(dataset: Any, samples: Sequence[Sample]) -> list[list[str]] | None:
+    """Right answers of some rows; ``None`` where the data set states none."""
+    if "answer" not in dataset.data:
+        return None
+    answers = dict(zip(map(_index, dataset.data["index"]), dataset.data["answer"], strict=True))
+    return [_texts(str(answers[sample.index])) for sample in samples]
+
+
+def _texts(cell: str) -> list[str]:
+    """A text, or a list of texts as Python writes it."""
+    if cell.startswith("["):
+        with contextlib.suppress(ValueError, SyntaxError):
+            return list(map(str, ast.literal_eval(cell))) or [""]
+    return [cell]
 
 
 # -- scores --------------------------------------------------------------------------------------

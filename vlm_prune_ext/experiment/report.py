@@ -131,7 +131,9 @@ class Figure(Column):
         found = [_dig(result, path) for path in self.path.split("+")]
         if any(value is None for value in found):
             return None
-        return found[0] if self.left else sum(found) * self.scale
+        if self.left:
+            return found[0]
+        return sum(found) if self.scale == 1 else sum(found) * self.scale
 
 
 def _dig(value: Any, path: str) -> Any:
