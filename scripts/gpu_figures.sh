@@ -26,22 +26,22 @@ tests() {
 methods=(none fastv:100 fastv:288,agg_layer=2 himap fastv:1.0 himap:1.0,attn_img_rank=1.0)
 
 bench() {
-    prune bench --shape llava-1.5-7b --batch-sizes 1 8 16 --ways hf hf-attentions fast --repeat 9 \
-        --methods "${methods[@]}" --out "$out/bench" >"$out/bench.log" 2>&1
+    prune bench --shape llava-1.5-7b --batch-size 1 8 16 --backend transformers transformers-attentions graphs --repeat 9 \
+        --method "${methods[@]}" --out "$out/bench" >"$out/bench.log" 2>&1
     cat "$out/bench/bench.md"
 }
 
 hooks() {
-    prune bench --shape llava-1.5-7b --batch-sizes 1 8 16 --ways ordinary --repeat 9 \
-        --methods "${methods[@]}" saint --out "$out/hooks" >"$out/hooks.log" 2>&1
+    prune bench --shape llava-1.5-7b --batch-size 1 8 16 --backend hooks --repeat 9 \
+        --method "${methods[@]}" saint --out "$out/hooks" >"$out/hooks.log" 2>&1
     cat "$out/hooks/bench.md"
 }
 
 families() {
     local shape
     for shape in qwen2.5-vl-3b gemma-3-4b; do
-        prune bench --shape $shape --batch-sizes 8 --ways hf ordinary --repeat 9 \
-            --methods none fastv:0.5,agg_layer=2 fastv:0.25,agg_layer=2 \
+        prune bench --shape $shape --batch-size 8 --backend transformers hooks --repeat 9 \
+            --method none fastv:0.5,agg_layer=2 fastv:0.25,agg_layer=2 \
             --out "$out/$shape" >"$out/$shape.log" 2>&1
         cat "$out/$shape/bench.md"
     done
