@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import vlm_prune_ext as vp
 from tests import family_makers, makers
 
 FASTV = {"agg_layer": 2, "attention_rank": 3}
@@ -146,3 +147,33 @@ def test_lmms(name: str, folders: dict[str, Path]) -> None:
     ]
     results = model.generate_until(requests)
     assert len(results) == 3 and all(result.token_counts.output_tokens > 0 for result in results)
+
+
+def test_sizes_reach_the_processor_from_both_frameworks(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Four visual tokens are 56 x 56 pixels; the limit leaves room for rounding."""
+    pytest.importorskip("vlmeval")
+    pytest.importorskip("lmms_eval")
+    from vlm_prune_ext import cli
+    from vlm_prune_ext.evals import lmms
+
+    words = ["--model-path", str(folders["qwen2_5_vl"]), "--data", "Shapes_YN", "--limit", "2"]
+    words += ["--work-dir", str(tmp_path), "--device", "cpu", "--max-new-tokens", "2"]
+    assert cli.main(["eval", *words]) == 0
+    # Other sizes are other pictures: answers that are there are not taken for theirs.
+    assert cli.main(["eval", *words, "--max-pixels", str(60 * 60)]) == 0
+    path = max(tmp_path.rglob("*_results.json"), key=lambda path: path.stat().st_mtime_ns)
+    record = json.loads(path.read_text())
+    assert record["visual_tokens"][0]["before"] == 4
+    model = lmms.LlavaBaselineChat.create_from_arg_string(
+        f"pretrained={folders['qwen2_5_vl']},device=cpu,max_pixels={60 * 60}", {"batch_size": 1}
+    )
+    processor = model.answerer.processor
+    inputs = processor.prompt("Red?", makers.photo(300, 300))
+    assert processor.count_visual_tokens(inputs) == [4]
+    with pytest.raises(vp.InputError, match="max_pixels='many' is not valid: pixels of an image"):
+        vp.load(folders["qwen2_5_vl"], max_pixels="many")
+    words[1] = str(folders["gemma3"])
+    assert cli.main(["eval", *words, "--max-pixels", str(60 * 60), "--fresh"]) != 0
+    assert "max_pixels is no setting of Gemma3ImageProcessor" in capsys.readouterr().err

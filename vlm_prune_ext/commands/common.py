@@ -122,6 +122,8 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
         attn_implementation=args.attn_implementation,
         fast=args.fast,
         trust_remote_code=args.trust_remote_code,
+        min_pixels=args.min_pixels,
+        max_pixels=args.max_pixels,
     )
     return model.eval(), processor
 

@@ -97,6 +97,7 @@ class PruneModel(lmms):
         attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``.
         fast: CUDA graphs with fixed shapes, see :func:`vlm_prune_ext.load`.
         trust_remote_code: ``true`` for formats that come with code of their own.
+        min_pixels, max_pixels: pixels of an image, of families that take it as large as it is.
         conv_template: conversation template (``vicuna_v1``, ``vlmeval``, ...); missing: the
             family's own.
         device_map: ``auto`` spreads one model over all GPUs of a single process.
@@ -124,6 +125,8 @@ class PruneModel(lmms):
         revision: str | None = None,
         fast: bool | None = None,
         trust_remote_code: bool | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
         **given: Any,
     ) -> None:
         super().__init__()
@@ -142,6 +145,8 @@ class PruneModel(lmms):
             attn_implementation=value_of(attn_implementation),
             fast=_flag("fast", fast),
             trust_remote_code=bool(_flag("trust_remote_code", trust_remote_code)),
+            min_pixels=value_of(min_pixels),
+            max_pixels=value_of(max_pixels),
             **self._extra(device_map, revision),
         )
         self._device = processor.device

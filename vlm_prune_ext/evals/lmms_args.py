@@ -26,6 +26,8 @@ MODEL_KEYS = (
     "revision",
     "fast",
     "trust_remote_code",
+    "min_pixels",
+    "max_pixels",
 )
 """Arguments that say which model and how it is loaded and prompted."""
 

@@ -35,12 +35,9 @@ from vlm_prune_ext.experiment.report import (
     write_table,
 )
 from vlm_prune_ext.experiment.report import Line as Curve
-from vlm_prune_ext.experiment.settings import Settings, resolve
+from vlm_prune_ext.experiment.settings import MODEL, Settings, resolve
 from vlm_prune_ext.methods.base import Method
 from vlm_prune_ext.methods.registry import method_class, parse_method, standard_method
-
-LOADING = ("model_path", "dtype", "device", "attn_implementation", "fast", "trust_remote_code")
-"""Settings that cells which share a loaded model have in common."""
 
 
 # -- cells -----------------------------------------------------------------------------------------
@@ -108,7 +105,7 @@ def plan(base: Settings, models: Sequence[str | None], choices: Sequence[Choice]
 def cell_of(settings: Settings) -> Cell:
     """One run as a cell."""
     plain = settings.as_json()
-    group = json.dumps({name: plain[name] for name in LOADING})
+    group = json.dumps({name: plain[name] for name in MODEL})
     return Cell(plain, group, settings.label)
 
 

@@ -59,6 +59,7 @@ class PrunedVLM(BaseModel):
         model_path: folder or hub name of a checkpoint.
         method: a ready-made method in place of the class's own and of ``parameters``.
         dtype, device, attn_implementation, fast, trust_remote_code: see :func:`vlm_prune_ext.load`.
+        min_pixels, max_pixels: of an image, for families that take it as large as it is.
         max_new_tokens: limit of an answer; ``None``: 2048, as VLMEvalKit's ``LLaVA`` has it (the
             demo's data sets have shorter ones).
         loaded: ``(model, processor)`` in place of ``model_path``.
@@ -85,6 +86,8 @@ class PrunedVLM(BaseModel):
         attn_implementation: str | None = None,
         fast: bool | None = None,
         trust_remote_code: bool = False,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
         max_new_tokens: int | None = None,
         loaded: tuple[Any, Any] | None = None,
         **parameters: Any,
@@ -102,6 +105,8 @@ class PrunedVLM(BaseModel):
                 attn_implementation=attn_implementation,
                 fast=fast,
                 trust_remote_code=trust_remote_code,
+                min_pixels=min_pixels,
+                max_pixels=max_pixels,
             )
         self.model: Any
         self.processor: Any

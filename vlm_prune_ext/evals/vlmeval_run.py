@@ -64,7 +64,7 @@ UNTRAINED = "The weights of this checkpoint are random: scores are those of gues
 # What decides predictions: where one of these differs, all rows are asked anew.
 _DECISIVE = (
     *("method", "seed", "dtype", "attn_implementation", "max_new_tokens", "fast"),
-    *("checkpoint", "weights", "prompts"),
+    *("checkpoint", "weights", "prompts", "min_pixels", "max_pixels"),
 )
 # Column of a row -> part that its answer depends on; further columns are "other".
 _PARTS = {"question": "question", "hint": "hint", "image": "picture", "image_path": "picture"}
@@ -148,6 +148,8 @@ class Models:
             attn_implementation=given.attn_implementation,
             fast=given.fast,
             trust_remote_code=given.trust_remote_code,
+            min_pixels=given.min_pixels,
+            max_pixels=given.max_pixels,
         )
 
 

@@ -116,7 +116,16 @@ def add_options(
         parser.add_argument(*mine, dest=name, help=stated["help"], **stated["kind"].arguments)
 
 
-MODEL = ("model_path", "device", "dtype", "attn_implementation", "fast", "trust_remote_code")
+MODEL = (
+    "model_path",
+    "device",
+    "dtype",
+    "attn_implementation",
+    "fast",
+    "trust_remote_code",
+    "min_pixels",
+    "max_pixels",
+)
 """Settings that say which model, where and how it is loaded."""
 
 
@@ -138,6 +147,7 @@ class Settings:
         dtype, device, attn_implementation: see :func:`vlm_prune_ext.load`.
         max_new_tokens: limit of an answer; ``None``: VLMEvalKit's for LLaVA.
         fast, trust_remote_code: see :func:`vlm_prune_ext.load`.
+        min_pixels, max_pixels: pixels of an image, of families that take it as large as it is.
     """
 
     model_path: str | None = option(
@@ -177,6 +187,12 @@ class Settings:
         FLAG,
         "load formats that come with code of their own, e.g. OpenGVLab/InternVL2-2B (default: "
         "refuse)",
+    )
+    min_pixels: int | None = option(
+        None, WHOLE, "smaller pictures are enlarged, e.g. Qwen2.5-VL's (default: the checkpoint's)"
+    )
+    max_pixels: int | None = option(
+        None, WHOLE, "larger pictures are made smaller (default: the checkpoint's)"
     )
 
     def __post_init__(self) -> None:

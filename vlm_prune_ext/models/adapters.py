@@ -131,6 +131,7 @@ def load(
         on_cpu = where.type == "cpu" and "device_map" not in kw
         stated = torch.float32 if dtype is None and on_cpu else _stored_dtype(source)
     pictures = {name: kw.pop(name) for name in PICTURES if name in kw}
+    pictures = {name: value for name, value in pictures.items() if value is not None}
     options = LoadOptions(stated, where, attn_implementation, kw, pictures)
     assert family.load is not None
     model, processor = family.load(source, options)

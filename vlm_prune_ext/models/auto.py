@@ -22,7 +22,15 @@ from transformers import AutoProcessor, BatchFeature
 from vlm_prune_ext.engine.spans import runs_of
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.models import generic
-from vlm_prune_ext.models.base import Family, LoadOptions, PromptProcessor, is_a, is_named, spelled
+from vlm_prune_ext.models.base import (
+    PICTURES,
+    Family,
+    LoadOptions,
+    PromptProcessor,
+    is_a,
+    is_named,
+    spelled,
+)
 from vlm_prune_ext.models.catalogue import FamilyLine
 from vlm_prune_ext.models.checkpoint import Checkpoint, first_line
 from vlm_prune_ext.models.loading import check_files, load_model
@@ -61,7 +69,8 @@ def read_processor(source: Checkpoint, options: LoadOptions) -> Any:
     except Exception as error:  # many kinds, by what is wrong in the files
         said = first_line(error)
         raise InputError(f"The processor of {what} cannot be made: {said}") from error
-    known = sorted(getattr(made.image_processor.valid_kwargs, "__annotations__", {}))
+    takes = getattr(made.image_processor.valid_kwargs, "__annotations__", {})
+    known = [name for name in PICTURES if name in takes]
     for name in options.pictures:
         if name not in known:
             raise InputError(

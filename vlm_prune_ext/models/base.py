@@ -112,6 +112,10 @@ def check_keywords(given: Mapping[str, Any]) -> None:
     for name in given:
         if name not in (*KEYWORDS, *PICTURES):
             raise unknown_name("keyword of load()", name, (*own, *KEYWORDS, *PICTURES))
+    for name in ("min_pixels", "max_pixels"):
+        value = given.get(name)
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise InputError(f"{name}={value!r} is not valid: pixels of an image, 1 or more.")
     trust = given.get("trust_remote_code", False)
     if not isinstance(trust, bool):
         raise InputError(f"trust_remote_code={trust!r} is not valid: True or False.")
