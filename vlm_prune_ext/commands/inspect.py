@@ -174,11 +174,12 @@ def make_panels(trace: Trace, method: Method, start: int, side: int) -> list[Pan
     total, patches = trace.visual_input[0], side * side
     panels = [Panel(f"what the model sees\n{total} visual tokens")]
     left = list(range(patches))  # patches of the tile that became visual tokens, in order
-    for layer, rows in sorted(trace.vision_kept.items()):
-        left = rows[0].tolist()
-        title = f"after vision layer {layer}\n{len(left)} of {patches} patches kept"
-        panels.append(Panel(title, _grid(left, side)))
     pooled = _pooled_side(method, side)
+    for layer, rows in sorted(trace.vision_kept.items()) if not pooled else ():
+        left = _patches(rows[0].tolist(), method)
+        where = f"after vision layer {layer}" if layer >= 0 else "behind the vision tower"
+        title = f"{where}\n{len(left)} of {patches} patches kept"
+        panels.append(Panel(title, _grid(left, side)))
     if pooled:
         title = f"averaged to {pooled} x {pooled}\n{trace.visual_tokens[0][0]} of {total} tokens"
         panels.append(Panel(title, cells=pooled))
@@ -194,6 +195,14 @@ def make_panels(trace: Trace, method: Method, start: int, side: int) -> list[Pan
     return panels
 
 
+def _patches(kept: list[int], method: Method) -> list[int]:
+    """Patches of one row of ``Trace.vision_kept``: without filling, and without CLS in front."""
+    from vlm_prune_ext.methods.visionzip import VisionZip
+
+    cls = int(isinstance(method, VisionZip) and 0 in kept)
+    return sorted(place - cls for place in kept if place >= cls)
+
+
 def _grid(places: list[int], side: int) -> np.ndarray:
     import numpy as np
 
@@ -206,5 +215,9 @@ def _pooled_side(method: Method, side: int) -> int:
     """Cells per side that a resizing method leaves; 0 where it does not resize."""
     import torch
 
+    from vlm_prune_ext.methods.downsample import Downsample
+
+    if not isinstance(method, Downsample):
+        return 0
     small = method.resize(torch.zeros(1, side, side, 1))
     return 0 if small is None else small.shape[1]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from vlm_prune_ext.engine.features import Seen, TowerWatch, read_addresses
+from vlm_prune_ext.engine.features import Seen, Watch, read_addresses, watch_on
 from vlm_prune_ext.engine.layout import Layout, sent, take
 from vlm_prune_ext.engine.parts import Joint, ModelParts, Undo
-from vlm_prune_ext.engine.shorten import DecoderInput, Shortened, count_anew
+from vlm_prune_ext.engine.shorten import DecoderInput, Shortened, count_anew, images_left
 from vlm_prune_ext.engine.spans import Image
 from vlm_prune_ext.engine.trace import Trace
 from vlm_prune_ext.errors import InputError
@@ -19,6 +21,10 @@ from vlm_prune_ext.methods.base import Method
 from vlm_prune_ext.methods.evidence import CLS, FeatureEvidence, FeatureStage, NewTokens
 
 Answer = torch.Tensor | NewTokens
+MERGES = (
+    "merges features in front of the projector, and this model's projector makes one token of "
+    "several patches: methods that choose among tokens apply."
+)
 
 
 @dataclass
@@ -30,12 +36,14 @@ class Row:
         tiles: of the tower's output: one crop, or all of the picture; empty: the prompt's tokens.
         crops: tiles that the picture has.
         length: tokens to choose from.
+        grid: their rows and columns, where they are one.
     """
 
     picture: int
     tiles: list[int]
     crops: int
     length: int
+    grid: tuple[int, int] | None = None
 
 
 class Features:
@@ -66,7 +74,7 @@ class Features:
             self._locate(seen)
 
     def _locate(self, seen: Seen) -> None:
-        self.codes = read_addresses(self.embeds)
+        self.codes, factors = read_addresses(self.embeds)
         self.where = self.codes.cpu()
         if not seen.projected or int(self.where.max()) < 0:
             raise InputError(
@@ -76,10 +84,11 @@ class Features:
         projected = seen.all("projected")
         self.of_all_tiles, self.patches = projected.shape[:2]
         flat = projected.flatten(0, 1).to(self.embeds)
-        inside = self.codes >= 0
-        self.embeds = torch.where(inside[..., None], flat[self.codes.clamp(min=0)], self.embeds)
+        inside = (self.codes >= 0)[..., None]
+        factor = torch.where(inside, factors[..., None], 1.0).to(flat)
+        self.embeds = torch.where(inside, flat[self.codes.clamp(min=0)] * factor, self.embeds)
         for index, image in enumerate(self.images):
-            span = self.where[image.sample, image.start : image.start + image.length]
+            span = self.where[image.sample, image.slots]
             self.tiles[index] = (span[span >= 0] // self.patches).unique().tolist()
 
     def rows(self, over: str) -> list[Row]:
@@ -87,22 +96,31 @@ class Features:
         made = []
         for index, (image, tiles) in enumerate(zip(self.images, self.tiles, strict=True)):
             crops = max(1, len(tiles))
-            if over == "span":
-                made.append(Row(index, [], crops, image.length))
+            if over == "span" or self.seen is None or self.seen.packed:
+                made.append(Row(index, [], 1, image.length, self._grid_of(image)))
             elif over == "picture":
                 made.append(Row(index, tiles, crops, self.patches * crops))
             else:
-                made += [Row(index, [tile], crops, self.patches) for tile in tiles]
+                grid = _square(self.patches)
+                made += [Row(index, [tile], crops, self.patches, grid) for tile in tiles]
         return made
+
+    def _grid_of(self, image: Image) -> tuple[int, int] | None:
+        """Rows and columns of an image's tokens: by positions of several axes, else a square."""
+        positions = self.given.positions
+        if positions is None or positions.dim() < 3:
+            return _square(image.length)
+        span = positions[-2:, image.sample, image.slots]
+        rows, columns = (len(axis.unique()) for axis in span)
+        return (rows, columns) if rows * columns == image.length else None
 
     def of(self, name: str, rows: Sequence[Row]) -> torch.Tensor:
         """A noted tensor of some rows, ``(rows, ...)``; several tiles of a row side by side along
         the patches."""
         if not rows[0].tiles:
-            spans = [self.images[row.picture] for row in rows]
-            return torch.stack([self.embeds[s.sample, s.start : s.start + s.length] for s in spans])
+            return self._of_spans(name, [self.images[row.picture] for row in rows])
         assert self.seen is not None
-        whole = self.seen.all(name)
+        whole = self._by_token(name, self.seen.all(name))
         tiles = [tile for row in rows for tile in row.tiles]
         if tiles != list(range(len(whole))):
             whole = whole[torch.tensor(tiles, device=whole.device)]
@@ -113,12 +131,47 @@ class Features:
         dim = -1 if name == "attention" else -2  # along which patches stand
         return torch.cat(parted.unbind(1), dim=dim)
 
+    def _of_spans(self, name: str, images: list[Image]) -> torch.Tensor:
+        source = self.embeds if name == "projected" else self.codes
+        spans = [source[i.sample, i.slots] for i in images]
+        if name == "projected":
+            return torch.stack(spans)
+        assert self.seen is not None
+        whole, index = self.seen.all(name)[0], torch.stack(spans)
+        return whole[:, index].transpose(0, 1) if name == "attention" else whole[index]
+
+    def _by_token(self, name: str, whole: torch.Tensor) -> torch.Tensor:
+        """Where the projector joins squares of patches into a token: their means."""
+        if name in ("projected", "kept", "last_queries"):
+            return whole
+        along = whole.shape[-1 if name == "attention" else -2]
+        if along in (self.patches, self.patches + 1):  # with CLS
+            return whole
+        if name not in ("attention", "features"):
+            raise InputError(f"The method {MERGES}")
+        if name == "features" and math.isqrt(along - 1) ** 2 == along - 1:
+            return torch.cat([whole[:, :1], self._by_token(name, whole[:, 1:])], dim=1)
+        fine, coarse = math.isqrt(along), math.isqrt(self.patches)
+        if coarse**2 != self.patches or fine**2 != along or fine % coarse:
+            raise InputError(
+                f"The model makes {self.patches} visual tokens of {along} patches: it is not known "
+                "which belong together."
+            )
+        grid = whole if name == "attention" else whole.transpose(-1, -2)
+        pooled = F.avg_pool2d(grid.unflatten(-1, (fine, fine)).float(), fine // coarse).flatten(-2)
+        return pooled if name == "attention" else pooled.transpose(-1, -2)
+
+
+def _square(count: int) -> tuple[int, int] | None:
+    side = math.isqrt(count)
+    return (side, side) if side * side == count else None
+
 
 class FeatureSite:
     """Carries a :class:`FeatureStage` out.
 
     Args:
-        stage: what to choose.
+        stage: what to choose; ``None``: the tower itself chose (vision.py).
         watch: on the tower; ``None``: the rule needs the tokens of the prompt only.
         trace: to be written to.
         joint: the joint space of image and question, where the rule needs it.
@@ -126,8 +179,8 @@ class FeatureSite:
 
     def __init__(
         self,
-        stage: FeatureStage,
-        watch: TowerWatch | None,
+        stage: FeatureStage | None,
+        watch: Watch | None,
         trace: Trace,
         joint: Joint | None = None,
     ) -> None:
@@ -140,15 +193,15 @@ class FeatureSite:
 
     def forget(self) -> None:
         """Another prompt begins."""
-        self.trace.vision_kept.clear()
         self.trace.merged.clear()
+        if self.stage is not None:
+            self.trace.vision_kept.clear()
 
     def attach(self) -> list[Undo]:
         """Register all hooks; the returned callables take them off."""
         undos = [] if self.watch is None else self.watch.attach()
         return undos + ([] if self.joint is None else self.joint.attach())
 
-    @torch.no_grad()
     def shorten(self, given: DecoderInput, images: list[Image]) -> Shortened:
         """The prompt as the rule leaves it: with its features in place, and without the others.
 
@@ -157,23 +210,33 @@ class FeatureSite:
             images: its images.
         """
         features = Features(given, images, None if self.watch is None else self.watch.take())
-        rows = features.rows(self.stage.over)
-        composer = Composer(features, rows, self._project)
+        stage = self.stage
+        rows = features.rows("crop" if stage is None else stage.over)
+        composer = Composer(features, rows, self._project, stage is None or stage.row_ends)
         for group in _alike(rows):
-            composer.add(group, self.stage.rule(self._evidence(features, group)))
-        layer = -1 if self.watch is None else self.watch.feature_layer
-        self.trace.vision_kept[layer] = composer.kept()
-        self.trace.merged[-1] = composer.added
+            if stage is None:
+                composer.add(group, features.of("kept", group))
+            else:
+                evidence = self._evidence(stage, features, group)
+                with torch.set_grad_enabled(stage.merges and torch.is_grad_enabled()):
+                    answer = stage.rule(evidence)
+                composer.add(group, answer)
+        if stage is not None:
+            layer = -1 if self.watch is None else self.watch.feature_layer
+            self.trace.vision_kept[layer] = composer.kept()
+            self.trace.merged[-1] = composer.added
         return composer.shortened()
 
     def _project(self, rows: torch.Tensor) -> torch.Tensor:
         assert self.watch is not None
         return self.watch.project(rows)
 
-    def _evidence(self, features: Features, rows: list[Row]) -> FeatureEvidence:
-        cls = self.watch is not None and self.watch.parts.cls
+    def _evidence(
+        self, stage: FeatureStage, features: Features, rows: list[Row]
+    ) -> FeatureEvidence:
+        cls = self.watch is not None and self.watch.cls
         found: dict[str, Any] = {}
-        for need in self.stage.needs:
+        for need in stage.needs:
             if need == "last":
                 found["last_keys"] = features.of("last_keys", rows)
                 found["last_queries"] = features.of("last_queries", rows)
@@ -181,7 +244,8 @@ class FeatureSite:
                 found |= self._joint(features, rows, cls)
             else:
                 found[need] = features.of(need, rows)
-        return FeatureEvidence(rows[0].length, rows[0].crops, cls, **found)
+        first = rows[0]
+        return FeatureEvidence(first.length, first.crops, first.grid, cls, **found)
 
     def _joint(self, features: Features, rows: list[Row], cls: bool) -> dict[str, torch.Tensor]:
         assert self.joint is not None
@@ -201,27 +265,28 @@ def feature_site(parts: ModelParts, method: Method, trace: Trace) -> FeatureSite
     Raises:
         InputError: the model lacks what the stage needs.
     """
-    stage = method.feature_stage()
+    stage, vision = method.feature_stage(), parts.vision
     if stage is None:
         return None
-    if stage.over == "span":
+    if stage.over == "span" or (stage.needs == ("projected",) and vision is None):
         return FeatureSite(stage, None, trace)
-    vision = parts.vision
     if vision is None or vision.projector is None:
         raise InputError(f"{method.name} chooses by its vision tower: {parts.why_no_vision}.")
+    if vision.packed is not None and {"keys", "last"} & set(stage.needs):
+        raise InputError(f"{method.name} {MERGES}")
     joint = None
     if "joint" in stage.needs:
         if parts.joint is None:
             raise InputError(f"{method.name} needs a CLIP text tower: {parts.why_no_vision}.")
         joint = parts.joint(stage.text_tower)
-    return FeatureSite(stage, TowerWatch(vision, stage.needs), trace, joint)
+    return FeatureSite(stage, watch_on(vision, stage.needs), trace, joint)
 
 
 def _alike(rows: list[Row]) -> list[list[Row]]:
     """Rows that a rule can be shown as one batch."""
-    groups: dict[tuple[int, int], list[Row]] = {}
+    groups: dict[Any, list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.length, row.crops), []).append(row)
+        groups.setdefault((row.length, row.crops, row.grid), []).append(row)
     return list(groups.values())
 
 
@@ -232,22 +297,29 @@ class Composer:
         features: the prompt.
         rows: all that the rule chooses from, in order.
         project: tower features ``(rows, t, C)`` to tokens ``(rows, t, D)``.
+        row_ends: see :class:`FeatureStage`.
 
     Attributes:
         added: most tokens that a row got which are no patch of the tower.
     """
 
-    def __init__(self, features: Features, rows: list[Row], project: Any) -> None:
-        self.features, self.rows, self.project = features, rows, project
+    def __init__(self, features: Features, rows: list[Row], project: Any, row_ends: bool) -> None:
+        self.features, self.project, self.row_ends = features, project, row_ends
         self.added = 0
         self.embeds = features.embeds
         # Everything but images stays; of images, what an answer names.
         self.stays = torch.ones(self.embeds.shape[:2], dtype=torch.bool)
         for image in features.images:
-            self.stays[image.sample, image.start : image.start + image.length] = False
+            self.stays[image.sample, image.slots] = False
         self.stays = self.stays.to(self.embeds.device)
         self._number = {id(row): number for number, row in enumerate(rows)}
         self._kept: list[torch.Tensor | None] = [None] * len(rows)
+
+    @property
+    def _several_axes(self) -> bool:
+        """Whether positions say where in the picture a token stands; they are kept then."""
+        positions = self.features.given.positions
+        return positions is not None and positions.dim() > 2
 
     def add(self, rows: list[Row], answer: Answer) -> None:
         """What the rule answered for some rows: all rows of a picture come at once."""
@@ -256,7 +328,10 @@ class Composer:
             self._kept[self._number[id(row)]] = one
         if isinstance(answer, NewTokens):
             self.added = max(self.added, answer.added)
-            self._write(rows, answer)
+            if self.row_ends or self._several_axes:
+                self._write_in_place(rows, answer)
+            else:
+                self._write(rows, answer)
         elif rows[0].tiles:
             self._keep_patches(rows, answer)
         else:
@@ -264,26 +339,55 @@ class Composer:
 
     def _keep_tokens(self, rows: list[Row], places: torch.Tensor) -> None:
         """Tokens of the prompt itself, ``places`` ``(rows, k)`` in their images."""
+        self.stays[self._slots(rows, places)] = True
+
+    def _slots(self, rows: list[Row], places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Samples ``(rows, 1)`` and slots ``(rows, k)`` of places in images."""
         images = [self.features.images[row.picture] for row in rows]
-        samples, starts = sent([[i.sample, i.start] for i in images], places.device).unbind(1)
-        self.stays[samples[:, None], starts[:, None] + places] = True
+        samples = sent([[image.sample] for image in images], places.device)
+        return samples, sent([image.slots for image in images], places.device).gather(1, places)
 
     def _keep_patches(self, rows: list[Row], places: torch.Tensor) -> None:
         """Patches stay where the model packed them; padding that it cut off is gone."""
-        features, device = self.features, places.device
+        chooser, place, mine = self._owners(rows, places.device)
+        keep = torch.zeros(len(rows), self.features.patches, dtype=torch.bool, device=places.device)
+        self.stays |= mine & keep.scatter(1, places, True)[chooser, place]
+
+    def _owners(
+        self, rows: list[Row], device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of each token of the prompt: the row that it belongs to, its place there, and whether it
+        is a patch at all, ``(batch, S)`` each. Row-end tokens are seen to here."""
+        features = self.features
         owner = torch.full(self.stays.shape, -1)
         table = torch.full((len(features.images), features.of_all_tiles), 0)
         for number, row in enumerate(rows):
             image = features.images[row.picture]
-            owner[image.sample, image.start : image.start + image.length] = row.picture
+            owner[image.sample, image.slots] = row.picture
             table[row.picture, row.tiles[0]] = number
-        keep = torch.zeros(len(rows), features.patches, dtype=torch.bool, device=device)
-        keep.scatter_(1, places, True)
         codes, owner = features.codes, owner.to(device)
         mine = (codes >= 0) & (owner >= 0)
+        if self.row_ends:
+            self.stays |= (codes < 0) & (owner >= 0)
         tile, place = codes.clamp(min=0) // features.patches, codes.clamp(min=0) % features.patches
-        chooser = table.to(device)[owner.clamp(min=0), tile]
-        self.stays |= mine & keep[chooser, place]
+        return table.to(device)[owner.clamp(min=0), tile], place, mine
+
+    def _write_in_place(self, rows: list[Row], answer: NewTokens) -> None:
+        """Tokens take the places that they stand for."""
+        tokens, places = self._tokens(rows, answer), answer.places
+        if not rows[0].tiles:
+            self._keep_tokens(rows, places)
+            samples, slots = self._slots(rows, places)
+            self.embeds = self.embeds.index_put((samples, slots), tokens.to(self.embeds))
+            return
+        chooser, place, mine = self._owners(rows, places.device)
+        index = places.new_full((len(rows), self.features.patches), -1)
+        column = torch.arange(places.shape[1], device=places.device).expand_as(places)
+        which = index.scatter(1, places, column)[chooser, place]
+        here = mine & (which >= 0)
+        chosen = tokens[chooser, which.clamp(min=0)].to(self.embeds)
+        self.embeds = torch.where(here[..., None], chosen, self.embeds)
+        self.stays |= here
 
     def _write(self, rows: list[Row], answer: NewTokens) -> None:
         """Tokens in an order of their own take the first places of their image."""
@@ -301,7 +405,7 @@ class Composer:
                 )
             source += mine
             samples += [image.sample] * len(mine)
-            slots += range(image.start, image.start + len(mine))
+            slots += image.slots[: len(mine)]
         device = tokens.device
         at, slot = sent(samples, device), sent(slots, device)
         if self.embeds is self.features.embeds:
@@ -312,7 +416,7 @@ class Composer:
     def _tokens(self, rows: list[Row], answer: NewTokens) -> torch.Tensor:
         """``(rows, t, D)``."""
         if answer.rows is not None:
-            return self.project(answer.rows)
+            return answer.rows if answer.projected else self.project(answer.rows)
         return take(self.features.of("projected", rows), answer.places, -2)
 
     def _order(self, rows: list[Row], answer: NewTokens) -> dict[int, list[int]]:
@@ -323,7 +427,7 @@ class Composer:
         for number, (row, count) in enumerate(zip(rows, counts, strict=True)):
             mine = order.setdefault(row.picture, [])
             mine += range(number * width, number * width + count)
-        if rows[0].crops > len(rows[0].tiles):
+        if rows[0].tiles and rows[0].crops > len(rows[0].tiles):
             places = answer.places.flatten().tolist()
             tiles = [row.tiles[0] for row in rows]
             for picture, mine in order.items():
@@ -337,7 +441,7 @@ class Composer:
         that it cut off is gone); their CLS tokens; what is merged."""
         features = self.features
         image, overview = features.images[picture], features.tiles[picture][0]
-        span = features.where[image.sample, image.start : image.start + image.length].tolist()
+        span = features.where[image.sample, image.slots].tolist()
         slot = {code: index for index, code in enumerate(span) if code >= 0}
         keys: dict[int, tuple[int, int]] = {}
         for index, token in enumerate(mine):
@@ -354,34 +458,18 @@ class Composer:
         """Int64 ``(rows, k)`` of all rows in order, -1 where a row kept fewer."""
         rows = [row for row in self._kept if row is not None]
         width = max(len(row) for row in rows)
-        return torch.stack(
-            [torch.nn.functional.pad(r, (0, width - len(r)), value=-1) for r in rows]
-        )
+        return torch.stack([F.pad(r, (0, width - len(r)), value=-1) for r in rows])
 
     def shortened(self) -> Shortened:
         """The prompt that enters layer 0."""
         given = replace(self.features.given, embeds=self.embeds, ids=None)
-        until = self.stays.cpu().cumsum(dim=1)
-        held = until[:, -1].tolist()
+        held = self.stays.sum(dim=1).tolist()
         layout, _ = Layout.whole(given.batch, given.length, given.device).drop(self.stays, held)
-        images = _images_left(self.features.images, until, max(held))
-        positions = given.positions
-        if positions is not None and positions.dim() > 2:
-            # Several axes say where in the picture a token stood: kept, as after any drop.
+        images = images_left(self.features.images, self.stays)
+        if self._several_axes:
+            assert given.positions is not None
             lost = torch.zeros(given.batch, 1, dtype=torch.int64, device=given.device)
-            kept = take(positions, layout.slots, -1)
+            kept = take(given.positions, layout.slots, -1)
             return Shortened(given, layout, layout.kept(), kept, lost, images, held)
         lost = sent([[given.length - count] for count in held], given.device)
         return Shortened(given, layout, None, count_anew(layout, given), lost, images, held)
-
-
-def _images_left(images: list[Image], until: torch.Tensor, width: int) -> list[Image]:
-    """Where images are in the shorter prompt; ``until`` ``(batch, S)``: tokens left up to each."""
-    left = []
-    for image in images:
-        row = until[image.sample]
-        before = int(row[image.start - 1]) if image.start else 0
-        count = int(row[image.start + image.length - 1]) - before
-        if count:
-            left.append(Image(image.sample, width - int(row[-1]) + before, count))
-    return left

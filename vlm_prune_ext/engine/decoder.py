@@ -40,7 +40,6 @@ class DecoderPruner:
         method: what to do.
         visual_span: stated places of visual tokens, or ``None`` to have them found.
         trace: filled at each prefill.
-        features_shrink: image features may arrive with rows marked as dropped (vision.py).
         site: what chooses between tower and language model, if anything does.
     """
 
@@ -50,12 +49,11 @@ class DecoderPruner:
         method: Method,
         visual_span: VisualSpan | None,
         trace: Trace,
-        features_shrink: bool,
-        site: FeatureSite | None = None,
+        site: FeatureSite | None,
     ) -> None:
         assert parts.decoder is not None
         self.parts, self.method, self.trace = parts, method, trace
-        self.visual_span, self.features_shrink = visual_span, features_shrink
+        self.visual_span = visual_span
         self.num_layers = len(parts.layers)
         self.stages = {stage.layer: stage for stage in method.decoder_stages(self.num_layers)}
         shift = [method.decode_position_shift(layer) for layer in range(self.num_layers)]
@@ -74,7 +72,7 @@ class DecoderPruner:
         self.site = site
         first = self.stages.get(0)
         drops_first = first if first is not None and first.mode == "drop" else None
-        self.entrance = Entrance(parts, method, visual_span, drops_first, features_shrink, site)
+        self.entrance = Entrance(parts, method, visual_span, drops_first, site)
         self.arguments = LayerArguments(parts, shift)
         self.selection = Selection(self.stages, parts, trace)
         self.pending: tuple[torch.Tensor, list[list[int]] | None] | None = None
@@ -86,7 +84,7 @@ class DecoderPruner:
     def only_masks(self) -> bool:
         """Whether all tokens stay, some of them hidden."""
         modes = {stage.mode for stage in self.stages.values()}
-        return modes <= {"mask", "observe"} and not self.features_shrink and self.site is None
+        return modes <= {"mask", "observe"} and self.site is None
 
     # -- attaching ---------------------------------------------------------------------------
     def attach(self) -> list[Undo]:
@@ -144,7 +142,7 @@ class DecoderPruner:
         first = min([*self.stages, self.num_layers])
         if any(self.arguments.shift):
             first = min(first, 1)
-        if self.features_shrink or self.site is not None:
+        if self.site is not None:
             first = 0
         return range(first, self.num_layers)
 

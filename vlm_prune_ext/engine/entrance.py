@@ -12,7 +12,6 @@ from vlm_prune_ext.engine.shorten import (
     DecoderInput,
     Shortened,
     without_dropped,
-    without_marked,
 )
 from vlm_prune_ext.engine.spans import (
     Image,
@@ -34,7 +33,6 @@ class Entrance:
         method: what to do.
         visual_span: stated places of visual tokens, or ``None`` to have them found.
         first_stage: the stage at layer 0, if there is one.
-        features_shrink: image features may arrive with rows marked as dropped (vision.py).
         site: what chooses between tower and language model, if anything does.
     """
 
@@ -44,12 +42,10 @@ class Entrance:
         method: Method,
         visual_span: VisualSpan | None,
         first_stage: Stage | None,
-        features_shrink: bool,
-        site: FeatureSite | None = None,
+        site: FeatureSite | None,
     ) -> None:
         self.parts, self.method, self.visual_span = parts, method, visual_span
-        self.first_stage, self.features_shrink = first_stage, features_shrink
-        self.site = site
+        self.first_stage, self.site = first_stage, site
 
     def images(
         self, given: DecoderInput, pending: tuple[torch.Tensor, list[list[int]] | None] | None
@@ -103,8 +99,6 @@ class Entrance:
             short = self.site.shorten(given, images)
             # The features that came were addresses, also where all of them stay.
             kwargs = {**kwargs, "inputs_embeds": short.given.embeds, "input_ids": None}
-        elif self.features_shrink:
-            short = without_marked(given, images)
         else:
             images = sparing_last(images, given.last_tokens())
         if short is not None:

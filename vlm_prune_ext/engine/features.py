@@ -16,95 +16,120 @@ import torch
 from torch import nn
 
 from vlm_prune_ext.engine.parts import Undo, VisionParts
-from vlm_prune_ext.engine.shorten import DROPPED
 
-# An address is written in this many channels, each a digit that every float type holds exactly; all
-# other channels say that it is one.
-_DIGITS, _BASE = 4, 256
+# Exact in float32, float16 and bfloat16, and no projector gives it in all channels at once.
+MARK = -61440.0
+# An address is written in this many channels, each a digit that every float type holds exactly,
+# also after the model scaled its features (PaliGemma); all other channels are one number.
+_DIGITS, _BASE = 6, 64
+BLOCK = 1 << 24  # attention weights held at once
 
 
 def addresses(count: int, like: torch.Tensor) -> torch.Tensor:
     """``(count, width)``: rows that stand for features 0 ... count - 1."""
     number = torch.arange(count, device=like.device)
-    rows = torch.full((count, like.shape[-1]), DROPPED, dtype=like.dtype, device=like.device)
+    rows = torch.full((count, like.shape[-1]), MARK, dtype=like.dtype, device=like.device)
     for digit in range(_DIGITS):
         rows[:, digit] = (number // _BASE**digit % _BASE).to(like.dtype)
     return rows
 
 
-def read_addresses(rows: torch.Tensor) -> torch.Tensor:
-    """Int64 ``(...)``: which feature each row of ``(..., width)`` stands for, -1: none."""
+def read_addresses(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which feature each row of ``(..., width)`` stands for, int64 ``(...)``, -1: none; and the
+    factor that the model put on its features, ``(...)``."""
+    factor = rows[..., -1:].float() / MARK
     powers = torch.tensor([_BASE**digit for digit in range(_DIGITS)], device=rows.device)
-    number = (rows[..., :_DIGITS].long() * powers).sum(dim=-1)
-    return torch.where((rows[..., _DIGITS:] == DROPPED).all(dim=-1), number, -1)
+    is_one = (rows[..., _DIGITS:] == rows[..., -1:]).all(dim=-1) & (factor[..., 0] > 0)
+    digits = (rows[..., :_DIGITS].float() / torch.where(is_one[..., None], factor, 1.0)).round()
+    number = (digits.long() * powers).sum(dim=-1)
+    return torch.where(is_one, number, -1), factor[..., 0]
+
+
+def mean_received(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Attention that each key receives, mean over query rows.
+
+    Args:
+        queries: ``(..., rows, head_dim)``; keys: ``(..., n, head_dim)``.
+
+    Returns:
+        float32 ``(..., n)``.
+    """
+    queries = queries * queries.shape[-1] ** -0.5
+    rows, keys = queries.shape[-2], keys.transpose(-1, -2)
+    step = max(1, BLOCK * rows // max(1, queries[..., 0].numel() * keys.shape[-1]))
+    total: torch.Tensor | None = None
+    for block in queries.split(step, dim=-2):
+        found = (block @ keys).softmax(dim=-1, dtype=torch.float32).sum(dim=-2)
+        total = found if total is None else total + found
+    assert total is not None
+    return total / rows
 
 
 @dataclass
 class Seen:
-    """What tower and projector gave since the last prompt, tile by tile.
+    """What tower and projector gave since the last prompt.
 
     Attributes:
         named: need -> tensors of several tower calls, each ``(tiles, ...)``.
         projected: outputs of the projector, each ``(tiles, N, D)``.
+        packed: all images are one tile, in an order that only the addresses tell.
     """
 
     named: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     projected: list[torch.Tensor] = field(default_factory=list)
+    packed: bool = False
 
     def note(self, name: str, value: torch.Tensor) -> None:
         """One tower call's tensor."""
-        self.named.setdefault(name, []).append(value.detach())
+        self.named.setdefault(name, []).append(value)
 
     def all(self, name: str) -> torch.Tensor:
-        """Of all calls, ``(tiles, ...)``."""
+        """Of all calls, ``(tiles, ...)``; what belongs to patches, by tokens."""
         parts = self.projected if name == "projected" else self.named[name]
+        dim = (-1 if name == "attention" else -2) if self.packed else 0
         if len(parts) > 1:
-            parts[:] = [torch.cat(parts)]
+            parts[:] = [torch.cat(parts, dim=dim)]
         return parts[0]
 
 
-class TowerWatch:
-    """Notes what a rule needs of a tower.
+class Watch:
+    """Notes what the projector makes, and hands on addresses instead.
 
     Args:
         parts: where the tower's parts are.
         needs: what the rule asked for.
     """
 
+    packed = False
+
     def __init__(self, parts: VisionParts, needs: tuple[str, ...]) -> None:
         self.parts, self.needs = parts, needs
-        self.seen = Seen()
-        self._queries: torch.Tensor | None = None
+        self.seen = Seen(packed=self.packed)
         self._addressing = True
 
     @property
+    def cls(self) -> bool:
+        """Whether evidence has a row for CLS."""
+        return self.parts.cls and not self.packed
+
+    @property
     def feature_layer(self) -> int:
-        """Index of the layer whose output is projected."""
-        assert self.parts.feature_layer is not None
-        return self.parts.feature_layer
+        """Index of the layer whose output is projected; -1 where it is not one of a list."""
+        return -1 if self.parts.feature_layer is None else self.parts.feature_layer
 
     def attach(self) -> list[Undo]:
         """Register all hooks; the returned callables take them off."""
-        parts, needs = self.parts, self.needs
-        assert parts.projector is not None
-        handles: list[Any] = []
-        layer: Any = parts.layers[self.feature_layer]
-        if "features" in needs or "joint" in needs:
-            handles.append(layer.register_forward_hook(self._features))
-        if "attention" in needs:
-            handles.append(layer.self_attn.q_proj.register_forward_hook(self._see_queries))
-        if "attention" in needs or "keys" in needs:
-            handles.append(layer.self_attn.k_proj.register_forward_hook(self._see_keys))
-        if "last" in needs:
-            attn: Any = parts.layers[-1].self_attn
-            handles.append(attn.q_proj.register_forward_hook(self._last_queries))
-            handles.append(attn.k_proj.register_forward_hook(self._last_keys))
-        handles.append(parts.projector.register_forward_hook(self._after_projector))
+        handles, projector = self._in_tower(), self.parts.projector
+        if projector is not None:
+            handles.append(projector.register_forward_hook(self._after_projector))
         return [handle.remove for handle in handles]
+
+    def _in_tower(self) -> list[Any]:
+        raise NotImplementedError
 
     def take(self) -> Seen:
         """What was noted; from now on it is forgotten here."""
-        seen, self.seen = self.seen, Seen()
+        seen, self.seen = self.seen, Seen(packed=self.packed)
         return seen
 
     def project(self, rows: torch.Tensor) -> torch.Tensor:
@@ -116,12 +141,57 @@ class TowerWatch:
         finally:
             self._addressing = True
 
-    # -- hooks -------------------------------------------------------------------------------
+    def _after_projector(
+        self, module: nn.Module, args: Any, output: torch.Tensor
+    ) -> torch.Tensor | None:
+        if not self._addressing:
+            return None
+        made = self.hand_on(output if output.dim() == 3 else output[None])
+        return made.view_as(output)
+
+    def hand_on(self, tiles: torch.Tensor) -> torch.Tensor:
+        """Keep features ``(tiles, N, D)``; returns their addresses."""
+        before = sum(part.shape[0] * part.shape[1] for part in self.seen.projected)
+        self.seen.projected.append(tiles)
+        count = tiles.shape[0] * tiles.shape[1]
+        return addresses(before + count, tiles)[before:].view_as(tiles)
+
+
+class TowerWatch(Watch):
+    """On towers that run tile by tile (CLIP, SigLIP, InternViT)."""
+
+    _queries: torch.Tensor | None = None
+
+    def _in_tower(self) -> list[Any]:
+        parts, needs = self.parts, self.needs
+        handles: list[Any] = []
+        layer: Any = parts.layers[self.feature_layer]
+        if "features" in needs or "joint" in needs:
+            if parts.cls:
+                handles.append(layer.register_forward_hook(self._features))
+            else:
+                assert parts.projector is not None
+                handles.append(parts.projector.register_forward_pre_hook(self._projects))
+        queries, keys = _projections(layer)
+        if "attention" in needs:
+            handles.append(queries.register_forward_hook(self._see_queries))
+        if "attention" in needs or "keys" in needs:
+            handles.append(keys.register_forward_hook(self._see_keys))
+        if "last" in needs:
+            queries, keys = _projections(parts.layers[-1])
+            handles.append(queries.register_forward_hook(self._last_queries))
+            handles.append(keys.register_forward_hook(self._last_keys))
+        return handles
+
     def _features(self, module: nn.Module, args: Any, output: Any) -> None:
         self.seen.note("features", output[0] if isinstance(output, tuple) else output)
 
+    def _projects(self, module: nn.Module, args: Any) -> None:
+        if self._addressing:
+            self.seen.note("features", args[0])
+
     def _see_queries(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        self._queries = self._asking(output)
+        self._queries = self._asking(output).detach()
 
     def _asking(self, rows: torch.Tensor) -> torch.Tensor:
         """The row of CLS, or all rows where there is none."""
@@ -132,31 +202,63 @@ class TowerWatch:
         return rows.unflatten(-1, (self.parts.num_heads, -1)).transpose(1, 2)
 
     def _see_keys(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        keys = self._heads(output)
+        keys = self._heads(output.detach())
         if "keys" in self.needs:
             self.seen.note("keys", keys.float().mean(dim=1))
         if "attention" in self.needs:
             assert self._queries is not None
-            queries, self._queries = self._heads(self._queries), None
-            scale = keys.shape[-1] ** -0.5
-            # Rounded as the tower's own softmax rounds it: in float32, of products in its dtype.
-            logits = (queries * scale) @ keys.transpose(2, 3)
-            received = logits.softmax(dim=-1, dtype=torch.float32).mean(dim=2)
+            received = mean_received(self._heads(self._queries), keys)
+            self._queries = None
             self.seen.note("attention", received[..., int(self.parts.cls) :])
 
     def _last_queries(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        self.seen.note("last_queries", self._asking(output))
+        self.seen.note("last_queries", self._asking(output).detach())
 
     def _last_keys(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        self.seen.note("last_keys", output)
+        self.seen.note("last_keys", output.detach())
 
-    def _after_projector(
-        self, module: nn.Module, args: Any, output: torch.Tensor
-    ) -> torch.Tensor | None:
-        if not self._addressing:
-            return None
-        tiles = output if output.dim() == 3 else output[None]
-        before = sum(part.shape[0] * part.shape[1] for part in self.seen.projected)
-        self.seen.projected.append(tiles)
-        count = tiles.shape[0] * tiles.shape[1]
-        return addresses(before + count, output)[before:].view_as(output)
+
+class PackedWatch(Watch):
+    """On towers that run all images as one sequence, and join patches in the projector (Qwen)."""
+
+    packed = True
+
+    def _in_tower(self) -> list[Any]:
+        packed, projector = self.parts.packed, self.parts.projector
+        assert packed is not None and projector is not None
+        handles: list[Any] = []
+        if "attention" in self.needs:
+            see = self._attends
+            handles.append(packed.attn.register_forward_pre_hook(see, with_kwargs=True))
+        if "features" in self.needs:
+            handles.append(projector.register_forward_pre_hook(self._projects))
+        return handles
+
+    @torch.no_grad()
+    def _attends(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        packed = self.parts.packed
+        assert packed is not None
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        queries, keys, lengths = packed.read(hidden, kwargs)
+        parts = zip(queries.split(lengths), keys.split(lengths), strict=True)
+        received = [mean_received(q.transpose(0, 1), k.transpose(0, 1)) for q, k in parts]
+        by_token = torch.cat(received, dim=-1).unflatten(-1, (-1, packed.group)).mean(dim=-1)
+        self.seen.note("attention", by_token[None])
+
+    def _projects(self, module: nn.Module, args: Any) -> None:
+        packed = self.parts.packed
+        assert packed is not None
+        by_token = args[0].unflatten(0, (-1, packed.group)).mean(dim=1)
+        self.seen.note("features", by_token[None])
+
+
+def watch_on(parts: VisionParts, needs: tuple[str, ...]) -> Watch:
+    """What notes a rule's needs on a tower."""
+    return (TowerWatch if parts.packed is None else PackedWatch)(parts, needs)
+
+
+def _projections(layer: Any) -> tuple[Any, Any]:
+    """Modules whose outputs are a layer's queries and keys."""
+    attn = layer.self_attn if hasattr(layer, "self_attn") else layer.attention
+    norms = hasattr(attn, "q_norm") and hasattr(attn, "k_norm")
+    return (attn.q_norm, attn.k_norm) if norms else (attn.q_proj, attn.k_proj)

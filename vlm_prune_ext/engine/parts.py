@@ -49,18 +49,38 @@ Present = Callable[[], "torch.Tensor | None"]
 
 
 @dataclass
+class Packed:
+    """A tower that runs all images of a prompt as one sequence of patches.
+
+    Attributes:
+        attn: attention module of the last layer in which a patch sees its whole image.
+        read: the keyword arguments of its call -> queries and keys ``(patches, heads, head_dim)``,
+            after rotary embedding, and the lengths of the images.
+        group: consecutive patches that the projector makes one token of.
+    """
+
+    attn: nn.Module
+    read: Callable[[torch.Tensor, dict[str, Any]], tuple[torch.Tensor, torch.Tensor, list[int]]]
+    group: int
+
+
+@dataclass
 class VisionParts:
-    """A CLIP-like tower.
+    """A vision tower.
 
     Attributes:
         tower: the module whose layers drop patches.
-        layers: its encoder layers, each with ``self_attn.k_proj``.
+        layers: its encoder layers, each with ``self_attn`` or ``attention`` that has ``q_proj`` and
+            ``k_proj``.
         num_heads: attention heads.
         feature_layer: index of the last layer whose output the language model uses.
         projector: module that maps tower features ``(images, patches, dim)`` to the language
             model's width; ``None`` for a bare tower.
         grid: patches per side.
         cls: whether CLS is the first of its tokens.
+        drops: whether its layers may drop patches (CLIP's may).
+        packed: for towers that take all images as one sequence (Qwen's); the other fields but
+            ``tower`` and ``projector`` do not matter then.
     """
 
     tower: nn.Module
@@ -70,6 +90,8 @@ class VisionParts:
     feature_layer: int | None = None
     projector: nn.Module | None = None
     cls: bool = True
+    drops: bool = True
+    packed: Packed | None = None
 
 
 @dataclass

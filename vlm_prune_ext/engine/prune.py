@@ -120,21 +120,20 @@ Pruner = DecoderPruner | VisionPruner | FeatureSite
 def _pruners(
     parts: ModelParts, method: Method, visual_span: VisualSpan | None, trace: Trace
 ) -> list[Pruner]:
-    sites, site = method.working_sites, feature_site(parts, method, trace)
-    resizes = type(method).resize is not Method.resize
-    wants_tower = "tower" in sites or resizes
-    bare = parts.vision is None or (resizes and parts.vision.projector is None)
-    if wants_tower and bare:
-        raise InputError(f"{method.name} works on the vision tower: {parts.why_no_vision}.")
     pruners: list[Pruner] = []
-    if wants_tower:
-        assert parts.vision is not None
-        pruners.append(VisionPruner(parts.vision, method, trace))
+    site = feature_site(parts, method, trace)
+    if "tower" in method.working_sites:
+        vision = parts.vision
+        if vision is None or not vision.drops:
+            raise InputError(f"{method.name} works on the vision tower: {parts.why_no_vision}.")
+        tower = VisionPruner(vision, method, trace)
+        pruners.append(tower)
+        site = FeatureSite(None, tower, trace)
+    elif site is not None and site.works_in_tower:
+        pruners.append(site)
     if parts.decoder is not None:
-        if site is not None and site.works_in_tower:
-            pruners.append(site)
-        pruners.append(DecoderPruner(parts, method, visual_span, trace, wants_tower, site))
-    elif "decoder" in sites or site is not None:
+        pruners.append(DecoderPruner(parts, method, visual_span, trace, site))
+    elif {"decoder", "features"} & set(method.working_sites):
         raise InputError(
             f"{method.name} drops tokens in a language model, but this is a bare vision tower: "
             "only methods that work in the tower (SAINT with vit=..., start=None) apply."

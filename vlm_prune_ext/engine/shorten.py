@@ -25,10 +25,6 @@ from vlm_prune_ext.engine.trace import Trace
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.methods.evidence import Stage
 
-# A feature row that is this number in every channel was dropped in the tower. Exact in float32,
-# float16 and bfloat16, and no projector gives it in all channels at once.
-DROPPED = -61440.0
-
 
 @dataclass
 class DecoderInput:
@@ -232,34 +228,18 @@ class Shortened:
         )
 
 
-def without_marked(given: DecoderInput, images: list[Image]) -> Shortened:
-    """The prompt without the features that the tower dropped (rows of :data:`DROPPED`)."""
-    state = Prefill.start(images, given.batch, given.length, given.real, given.device)
-    embeds = given.embedded()
-    marked = torch.zeros(given.batch, given.length, dtype=torch.bool, device=given.device)
-    for group in state.groups:
-        rows = group.samples[:, None]
-        marked[rows, group.tokens] = (embeds[rows, group.tokens] == DROPPED).all(dim=-1)
-    lost = marked.sum(dim=1)
-    held = [given.length - n for n in lost.tolist()]
-    layout, _ = state.layout.drop(~marked, held)
-    kept_images = _without(images, marked, layout)
-    return Shortened(
-        given, layout, None, count_anew(layout, given), lost[:, None], kept_images, held
-    )
-
-
-def _without(images: list[Image], marked: torch.Tensor, layout: Layout) -> list[Image]:
-    """Where the images are once marked tokens are gone."""
-    gone = marked.tolist()
-    slots = layout.kept().tolist()
-    place = [{slot: i for i, slot in enumerate(row)} for row in slots]
+def images_left(images: list[Image], stays: torch.Tensor) -> list[Image]:
+    """Where images are in a shorter prompt; ``stays`` bool ``(batch, S)``: what is in it."""
+    until = stays.cpu().cumsum(dim=1)
+    offset = until[:, -1].max() - until[:, -1]  # empty slots stand in front
     left = []
     for image in images:
-        here = place[image.sample]
-        stay = [here[slot] for slot in image.slots if not gone[image.sample][slot]]
-        if stay:
-            left.append(Image.of(image.sample, runs_of(stay)))
+        slots = torch.tensor(image.slots)
+        here = until[image.sample, slots]
+        before = until[image.sample].roll(1)[slots] * (slots > 0)
+        places = (here - 1 + offset[image.sample])[here > before].tolist()
+        if places:
+            left.append(Image.of(image.sample, runs_of(places)))
     return left
 
 
@@ -289,7 +269,7 @@ def without_dropped(
         if parts.counts_real and given.real is not None:
             positions = (given.real.long().cumsum(dim=1) - 1).clamp(min=0)
     lost = torch.zeros(given.batch, 1, dtype=torch.int64, device=given.device)
-    left = images if gone is None else _without(images, gone, layout)
+    left = images if gone is None else images_left(images, ~gone)
     return Shortened(
         given, layout, layout.kept(), take(positions, layout.slots, -1), lost, left, state.held
     )

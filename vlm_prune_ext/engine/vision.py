@@ -1,13 +1,9 @@
-"""Dropping patches inside a CLIP-like tower, and resizing what it hands on.
+"""Dropping patches inside a CLIP-like tower.
 
 A tower layer drops after its attention, by its own keys. The MLP of that layer still runs on the
 dropped patches (it works token by token, so the patches that stay are not touched by that); every
-later layer is really shorter.
-
-A whole model expects as many image features as its prompt has placeholders, and packs them by
-their place in the grid (newline tokens, unpadding of tiles). So the projector's output is put
-back on the full grid with rows of a marker in the gaps, the model packs it as ever, and the
-decoder is given the sequence without the marked rows (shorten.py).
+later layer is really shorter. The projector's output is put back on the full grid, so that a whole
+model packs it as ever; compose.py leaves the gaps out of what the decoder is given.
 """
 
 from __future__ import annotations
@@ -17,14 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm_prune_ext.engine.parts import Undo, VisionParts
-from vlm_prune_ext.engine.shorten import DROPPED
+from vlm_prune_ext.engine.features import Watch
+from vlm_prune_ext.engine.parts import VisionParts
 from vlm_prune_ext.engine.trace import Trace
 from vlm_prune_ext.methods.base import Method, VisionStage
 
 
-class VisionPruner:
-    """Carries a method's vision stages (or its resizing) out on a tower.
+class VisionPruner(Watch):
+    """Carries a method's vision stages out on a tower.
 
     Args:
         parts: where the tower's parts are.
@@ -33,35 +29,31 @@ class VisionPruner:
     """
 
     def __init__(self, parts: VisionParts, method: Method, trace: Trace) -> None:
-        self.parts, self.method, self.trace = parts, method, trace
+        super().__init__(parts, ())
+        self.trace = trace
         stages = method.vision_stages(len(parts.layers), parts.feature_layer)
         self.stages = {stage.layer: stage for stage in stages}
         self.keys: torch.Tensor | None = None
         self.kept: torch.Tensor | None = None  # grid indices of the patches still there
         self.patches = 0
 
-    def attach(self) -> list[Undo]:
-        """Register all hooks; the returned callables take them off."""
+    def _in_tower(self) -> list[Any]:
         tower, layers = self.parts.tower, self.parts.layers
         handles: list[Any] = [tower.register_forward_pre_hook(self._begin)]
         for index, stage in self.stages.items():
-            attn = layers[index].self_attn
-            handles.append(attn.k_proj.register_forward_hook(self._see_keys))  # type: ignore[union-attr,operator]
+            attn: Any = layers[index].self_attn
+            handles.append(attn.k_proj.register_forward_hook(self._see_keys))
             # In front of any hook that records the layer's output: it must record what is left.
             hook = _LayerHook(self, stage)
             handles.append(layers[index].register_forward_hook(hook, prepend=True))
-        if self.parts.projector is not None:
-            handles.append(self.parts.projector.register_forward_hook(self._after_projector))
-        return [handle.remove for handle in handles]
+        return handles
 
     def _begin(self, module: nn.Module, args: Any) -> None:
         self.kept = self.keys = None
         self.trace.vision_kept.clear()
 
     def _see_keys(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        batch, tokens, width = output.shape
-        heads = self.parts.num_heads
-        self.keys = output.view(batch, tokens, heads, width // heads).transpose(1, 2)
+        self.keys = output.unflatten(-1, (self.parts.num_heads, -1)).transpose(1, 2)
 
     def after_layer(self, stage: VisionStage, hidden: torch.Tensor) -> torch.Tensor:
         """What is left of a layer's output ``(images, 1 + patches, dim)``, CLS first."""
@@ -79,28 +71,16 @@ class VisionPruner:
         self.trace.vision_kept[stage.layer] = self.kept
         return hidden
 
-    def _after_projector(
-        self, module: nn.Module, args: Any, output: torch.Tensor
-    ) -> torch.Tensor | None:
-        features = output if output.dim() == 3 else output[None]
-        side = self.parts.grid
-        if self.stages:
-            places, total = self.kept, self.patches
-            if places is None or places.shape[1] == total:
-                return None
-        else:
-            if features.shape[1] != side * side:
-                return None
-            grid = features.unflatten(1, (side, side))
-            small = self.method.resize(grid)
-            if small is None or small.shape[1:3] == grid.shape[1:3]:
-                return None
-            features = small.flatten(1, 2)
-            places, total = _centres(small.shape[1], small.shape[2], side, features), side * side
-        full = features.new_full((features.shape[0], total, features.shape[-1]), DROPPED)
-        index = places[..., None].expand(features.shape)
-        full.scatter_(1, index, features)
-        return full if output.dim() == 3 else full[0]
+    def _after_projector(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        """The features on the full grid again, with nothing in the gaps."""
+        tiles = output if output.dim() == 3 else output[None]
+        kept = self.kept
+        assert kept is not None
+        self.seen.note("kept", kept)
+        full = tiles.new_zeros(tiles.shape[0], self.patches, tiles.shape[-1])
+        full.scatter_(1, kept[..., None].expand(tiles.shape), tiles)
+        made = self.hand_on(full)
+        return made if output.dim() == 3 else made[0]
 
 
 class _LayerHook:
@@ -113,11 +93,3 @@ class _LayerHook:
         if isinstance(output, tuple):
             return (self.pruner.after_layer(self.stage, output[0]), *output[1:])
         return self.pruner.after_layer(self.stage, output)
-
-
-def _centres(rows: int, columns: int, side: int, like: torch.Tensor) -> torch.Tensor:
-    """Grid places nearest the centres of a coarser grid's cells, ``(images, rows * columns)``."""
-    down = ((torch.arange(rows, device=like.device) + 0.5) * side / rows).long()
-    across = ((torch.arange(columns, device=like.device) + 0.5) * side / columns).long()
-    places = (down[:, None] * side + across).flatten()
-    return places.expand(like.shape[0], -1)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vlm_prune_ext.engine.compose import FeatureSite
-from vlm_prune_ext.engine.features import Seen, TowerWatch
+from vlm_prune_ext.engine.features import Seen, Watch
 from vlm_prune_ext.engine.prune import Session
 from vlm_prune_ext.engine.vision import VisionPruner
 from vlm_prune_ext.fast.graphs import LRU, Recorded, Recorder
@@ -23,7 +23,7 @@ def drops_inside(session: Session | None) -> bool:
     return any(isinstance(pruner, VisionPruner) and pruner.stages for pruner in pruners)
 
 
-def watch_of(session: Session | None) -> TowerWatch | None:
+def watch_of(session: Session | None) -> Watch | None:
     """What notes a tower's evidence, if a rule asked for any."""
     pruners = session.pruners if session is not None else []
     return next((p.watch for p in pruners if isinstance(p, FeatureSite)), None)
@@ -39,10 +39,10 @@ class RecordedTower:
     def __init__(self, tower: nn.Module, recorder: Recorder) -> None:
         self._tower = weakref.ref(tower)
         self._recorder = recorder
-        self._watch: TowerWatch | None = None
+        self._watch: Watch | None = None
         self._shapes: LRU[tuple[torch.Tensor, Recorded]] = LRU(_SHAPES)
 
-    def take_over(self, watch: TowerWatch | None) -> None:
+    def take_over(self, watch: Watch | None) -> None:
         """From now on the tower's calls come here; ``watch`` notes what a rule needs of them."""
         self._watch = watch
         self._tower().forward = self._forward  # type: ignore[union-attr,method-assign]

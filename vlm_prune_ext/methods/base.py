@@ -30,7 +30,7 @@ from vlm_prune_ext.methods.evidence import (  # noqa: F401 - a method's file imp
 from vlm_prune_ext.methods.option import PUBLISHED_DEPTH, Declared, Option, document, require
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 logger = logging.getLogger("vlm_prune_ext")
 
@@ -141,11 +141,6 @@ class Method(Declared):
         """Selections in the vision tower. ``feature_layer``: index of the last layer whose output
         is used (``None``: a bare tower, all layers)."""
         return ()
-
-    def resize(self, grid: torch.Tensor) -> torch.Tensor | None:
-        """Image features ``(images, side, side, hidden)`` -> a smaller grid, or ``None`` to leave
-        them."""
-        return None
 
     def feature_stage(self) -> FeatureStage | None:
         """The selection between vision tower and language model, if there is one."""

@@ -194,6 +194,7 @@ class FeatureEvidence:
     Attributes:
         patches: N.
         crops: crops of the picture that each row belongs to.
+        grid: rows and columns of the patches; ``None``: they are no grid, or it is not known.
         cls: whether the tower has a CLS token. Where it has none, attention is the mean over the
             rows of all patches instead of the row of CLS.
         features: need ``features``: ``(batch, [1 +] N, C)``, output of the feature layer, with CLS.
@@ -212,6 +213,7 @@ class FeatureEvidence:
 
     patches: int
     crops: int = 1
+    grid: tuple[int, int] | None = None
     cls: bool = True
     features: torch.Tensor | None = None
     attention: torch.Tensor | None = None
@@ -243,6 +245,7 @@ class NewTokens:
             place in the grid, :data:`CLS`, or :data:`MERGED` for one that stands for several.
         rows: ``(batch, t, C)``, the tokens as tower features, to be projected; ``None``: all are
             plain patches.
+        projected: ``rows`` are ``(batch, t, D)``, as the language model gets them.
         counts: tokens of each row, where they differ; the rest of the row is filling.
         added: how many of the tokens are no patch of the tower.
     """
@@ -250,6 +253,7 @@ class NewTokens:
     kept: torch.Tensor
     places: torch.Tensor
     rows: torch.Tensor | None = None
+    projected: bool = False
     counts: tuple[int, ...] | None = None
     added: int = 0
 
@@ -273,6 +277,9 @@ class FeatureStage:
         over: what one row of the evidence is. ``"crop"``: each crop by itself, budget per crop.
             ``"picture"``: all crops of a picture in one sequence. ``"span"``: the picture's tokens
             as the language model would get them, row-end tokens included (needs no tower).
+        merges: the rule makes new rows, through which gradients go (choosing has none).
+        row_ends: row-end tokens of a picture in crops stay, and tokens stand at their places among
+            them.
         budget: what the rule keeps per row, for messages and FLOPs (``None``: data decide).
         text_tower: for need ``joint``: what the user said about the text half of CLIP.
     """
@@ -280,5 +287,7 @@ class FeatureStage:
     needs: tuple[FeatureNeed, ...]
     rule: Callable[[FeatureEvidence], torch.Tensor | NewTokens]
     over: Literal["crop", "picture", "span"] = "crop"
+    merges: bool = False
+    row_ends: bool = False
     budget: Budget | None = None
     text_tower: Any = None

@@ -78,7 +78,7 @@ class PruMerge(Method):
 
     def feature_stage(self) -> FeatureStage:
         """Needs features, and keys and CLS query of the last layer."""
-        return FeatureStage(("features", "last"), self._rule, budget=self.ratio)
+        return FeatureStage(("features", "last"), self._rule, merges=True)
 
     def _rule(self, evidence: FeatureEvidence) -> NewTokens:
         assert evidence.last_keys is not None and evidence.last_queries is not None

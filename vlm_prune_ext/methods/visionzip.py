@@ -137,7 +137,8 @@ class VisionZip(Method):
         """Needs features, CLS attention and keys."""
         alike = isinstance(self.dominant, int) is isinstance(self.contextual, int)
         budget = self.dominant + self.contextual if alike else None
-        return FeatureStage(("features", "attention", "keys"), self._rule, budget=budget)
+        needs = ("features", "attention", "keys")
+        return FeatureStage(needs, self._rule, merges=True, budget=budget)
 
     def _rule(self, evidence: FeatureEvidence) -> NewTokens:
         assert evidence.features is not None

@@ -18,18 +18,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm_prune_ext.engine.parts import ModelParts, Present, SpanSink, Undo, VisionParts
+from vlm_prune_ext.engine.parts import ModelParts, Present, SpanSink, Undo
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.models import questions
 from vlm_prune_ext.models.base import Family
 from vlm_prune_ext.models.catalogue import FamilyLine
-from vlm_prune_ext.models.clip_tower import is_clip, vision_parts
+from vlm_prune_ext.models.towers import find_tower
 
 Lengths = Callable[[torch.Tensor, dict[str, Any]], "list[list[int]] | None"]
 """``(mask, keyword arguments of the call) -> visual tokens of each image, per sample``."""
 
 _MERGES = ("get_placeholder_mask", "inputs_merger", "get_image_features")
-_TOWERS = ("vision_tower", "vision_model", "visual", "vision_embed_tokens")
 
 
 # ------------------------------------------------------------------------------- the decoder
@@ -345,7 +344,7 @@ def parts(model: Any, lengths: Lengths | None = None) -> ModelParts:
         )
     inner, token = _merging(model, decoder), token_of(config)
     assert token is not None
-    vision, why = _vision(inner)
+    vision, why = find_tower(inner)
     return decoder_parts(
         model,
         decoder,
@@ -377,21 +376,6 @@ def _image_length(config: Any) -> int | None:
         if isinstance(found, int):
             return found
     return None
-
-
-def _vision(inner: Any) -> tuple[VisionParts | None, str]:
-    """The tower, if it is CLIP's, and why not where it is not."""
-    tower = next((getattr(inner, name) for name in _TOWERS if hasattr(inner, name)), None)
-    projector = getattr(inner, "multi_modal_projector", None)
-    feature = getattr(inner.config, "vision_feature_layer", None)
-    if tower is None:
-        return None, "the model has no vision tower that is known"
-    if is_clip(tower) and projector is not None and feature is not None:
-        return vision_parts(tower, feature=feature, projector=projector), ""
-    return None, (
-        f"its vision tower, a {type(tower).__name__}, is not CLIP-like; methods that work in the "
-        "language model apply"
-    )
 
 
 def family_of(line: FamilyLine) -> Family:

@@ -1,0 +1,102 @@
+"""Vision towers of transformers' models, as methods behind the tower read them."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlm_prune_ext.engine.parts import Packed, VisionParts
+from vlm_prune_ext.models.clip_tower import is_clip, vision_parts
+
+_TOWERS = ("vision_tower", "vision_model", "visual")
+_PROJECTORS = ("multi_modal_projector", "connector")
+
+
+def find_tower(inner: Any) -> tuple[VisionParts | None, str]:
+    """The tower of a model, and why methods cannot drop patches inside it.
+
+    Args:
+        inner: the module that holds tower and projector.
+
+    Returns:
+        its parts, ``None`` where it is not one that is known; and a sentence for messages.
+    """
+    tower = next((getattr(inner, name) for name in _TOWERS if hasattr(inner, name)), None)
+    if tower is None:
+        return None, "the model has no vision tower that is known"
+    projector = next((getattr(inner, n) for n in _PROJECTORS if hasattr(inner, n)), None)
+    feature = getattr(inner.config, "vision_feature_layer", None)
+    if is_clip(tower) and projector is not None and feature is not None:
+        return vision_parts(tower, feature=feature, projector=projector), ""
+    why = (
+        f"its vision tower, a {type(tower).__name__}, is not CLIP-like; methods that work in the "
+        "language model apply"
+    )
+    return _packed(tower) or _by_tile(tower, projector, feature), why
+
+
+def _by_tile(tower: Any, projector: nn.Module | None, feature: Any) -> VisionParts | None:
+    """A tower that runs tile by tile, in front of a projector that is a module."""
+    body = getattr(tower, "vision_model", tower)
+    encoder = getattr(body, "encoder", None)
+    layers = getattr(encoder, "layers", getattr(encoder, "layer", None))
+    if projector is None or not isinstance(layers, nn.ModuleList) or not len(layers):
+        return None
+    attn: Any = getattr(layers[0], "self_attn", getattr(layers[0], "attention", None))
+    if not hasattr(attn, "q_proj") or not hasattr(attn, "k_proj"):
+        return None
+    embeddings: Any = body.embeddings
+    last = feature if isinstance(feature, int) else -1
+    return VisionParts(
+        tower=tower,
+        layers=layers,
+        num_heads=attn.num_heads,
+        grid=0,
+        feature_layer=(last if last >= 0 else len(layers) + 1 + last) - 1,
+        projector=projector,
+        cls=hasattr(embeddings, "class_embedding") or hasattr(embeddings, "cls_token"),
+        drops=False,
+    )
+
+
+def _packed(tower: Any) -> VisionParts | None:
+    """Qwen's towers: all images in one sequence, attention within windows in most layers."""
+    blocks, merger = getattr(tower, "blocks", None), getattr(tower, "merger", None)
+    if merger is None or not isinstance(blocks, nn.ModuleList) or not len(blocks):
+        return None
+    attn: Any = getattr(blocks[-1], "attn", None)
+    rotate = getattr(sys.modules[type(attn).__module__], "apply_rotary_pos_emb_vision", None)
+    if rotate is None or not hasattr(attn, "qkv"):
+        return None
+    whole = getattr(tower, "fullatt_block_indexes", None) or [len(blocks) - 1]
+    index = max(whole)
+    group = int(tower.spatial_merge_size) ** 2
+    packed = Packed(blocks[index].attn, _Rotated(blocks[index].attn, rotate), group)
+    return VisionParts(
+        tower=tower,
+        layers=blocks,
+        num_heads=attn.num_heads,
+        grid=0,
+        feature_layer=index,
+        projector=merger,
+        cls=False,
+        drops=False,
+        packed=packed,
+    )
+
+
+class _Rotated:
+    """See :attr:`Packed.read`."""
+
+    def __init__(self, attn: Any, rotate: Any) -> None:
+        self.attn, self.rotate = attn, rotate
+
+    def __call__(
+        self, hidden: torch.Tensor, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+        made = self.attn.qkv(hidden).unflatten(-1, (3, self.attn.num_heads, -1))
+        queries, keys = self.rotate(made[:, 0], made[:, 1], *kwargs["position_embeddings"])
+        return queries, keys, kwargs["cu_seqlens"].diff().tolist()
