@@ -16,6 +16,7 @@ from vlm_prune_ext.methods.evidence import (
     MERGED,
     Budget,
     FeatureEvidence,
+    FeatureNeed,
     FeatureStage,
     NewTokens,
 )
@@ -137,7 +138,7 @@ class VisionZip(Method):
         """Needs features, CLS attention and keys."""
         alike = isinstance(self.dominant, int) is isinstance(self.contextual, int)
         budget = self.dominant + self.contextual if alike else None
-        needs = ("features", "attention", "keys")
+        needs: tuple[FeatureNeed, ...] = ("features", "attention", "keys")
         return FeatureStage(needs, self._rule, merges=True, budget=budget)
 
     def _rule(self, evidence: FeatureEvidence) -> NewTokens:
