@@ -89,6 +89,13 @@ class Layout:
             return self.names.clone()
         return self.names.masked_fill(~self.valid, -1)
 
+    def counted(self) -> torch.Tensor:
+        """:attr:`positions`, ``-1`` at empty slots."""
+        assert self.positions is not None
+        if self.valid is None:
+            return self.positions.clone()
+        return self.positions.masked_fill(~self.valid, -1)
+
     def places_of(self, names: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
         """Current places of tokens that are here: ``names`` ``(rows, m)`` of batch rows
         ``samples``."""
@@ -134,6 +141,16 @@ class Layout:
             positions = positions.gather(1, index)
         slots, names = slots.gather(1, index), names.gather(1, index)
         return Layout(slots, valid, self.total, names, more, positions), index
+
+    def at(self, index: torch.Tensor) -> Layout:
+        """The tokens at places ``(batch, m)``."""
+        return replace(
+            self,
+            slots=self.slots.gather(1, index),
+            names=self.names.gather(1, index),
+            valid=None if self.valid is None else self.valid.gather(1, index),
+            positions=None if self.positions is None else self.positions.gather(1, index),
+        )
 
     def counted_anew(self, real: torch.Tensor | None) -> Layout:
         """With rotary positions 0, 1, ... over what is here.

@@ -258,10 +258,7 @@ class Prefill:
         trace.kept[layer] = self.layout.kept()
         trace.visual_tokens[layer] = self.visual_counts()
         if self.layout.positions is not None:
-            valid, positions = self.layout.valid, self.layout.positions
-            trace.positions[layer] = (
-                positions.clone() if valid is None else positions.masked_fill(~valid, -1)
-            )
+            trace.positions[layer] = self.layout.counted()
         if hidden is not None:
             lost = hidden.sum(1).tolist()
             left = [held - n for held, n in zip(self.held, lost, strict=True)]

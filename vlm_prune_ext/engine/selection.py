@@ -59,10 +59,17 @@ class Selection:
             kept = self.trace.kept[layer]
             self.trace.kept[layer] = torch.where(kept < 0, kept, short.places(kept.clamp(min=0)))
 
-    def write_trace(self, layer: int, call: Call, layout: Layout, visual: list[int]) -> None:
-        """Note what another way of running the model (fast/run.py) kept in front of ``layer``."""
+    def write_trace(
+        self, layer: int, call: Call, layout: Layout, visual: list[int], merged: int
+    ) -> None:
+        """Note what another way of running the model (fast/run.py) kept in front of ``layer``, and
+        how many rows it added there."""
         self.trace.kept[layer] = layout.kept()
         self.trace.visual_tokens[layer] = visual
+        if layout.positions is not None:
+            self.trace.positions[layer] = layout.counted()
+        if merged:
+            self.trace.merged[layer] = merged
         self._note(layer, layout.count)
         self._translate(layer, call)
 

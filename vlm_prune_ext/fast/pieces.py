@@ -92,11 +92,11 @@ class Pieces:
         widen(old, new)
         return new
 
-    def step(self, caches: list[SegmentCache]) -> Step:
-        """One decode step over these caches."""
-        key = tuple(id(cache) for cache in caches)
+    def step(self, caches: list[SegmentCache], *, counted: bool) -> Step:
+        """One decode step over these caches; ``counted``: see :class:`Step`."""
+        key = (counted, *(id(cache) for cache in caches))
         return self.recent.steps.get(
-            key, lambda: Step(self.parts, self.head, caches, self.recorder)
+            key, lambda: Step(self.parts, self.head, caches, self.recorder, counted=counted)
         )
 
 

@@ -72,8 +72,6 @@ def _why_not_method(method: Method, layers: int) -> str | None:
             return f"{method.name} with mode='mask' drops nothing"
         if stage.mode == "observe":
             continue
-        if stage.recount:
-            return f"{method.name} counts positions anew"
         if stage.budget is None and stage.left is None:
             return f"{method.name} keeps a number of tokens that depends on the picture"
         if stage.layer == layers:

@@ -87,6 +87,27 @@ class _Aligned:
             ]
         return state
 
+    def back(self, layout: Layout, before: Layout) -> Layout:
+        """A layout of this order as one of the prompt's own.
+
+        Args:
+            layout: of a segment.
+            before: of the prompt as it entered layer 0.
+        """
+        slots = self.order.gather(1, layout.slots)
+        inside = layout.names < layout.total
+        places = self.order.gather(1, layout.names.clamp(max=layout.total - 1))
+        valid = torch.ones_like(inside) if layout.valid is None else layout.valid
+        if before.valid is not None:  # empty from the start: no padding, though handled as such
+            valid = valid & before.valid.gather(1, slots)
+        # Rows that were added come behind their image's last token, whose slot they share.
+        index = slots.masked_fill(~valid, -1).argsort(dim=1, stable=True)
+        names, positions = places.where(inside, layout.names), layout.positions
+        if positions is not None and self.padded:  # counted from the first token that is real
+            positions = positions.masked_fill(layout.slots >= self.counts[:, None], 0)
+        moved = replace(layout, slots=slots, names=names, valid=valid, positions=positions)
+        return moved.at(index)
+
 
 @dataclass
 class _Note:
@@ -96,6 +117,7 @@ class _Note:
     layout: Layout
     held: list[int]
     visual: list[int]
+    merged: int
 
 
 class Run:
@@ -113,10 +135,10 @@ class Run:
         self.done = 0  # tokens that were decoded
         self.caches: list[SegmentCache] = []
         self.segments: list[Segment] = []
-        self.real: list[torch.Tensor] = []
+        self.real: list[torch.Tensor] = []  # by segment, tokens that each sample holds
+        self.next: list[torch.Tensor] = []  # by segment, position of the first decoded token
         self.notes: list[_Note] = []
         self.logits: torch.Tensor
-        self._position: torch.Tensor  # rotary, of the first token that is decoded
         self._step: Step | None = None
 
     def prefill(
@@ -124,20 +146,20 @@ class Run:
     ) -> None:
         """All segments, and the drops between them."""
         counts = self.aligned.counts[:, None]
-        self._position = positions.expand(len(counts), -1).gather(1, counts - 1) + 1
-        observes = stages.pop(0, None)
-        if observes is not None:
-            self.state.observe(observes, self._looker(observes, hidden, positions))
-        starts = [0, *sorted(stages)]
+        whole = positions.expand(len(counts), -1)
+        behind = whole.gather(1, counts - 1) + 1
+        starts = sorted({0, *stages})
         stops = [*starts[1:], len(self.pieces.parts.layers)]
         for first, stop in zip(starts, stops, strict=True):
             if first in stages:
-                hidden, positions = self._drop(stages[first], hidden, positions)
+                hidden = self._select(stages[first], hidden, positions)
+                positions = self._positions(whole)
             segment = self.pieces.segment(first, stop, hidden, min(self.limit, ROOM))
             real = self._real_tokens()
             segment.fill(hidden, positions, real - 1)
             self.segments.append(segment)
             self.real.append(real)
+            self.next.append(behind if self.state.layout.positions is None else real[:, None])
             output = segment.run()
             hidden = output if segment.is_last else output[:, : hidden.shape[1]]
         self.logits = hidden
@@ -153,29 +175,44 @@ class Run:
             return counts - lost[0]  # nothing to send, nothing to wait for
         return counts - sent(lost, counts.device)
 
-    def _drop(
-        self, stage: Stage, hidden: torch.Tensor, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _positions(self, whole: torch.Tensor) -> torch.Tensor:
+        """Rotary positions of what is held now; ``whole``: those of the prompt."""
+        layout = self.state.layout
+        return take(whole, layout.slots, -1) if layout.positions is None else layout.positions
+
+    def _select(self, stage: Stage, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Let a stage choose; what stays goes on, in order, at the left."""
         state = self.state
-        gone, _ = state.select(stage, self._looker(stage, hidden, positions))
-        if gone is not None:
-            index = self._move_left(gone, stage.layer)
-            hidden, positions = take(hidden, index, -2), take(positions, index, -1)
-        self.notes.append(_Note(stage.layer, state.layout, list(state.held), state.visual_counts()))
-        return hidden, positions
+        look = self._looker(stage, hidden, positions)
+        if stage.mode == "observe":
+            state.observe(stage, look)
+            return hidden
+        gone, added = state.select(stage, look)
+        if gone is not None or added is not None:
+            index = state.drop(stage.layer, gone, added, recount=stage.recount)
+            if added is not None:
+                hidden = torch.cat([hidden, added.hidden.to(hidden.dtype)], dim=1)
+            hidden = take(hidden, self._move_left(stage.layer, index), -2)
+        self.notes.append(
+            _Note(
+                stage.layer,
+                state.layout,
+                list(state.held),
+                state.visual_counts(),
+                0 if added is None else added.names.shape[1],
+            )
+        )
+        return hidden
 
-    def _move_left(self, gone: torch.Tensor, layer: int) -> torch.Tensor:
-        """Update the layout; returns the ``(batch, n')`` places to gather. Where samples lose
-        different numbers, dropped tokens fill the shorter ones up from behind."""
-        layout, held = self.state.layout, self.state.held
-        lost = gone if layout.valid is None else gone | ~layout.valid
-        index = lost.int().argsort(dim=1, stable=True)[:, : max(held)]
-        valid = ~lost.gather(1, index) if min(held) < max(held) else None
-        slots = layout.slots.gather(1, index)
-        self.state.layout = Layout(slots, valid, layout.total, slots)
-        self.state.segments[layer] = self.state.layout
-        return index
+    def _move_left(self, layer: int, index: torch.Tensor) -> torch.Tensor:
+        """The engine fills samples that hold less up in front; here empty slots come last. Returns
+        the places to gather, in that order."""
+        layout = self.state.layout
+        if layout.valid is None:
+            return index
+        left = (~layout.valid).int().argsort(dim=1, stable=True)
+        self.state.layout = self.state.segments[layer] = layout.at(left)
+        return index.gather(1, left)
 
     def _looker(self, stage: Stage, hidden: torch.Tensor, positions: torch.Tensor) -> Looker:
         parts, state = self.pieces.parts, self.state
@@ -220,21 +257,17 @@ class Run:
         )
 
     def write_trace(self, pruner: DecoderPruner, call: Call) -> None:
-        """What was kept, as the ordinary path says it: places in the padded prompt."""
+        """What was kept, as the hooks say it: places in the padded prompt."""
         origin = call.state.prefill
         for note in self.notes:
+            layout = self.aligned.back(note.layout, origin.layout)
             lost = self._lost(note.held)
             held = [before - n for before, n in zip(origin.held, lost, strict=True)]
-            layout, _ = origin.layout.drop(self._still_there(note.layout), held)
-            pruner.selection.write_trace(note.layer, call, layout, note.visual)
-
-    def _still_there(self, layout: Layout) -> torch.Tensor:
-        """Bool ``(batch, n)`` over the places of the padded prompt."""
-        order = self.aligned.order
-        there = torch.zeros_like(order)
-        ones = torch.ones_like(layout.slots) if layout.valid is None else layout.valid
-        there.scatter_add_(1, layout.slots, ones.long())
-        return torch.zeros_like(order).scatter_(1, order, there).bool()
+            last = iota(layout.count, layout.slots.device)[layout.count - max(held) :]
+            layout = layout.at(last.expand(len(held), -1))
+            if min(held) == max(held):
+                layout = replace(layout, valid=None)
+            pruner.selection.write_trace(note.layer, call, layout, note.visual, note.merged)
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Decode one token further.
@@ -265,10 +298,12 @@ class Run:
         if self.done == self._room():  # as much again, but never past the limit
             more = min(self.done, self.limit - self.done)
             self.caches = [self.pieces.wider(cache, more) for cache in self.caches]
-        self._step = self.pieces.step(self.caches)
+        counted = any(position is not self.next[0] for position in self.next)
+        self._step = self.pieces.step(self.caches, counted=counted)
         room = [[segment.tokens] for segment in self.segments]
         real = torch.stack(self.real)[..., None]
-        self._step.start(self._position + self.done, real, sent(room, real.device), self.done)
+        positions = torch.stack(self.next if counted else self.next[:1])
+        self._step.start(positions + self.done, real, sent(room, real.device), self.done)
 
 
 def start(

@@ -219,18 +219,25 @@ class Step:
         head: see :data:`Head`.
         caches: one per segment, ascending.
         recorder: shared by the model's recordings.
+        counted: segments count rotary positions by what they hold themselves.
 
     Attributes:
         token: int64 ``(batch, 1)``, to be filled before each run.
     """
 
     def __init__(
-        self, parts: ModelParts, head: Head, caches: list[SegmentCache], recorder: Recorder
+        self,
+        parts: ModelParts,
+        head: Head,
+        caches: list[SegmentCache],
+        recorder: Recorder,
+        *,
+        counted: bool,
     ) -> None:
         self.parts, self.head, self.caches = parts, head, caches
         batch, device = caches[0].batch, recorder.device
         self.token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-        self._position = torch.zeros_like(self.token)
+        self._positions = self.token.new_zeros(len(caches) if counted else 1, batch, 1)
         self._real = self.token.new_zeros(len(caches), batch, 1)
         self._room = self.token.new_zeros(len(caches), 1)
         self._count = self.token.new_zeros(1)
@@ -239,17 +246,17 @@ class Step:
         self._recorded = Recorded(recorder)
 
     def start(
-        self, position: torch.Tensor, real: torch.Tensor, room: torch.Tensor, done: int
+        self, positions: torch.Tensor, real: torch.Tensor, room: torch.Tensor, done: int
     ) -> None:
         """After a prefill, or where other caches took over.
 
         Args:
-            position: int64 ``(batch, 1)``, rotary position of the next token.
+            positions: int64 ``(segments or 1, batch, 1)``, rotary position of the next token.
             real: int64 ``(segments, batch, 1)``, tokens of the prompt that each segment holds.
             room: int64 ``(segments, 1)``, where decoded tokens go from.
             done: how many are there already.
         """
-        self._start = (position, real, room, torch.full_like(self._count, done))
+        self._start = (positions, real, room, torch.full_like(self._count, done))
         self._reset()
 
     def run(self) -> torch.Tensor:
@@ -258,15 +265,16 @@ class Step:
 
     def _reset(self) -> None:
         assert self._start is not None
-        buffers = (self._position, self._real, self._room, self._count)
+        buffers = (self._positions, self._real, self._room, self._count)
         for buffer, value in zip(buffers, self._start, strict=True):
             buffer.copy_(value)
 
     def _work(self) -> torch.Tensor:
         decoder: Any = self.parts.decoder
         hidden = decoder.get_input_embeddings()(self.token)
-        rotary = decoder.rotary_emb(hidden, position_ids=self._position)
+        rotaries = [decoder.rotary_emb(hidden, position_ids=own) for own in self._positions]
         for index, cache in enumerate(self.caches):
+            rotary = rotaries[index % len(rotaries)]
             places, room = self._places[index], self._room[index]
             slot = room + self._count
             seen = (places < self._real[index]) | ((places >= room) & (places <= slot))
@@ -277,7 +285,7 @@ class Step:
                 hidden = run_layer(layer, hidden, rotary, mask[:, None, None], writer)
         assert self.parts.final_norm is not None
         logits = self.head(self.parts.final_norm(hidden[:, -1]))
-        self._position += 1
+        self._positions += 1
         self._count += 1
         return logits
 
