@@ -9,6 +9,7 @@ cause, and neither the drop itself nor what it saves.
     scripts/method_speed.py --shape llava-1.5-7b --batch-sizes 1 16 --out method_speed.md
 
 Random weights; ``--methods`` takes short forms, by default every method with its own defaults.
+CDPruner gets a text tower of CLIP ViT-L/14's size, and a question of 16 tokens.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vlm_prune_ext.bench.subject import Subject, of_shape
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from vlm_prune_ext.bench.shapes import random_model
+from vlm_prune_ext.bench.workload import Workload, of_shape
 from vlm_prune_ext.engine.decoder import DecoderPruner
 from vlm_prune_ext.engine.prune import session_on
 from vlm_prune_ext.engine.vision import VisionPruner
@@ -37,7 +39,9 @@ from vlm_prune_ext.experiment.report import markdown_cell
 from vlm_prune_ext.fast.generate import FastGenerate
 from vlm_prune_ext.fast.possible import why_not
 from vlm_prune_ext.methods.base import Method
+from vlm_prune_ext.methods.cdpruner import CDPruner
 from vlm_prune_ext.methods.registry import METHODS, parse_method
+from vlm_prune_ext.models.clip_text import TextTower
 from vlm_prune_ext.pruning import prune
 
 
@@ -136,23 +140,23 @@ def _stages(pruner: Any) -> list[tuple[Any, Callable[[Any], None]]]:
 
 
 # -- one method ----------------------------------------------------------------------------------
-def measure(subject: Subject, method: Method | None, batch: int, repeat: int) -> Row:
+def measure(workload: Workload, method: Method | None, batch: int, repeat: int) -> Row:
     """Time a method and its remembered choices, in turns."""
-    inputs, device = subject.batch(batch), subject.device
-    fast = why_not(subject.parts, method) is None
-    generate = subject.model.generate
+    inputs, device = workload.batch(batch), workload.device
+    fast = why_not(workload.parts, method) is None
+    generate = workload.model.generate
     if fast:
-        generate = FastGenerate(subject.model, subject.parts, capture=device.type == "cuda")
+        generate = FastGenerate(workload.model, workload.parts, capture=device.type == "cuda")
 
     def first_token() -> None:
         generate(**inputs, max_new_tokens=1, do_sample=False, pad_token_id=0)
 
-    with prune(subject.model, method) as trace:
+    with prune(workload.model, method) as trace:
         warm(first_token, 3)
-        session = session_on(subject.decoder)
+        session = session_on(workload.decoder)
         pruners = session.pruners if session is not None else []
         spread = seconds_of(first_token, device, repeat=repeat)
-        behind, mean, ratio = _tokens(subject, trace)
+        behind, mean, ratio = _tokens(workload, trace)
         backend = trace.backend
         choosing = _choosing(first_token, pruners, device, repeat) if pruners else None
     label = "none" if method is None else method.label()
@@ -180,17 +184,35 @@ def _choosing(
     return statistics.median(differences)
 
 
-def _tokens(subject: Subject, trace: Any) -> tuple[float, float, float]:
+def _tokens(workload: Workload, trace: Any) -> tuple[float, float, float]:
     """Visual tokens behind the last drop and as a mean over layers, and the FLOPs ratio."""
-    layers, visual = subject.shape.layers, subject.span[1]
+    layers, visual = workload.shape.layers, workload.span[1]
     counts, now = [], float(visual)
     for layer in range(layers):
         if layer in trace.visual_tokens:
             now = statistics.fmean(trace.visual_tokens[layer])
         counts.append(now)
-    lengths = list(trace.lengths) or [subject.tokens] * layers
-    cost = Sizes(subject.shape, None).prompt(subject.tokens, visual, lengths)
+    lengths = list(trace.lengths) or [workload.tokens] * layers
+    cost = Sizes(workload.shape, None).prompt(workload.tokens, visual, lengths)
     return counts[-1], statistics.fmean(counts), float(cost.ratio or 1.0)
+
+
+def with_text_tower(method: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """CDPruner needs a text tower, which a random model does not bring."""
+    if not isinstance(method, CDPruner):
+        return method
+    config = CLIPTextConfig(
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        projection_dim=768,
+    )
+    with torch.device(device):
+        text = CLIPTextModelWithProjection(config).eval().to(dtype)
+        projection = torch.nn.Linear(1024, 768, bias=False).to(dtype)
+    question = [49406, *range(1000, 1014), 49407]
+    return replace(method, text_tower=TextTower(text, projection, question=question))
 
 
 # -- the table -----------------------------------------------------------------------------------
@@ -235,21 +257,21 @@ def main() -> int:
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     dtype = torch.bfloat16 if on_gpu else torch.float32
-    subject = of_shape(args.shape, random_model(args.shape, dtype=dtype, device=device))
-    subject.model.generation_config.eos_token_id = None
+    workload = of_shape(args.shape, random_model(args.shape, dtype=dtype, device=device))
+    workload.model.generation_config.eos_token_id = None
     card = torch.cuda.get_device_name() if on_gpu else "CPU"
     title = [
         "# Time to first token and cost of choosing",
         "",
         f"{card}, torch {torch.__version__}, {args.shape} with random weights, {dtype}, prompts of "
-        f"{subject.text} text and {subject.span[1]} visual tokens, {date.today()}; medians of "
+        f"{workload.text} text and {workload.span[1]} visual tokens, {date.today()}; medians of "
         f"{args.repeat}. `scripts/method_speed.py {' '.join(sys.argv[1:])}`",
     ]
     rows: list[Row] = []
     failed = 0
     with torch.inference_mode():
         for batch in args.batch_sizes:
-            unpruned = measure(subject, None, batch, args.repeat)
+            unpruned = measure(workload, None, batch, args.repeat)
             unpruned.unpruned = unpruned.ttft
             rows.append(unpruned)
             for text in args.methods:
@@ -257,7 +279,8 @@ def main() -> int:
                     continue
                 gc.collect()
                 try:
-                    row = measure(subject, parse_method(text), batch, args.repeat)
+                    method = with_text_tower(parse_method(text), device, dtype)
+                    row = measure(workload, method, batch, args.repeat)
                 except Exception as error:  # the others are still to be measured
                     failed += 1
                     print(f"Failed: {text}: {error}", file=sys.stderr, flush=True)
