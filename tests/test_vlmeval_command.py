@@ -292,6 +292,30 @@ def test_wrong_input_is_one_sentence(
     assert not list((tmp_path / "out").rglob("*_results.json"))
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--data Shapes_MCK", "'Shapes_MCQ'"),
+        ("--method fastv:600 --data Shapes_MCQ", "at most 576"),
+        ("--method fastv:9,agg_layer=12 --data Shapes_MCQ", "1 ... 11"),
+        ("--method downsample:600 --data Shapes_MCQ", "keep=600"),
+        ("--method fastv:0 --data Shapes_MCQ", "attention_rank=0"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_heavy_is_imported(words: str, said: str) -> None:
+    """A refusal must not cost the seconds that torch, transformers and VLMEvalKit take."""
+    code = (
+        "import sys, run_vlmeval; code = run_vlmeval.main(sys.argv[1:]);"
+        "heavy = {'torch', 'transformers', 'vlmeval', 'pandas'} & set(sys.modules);"
+        "assert code == 2 and not heavy, (code, heavy)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, *words.split()]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert said in done.stderr and done.stderr.count("\n") == 1
+
+
 # -- interrupted and continued -------------------------------------------------------------------
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:

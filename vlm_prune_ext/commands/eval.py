@@ -111,25 +111,28 @@ def _compare(settings: Settings) -> int:
 
 
 def _run(settings: Settings) -> int:
+    from vlm_prune_ext.demo import CHECKPOINT
     from vlm_prune_ext.evals.names import (
         SHAPES,
         check_by_sight,
         import_quietly,
         keep_out_of_lmudata,
     )
-    from vlm_prune_ext.models.checkpoint import Checkpoint, check_trust
+    from vlm_prune_ext.evals.precheck import check_fit, check_stated
 
-    # Nothing that is wrong should cost an import of 10 seconds.
-    if settings.model_path is not None:
-        check_trust(Checkpoint(settings.model_path), settings.trust_remote_code)
+    # Nothing that is wrong should cost an import of torch, let alone VLMEvalKit's.
+    folder = Path(settings.model_path or CHECKPOINT)
+    if not folder.is_dir():
+        _check_source(settings)
     for name in settings.data:
         check_by_sight(name)
+    check_stated(folder, settings.method)
+    _check_source(settings)
     if not settings.data:
         settings = replace(settings, data=SHAPES)
     if set(settings.data) <= set(SHAPES):
         keep_out_of_lmudata()
     import_quietly()
-    from vlm_prune_ext.evals.precheck import check_fit
     from vlm_prune_ext.evals.rows import check_name
     from vlm_prune_ext.evals.shapes import register_datasets
     from vlm_prune_ext.evals.vlmeval_run import Models, Ranks, run_dataset
@@ -148,6 +151,13 @@ def _run(settings: Settings) -> int:
             made.append(run_dataset(settings, name, models))
     records = [one for one in made if one is not None]
     return report(records, settings) if ranks.rank == 0 else 0
+
+
+def _check_source(settings: Settings) -> None:
+    from vlm_prune_ext.models.checkpoint import Checkpoint, check_trust
+
+    if settings.model_path is not None:
+        check_trust(Checkpoint(settings.model_path), settings.trust_remote_code)
 
 
 # -- reporting -----------------------------------------------------------------------------------

@@ -2,12 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
+from vlm_prune_ext.experiment.log import read_json
 from vlm_prune_ext.methods.base import Method
 from vlm_prune_ext.methods.option import require
-from vlm_prune_ext.models.checkpoint import WITH_CODE, Checkpoint
-from vlm_prune_ext.models.original import OriginalCheckpoint, is_original
+
+if TYPE_CHECKING:
+    from vlm_prune_ext.models.checkpoint import Checkpoint
+
+
+def check_stated(folder: Path, method: Method | None) -> None:
+    """As :func:`check_fit`, as far as a local ``config.json`` spells its numbers out. Nothing is
+    imported for it, so what is refused here is refused at once.
+
+    Raises:
+        InputError: naming the field, its value and what is accepted.
+    """
+    raw = read_json(folder / "config.json")
+    if method is None or not isinstance(raw, dict):
+        return
+    stated = dict(raw)
+    if "mm_vision_tower" in raw:  # original LLaVA
+        tower = read_json(folder / str(raw["mm_vision_tower"]) / "config.json") or {}
+        stated["vision_config"] = tower.get("vision_config", tower)
+        stated["vision_feature_layer"] = raw.get("mm_vision_select_layer")
+        whole = raw.get("mm_vision_select_feature") == "cls_patch"
+        stated["vision_feature_select_strategy"] = "full" if whole else "default"
+    parts = {"text_config": stated.get("text_config", raw)}
+    parts["vision_config"] = stated.get("vision_config") or {}
+    try:
+        spelled = {name: SimpleNamespace(**values) for name, values in parts.items()}
+        check_config(SimpleNamespace(**{**stated, **spelled}), method)
+    except (AttributeError, TypeError):  # too little is stated
+        return
 
 
 def check_fit(source: Checkpoint, method: Method | None) -> None:
@@ -48,6 +78,9 @@ def check_config(config: Any, method: Method) -> None:
 
 def _config(source: Checkpoint) -> Any:
     from transformers import AutoConfig
+
+    from vlm_prune_ext.models.checkpoint import WITH_CODE
+    from vlm_prune_ext.models.original import OriginalCheckpoint, is_original
 
     if is_original(source.config):
         from vlm_prune_ext.models.llava import original_config
