@@ -26,7 +26,7 @@ from vlm_prune_ext.ablation import study, worker
 from vlm_prune_ext.demo.writers import write_caption_csv
 
 pytest.importorskip("sacrebleu")
-SCRIPT = Path(__file__).parent.parent / "scripts" / "run_vlm_ablation.sh"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "run_vlm_ablation.sh"
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import vlm_prune_ext as vp
 from tests import makers
 from vlm_prune_ext.models import parts_of
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LAYERS = 6
 METHODS: dict[str, Any] = {
     "none": None,

@@ -12,7 +12,7 @@ import torch
 
 import vlm_prune_ext as vp
 from tests import family_makers, makers
-from tests import test_families as families
+from tests.models import test_families as families
 from tests.pruning_checks import fingerprint
 from vlm_prune_ext.models import catalogue, parts_of
 from vlm_prune_ext.models import families as all_families

@@ -14,7 +14,7 @@ import torch
 from transformers.utils import import_utils
 
 import vlm_prune_ext as vp
-from tests.test_fast import demo_queries
+from tests.fast.test_fast import demo_queries
 from vlm_prune_ext.demo import CHECKPOINT
 from vlm_prune_ext.evals.answer import Answerer, Query
 from vlm_prune_ext.methods.registry import METHODS, parse_method

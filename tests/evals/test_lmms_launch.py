@@ -17,11 +17,11 @@ import pytest
 pytest.importorskip("lmms_eval")
 
 from tests import makers
-from tests.test_lmms import evaluate
+from tests.evals.test_lmms import evaluate
 from vlm_prune_ext.demo.writers import write_lmms_parquet
 from vlm_prune_ext.evals.lmms_launch import TASKS
 
-SCRIPT = Path(__file__).parent.parent / "run_lmms.sh"
+SCRIPT = Path(__file__).parents[2] / "run_lmms.sh"
 pytestmark = pytest.mark.slow
 
 

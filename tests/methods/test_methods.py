@@ -31,7 +31,7 @@ from vlm_prune_ext.methods.saint import PRUNE_MODE, SAINT, SAINTViT, saint_drop
 
 CONFIGS = [
     path
-    for path in sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+    for path in sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
     if not path.name.startswith("profile_")  # grids: see test_profile.py
 ]
 CLASSES = [cls for cls in METHODS.values() if cls is not None]

@@ -41,7 +41,7 @@ from vlm_prune_ext.profiling.report import (
 )
 from vlm_prune_ext.profiling.runner import cells_of, resolved, run_cells
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("profile_*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("profile_*.yaml"))
 
 
 def png(seed: int = 0, width: int = 80, height: int = 60) -> bytes:

@@ -29,7 +29,7 @@ from vlm_prune_ext.experiment.log import lock
 from vlm_prune_ext.methods.fastv import FastV
 from vlm_prune_ext.resets import OFF_LINE
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SHORT = ("--max-new-tokens", "4")
 
 

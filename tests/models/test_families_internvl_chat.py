@@ -15,7 +15,7 @@ from transformers import InternVLForConditionalGeneration
 import vlm_prune_ext as vp
 from run_vlmeval import main
 from tests import family_makers, makers
-from tests import test_families as families
+from tests.models import test_families as families
 from vlm_prune_ext.commands import common
 from vlm_prune_ext.models import parts_of
 

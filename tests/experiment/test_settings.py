@@ -19,7 +19,7 @@ from vlm_prune_ext.methods.saint import SAINT, SAINTViT
 
 CONFIGS = [
     path
-    for path in sorted((Path(__file__).parent.parent / "configs").glob("*"))
+    for path in sorted((Path(__file__).parents[2] / "configs").glob("*"))
     if not path.name.startswith("profile_")  # grids: see test_profile.py
 ]
 

@@ -22,7 +22,7 @@ from vlm_prune_ext.methods.saint import (
 )
 from vlm_prune_ext.select import mean_over_heads, top_k_ascending
 
-FOLDER = Path(__file__).parent / "golden"
+FOLDER = Path(__file__).parents[1] / "golden"
 
 
 def items(name: str, kind: str) -> list[dict]:
