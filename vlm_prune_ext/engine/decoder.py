@@ -9,6 +9,7 @@ and positions.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -75,10 +76,14 @@ class DecoderPruner:
         self.entrance = Entrance(parts, method, visual_span, drops_first, site)
         self.arguments = LayerArguments(parts, shift)
         self.selection = Selection(self.stages, parts, trace)
-        self.pending: tuple[torch.Tensor, list[list[int]] | None] | None = None
         # State by KV cache: several caches may be decoded in turn.
         self.states: weakref.WeakKeyDictionary[Any, State] = weakref.WeakKeyDictionary()
-        self.call: Call | None = None
+        self._now = _Now()
+
+    @property
+    def call(self) -> Call | None:
+        """The run of the decoder that is under way in this thread."""
+        return self._now.call
 
     @property
     def only_masks(self) -> bool:
@@ -92,6 +97,7 @@ class DecoderPruner:
         decoder = self.parts.decoder
         assert decoder is not None
         handles = [
+            self.parts.model.register_forward_pre_hook(self._before_model, with_kwargs=True),
             decoder.register_forward_pre_hook(self._enter, with_kwargs=True),
             decoder.register_forward_hook(self._leave, always_call=True),
         ]
@@ -147,7 +153,15 @@ class DecoderPruner:
         return range(first, self.num_layers)
 
     def _see_spans(self, mask: torch.Tensor, lengths: list[list[int]] | None) -> None:
-        self.pending = (mask, lengths)
+        self._now.pending = (mask, lengths)
+
+    def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        drops = any(stage.mode == "drop" for stage in self.stages.values())
+        if kwargs.get("labels") is not None and (drops or self.features_shrink or self.site):
+            raise InputError(
+                "labels= asks for a loss over the whole prompt, of which pruning leaves a part: "
+                "take the logits, or leave prune() to train."
+            )
 
     # -- the decoder as a whole ----------------------------------------------------------------
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -155,12 +169,19 @@ class DecoderPruner:
             kwargs = {"input_ids": args[0], **kwargs}
             if len(args) > 1:
                 raise InputError("Call the language model with keyword arguments while pruning.")
-        pending, self.pending = self.pending, None
+        pending, self._now.pending = self._now.pending, None
         cache = kwargs.get("past_key_values")
         seen = int(cache.get_seq_length()) if cache is not None else 0
         given = DecoderInput.of(module, kwargs)
         if seen:
             return self._enter_decode(given, kwargs, cache, seen, pending)
+        if cache is not None:
+            self.states.pop(cache, None)  # emptied, and used again
+        if module.training and getattr(module, "gradient_checkpointing", False):
+            raise InputError(
+                "Gradient checkpointing runs layers a second time, when it is no longer known what "
+                "they held: call gradient_checkpointing_disable(), or leave prune() to train."
+            )
         images = self.entrance.images(given, pending)
         self.trace.clear_decoder()
         if self.site is not None:
@@ -168,12 +189,12 @@ class DecoderPruner:
         self.trace.lengths[:] = [given.length] * self.num_layers
         self.trace.visual_tokens[0] = [0] * given.batch
         if not images:
-            self.call = None
+            self._now.call = None
             return None
         self.trace.visual_input[:] = tokens_by_sample(images, given.batch)
         check_stated(self.method.stated_span, images, given.first_tokens())
         state, kwargs = self.entrance.prompt(given, images, kwargs, self.trace)
-        self.call = Call(state, prefill=True)
+        self._now.call = Call(state, prefill=True)
         return (), kwargs
 
     def _enter_decode(
@@ -185,17 +206,17 @@ class DecoderPruner:
                 "while pruning, feed the whole prompt at once."
             )
         state = self.states.get(cache)
-        self.call = None
+        self._now.call = None
         if state is not None:
             decoded = seen - state.prefill.segments[0].count
-            self.call = Call(state, prefill=False, decoded=decoded)
+            self._now.call = Call(state, prefill=False, decoded=decoded)
         if state is None or state.short is None:
             return None
         return (), state.short.decode_arguments(kwargs, given, seen)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        call, self.call = self.call, None
-        self.pending = None  # seen while the decoder itself embedded: nobody asked
+        call, self._now.call = self._now.call, None
+        self._now.pending = None  # seen while the decoder itself embedded: nobody asked
         if call is None or not call.prefill or output is None:
             return
         if call.state.short is not None:
@@ -279,6 +300,13 @@ class DecoderPruner:
         if self.call is None or not self.call.prefill:
             return None
         return (self.selection.run(self.num_layers, args[0], self.call), *args[1:])
+
+
+class _Now(threading.local):
+    """What is under way in a thread: the run of the decoder, and what was seen of its input."""
+
+    call: Call | None = None
+    pending: tuple[torch.Tensor, list[list[int]] | None] | None = None
 
 
 def _bind(function: Callable[..., Any], index: int) -> Callable[..., Any]:

@@ -49,14 +49,13 @@ class Selection:
         return hidden
 
     def _note(self, layer: int, count: int) -> None:
-        for later in range(layer, self.num_layers):
-            self.trace.lengths[later] = count
+        self.trace.lengths[layer:] = [count] * (self.num_layers - layer)
 
     def _translate(self, layer: int, call: Call) -> None:
         """Slots -> positions of the sequence that entered layer 0, where layer 0 itself dropped."""
         short = call.state.short
-        if short is not None and short.origin is not None:
-            kept = self.trace.kept[layer]
+        kept = self.trace.kept.get(layer)  # none where another thread began a prompt
+        if kept is not None and short is not None and short.origin is not None:
             self.trace.kept[layer] = torch.where(kept < 0, kept, short.places(kept.clamp(min=0)))
 
     def write_trace(

@@ -76,9 +76,9 @@ class DecoderInput:
             mask = mask.get("full_attention")
         if mask is None:
             return None
-        if mask.dim() == 4:  # the last token sees everything but padding
-            row = mask[:, 0, -1, : self.length]
-            mask = row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2
+        if mask.dim() == 4:  # a token sees itself, whatever window it looks through
+            own = mask[:, 0].diagonal(dim1=-2, dim2=-1)
+            mask = own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
             mask = mask.expand(self.batch, -1)
         real = mask[:, : self.length].bool()
         return None if bool(real.all()) else real
@@ -185,6 +185,7 @@ class Shortened:
         if self.whole:
             return kwargs
         later = seen - self.length
+        kwargs = self._without_known(kwargs, step, later)
         mask = kwargs.get("attention_mask")
         if isinstance(mask, dict) or (mask is not None and mask.dim() == 4):
             # Made for a static cache from the lengths in it and the padding of the longer prompt:
@@ -199,6 +200,25 @@ class Shortened:
             ahead = torch.arange(1, step.length + 1, device=self.positions.device)
             positions = self.positions[..., -1:] + later + ahead
         return {**kwargs, "attention_mask": mask, "position_ids": positions}
+
+    def _without_known(self, kwargs: dict, step: DecoderInput, later: int) -> dict:
+        """The arguments of a later call without tokens that are cached already: ``generate`` takes
+        the length of the cache, which is short of what was dropped, for that of the conversation.
+        """
+        mask = kwargs.get("attention_mask")
+        if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+            return kwargs
+        new = mask.shape[1] - self.layout.total - later
+        if not 0 < new < step.length:
+            return kwargs
+        cut = {name: kwargs.get(name) for name in ("input_ids", "inputs_embeds", "position_ids")}
+        if cut["inputs_embeds"] is not None:
+            cut["inputs_embeds"] = cut["inputs_embeds"][:, -new:]
+        for name in ("input_ids", "position_ids"):
+            if cut[name] is not None:
+                cut[name] = cut[name][..., -new:]
+        step.length = new
+        return {**kwargs, **cut}
 
     def _real_keys(self, width: int) -> torch.Tensor:
         """2-D padding mask over the shorter prompt and what was decoded since."""
