@@ -237,9 +237,11 @@ def test_static_cache_equals_dynamic(model: LlamaForCausalLM, name: str) -> None
     torch.testing.assert_close(got[1], want[1], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if n != "fastv-mask"])  # it selects per call
+@pytest.mark.parametrize("name", METHODS)
 def test_several_tokens_at_once(model: LlamaForCausalLM, name: str) -> None:
     """Text fed in one piece after the prompt equals the same text fed token by token."""
+    if name == "fastv-mask" and model.config._attn_implementation == flash_standin.NAME:
+        pytest.skip("FlashAttention-2 has one mask for all tokens of a call")
     embeds, mask, spans, _ = padded()
     text = torch.tensor([[5, 6, 7]]).expand(4, 3)
     logits = []

@@ -155,13 +155,16 @@ class LayerArguments:
         slots, valid = masks.key_slots(layout, width, held + queries)
         allowed = torch.ones_like(slots, dtype=torch.bool) if valid is None else valid
         allowed = allowed & _pick(prefill.real, slots, True)
+        seen = masks.in_order(layout, slots) if call.prefill and layout.added else None
         for first, gone in prefill.hidden_keys.items():
-            if first <= index:
+            if first <= index and gone.dim() == 2:
                 allowed = allowed & ~_pick(gone, slots, False)
-        seen = None
+            elif first <= index:
+                self._check_rows()
+                each = [_pick(row, slots, False) for row in gone.unbind(1)]
+                seen = ~torch.stack(each, dim=1) if seen is None else seen & ~torch.stack(each, 1)
         if call.prefill:
             rows = layout.slots
-            seen = masks.in_order(layout, slots) if layout.added else None
         else:
             first_row = layout.total + held - layout.count
             rows = torch.arange(first_row, first_row + queries, device=device)[None]
@@ -195,15 +198,26 @@ class LayerArguments:
                 continue
             # The model's own mask may still be on the device of its first layers.
             device = hidden.device if mask is None else mask.device
-            allowed = ~torch.nn.functional.pad(gone, (0, width - gone.shape[1])).to(device)
+            allowed = ~torch.nn.functional.pad(gone, (0, width - gone.shape[-1])).to(device)
+            if allowed.dim() == 3:
+                self._check_rows()
             if mask is None:
                 queries = hidden.shape[1]
                 first_query = 0 if call.prefill else width - queries
-                mask = masks.fresh(allowed, queries, first_query, self._attention(), hidden.dtype)
-            else:
-                allowed = allowed if mask.dim() == 2 else allowed[:, None, None, :]
-                mask = masks.hide(mask, allowed)
+                some = allowed if allowed.dim() == 2 else allowed.any(dim=1)
+                mask = masks.fresh(some, queries, first_query, self._attention(), hidden.dtype)
+            if mask.dim() == 4:
+                allowed = allowed[:, None, None] if allowed.dim() == 2 else allowed[:, None]
+            mask = masks.hide(mask, allowed)
         return mask
+
+    def _check_rows(self) -> None:
+        if masks.takes_padding_masks(self._attention()):
+            raise InputError(
+                f"attn_implementation={self._attention()!r} has one mask for all tokens of a call, "
+                "but mode='mask' lets each choose for itself: feed them one by one, or use sdpa "
+                "or eager."
+            )
 
     def _key_width(self, index: int, layout: Layout, queries: int, kwargs: dict) -> int:
         """Keys the layer's attention sees in this call."""

@@ -267,9 +267,12 @@ class DecoderPruner:
             rotary=kwargs.get("position_embeddings"),
             prompt=call.prefill,
         )
-        call.seen = reader.read(stage.needs, "before")
-        if not call.prefill:
-            self.selection.again(layer, call)
+        if call.prefill:
+            call.seen = reader.read(stage.needs, "before")
+            return
+        # Several tokens at once: each chooses for itself, as if the ones behind it were not there.
+        rows = [reader.until(row).read(stage.needs, "before") for row in range(hidden.shape[1])]
+        self.selection.again(layer, call, rows)
 
     @torch.no_grad()
     def _foresee(

@@ -203,6 +203,28 @@ class AttentionReader:
         self.layout = layout.to(hidden.device)
         self.width = hidden.shape[1] if keys is None else keys.shape[-2]
 
+    def until(self, row: int) -> AttentionReader:
+        """As it was for token ``row`` of a decode step, with the tokens behind it still to come."""
+        count = self.hidden.shape[1]
+        if count == 1:
+            return self
+        mask, rotary = self.mask, self.rotary
+        if mask is not None and mask.dim() == 4:
+            mask = mask[:, :, : row + 1]
+        if rotary is not None:
+            rotary = tuple(part[..., : row + 1, :] for part in rotary)
+        return AttentionReader(
+            self.parts,
+            self.attn,
+            self.hidden[:, : row + 1],
+            self.prefill,
+            self.layout,
+            keys=self.keys[..., : self.width - (count - 1 - row), :],
+            mask=mask,
+            rotary=rotary,
+            prompt=self.prompt,
+        )
+
     @cached_property
     def keys(self) -> torch.Tensor:
         """``(batch, kv_heads, width, head_dim)``."""

@@ -108,7 +108,8 @@ class Prefill:
         tail_starts: per sample, slot behind the last image (S where there is no image).
         real: bool ``(batch, S)``, False at padding of the input; ``None`` if there is none.
         moved: int64 ``(batch, S)``, where the slots that the starts refer to are, if they moved.
-        hidden_keys: first layer -> bool ``(batch, n)``, tokens hidden as keys (mask mode).
+        hidden_keys: first layer -> bool ``(batch, n)``, tokens hidden as keys (mask mode), or
+            ``(batch, queries, n)`` where each of several queries has a choice of its own.
         created: per sample, rows that rules added so far.
         next_position: int64 ``(batch, 1)``, position of the first decoded token as the model counts
             it; known once a layer counts positions anew.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from vlm_prune_ext.engine.call import Call
-from vlm_prune_ext.engine.evidence import Looker
+from vlm_prune_ext.engine.evidence import Looker, Seen
 from vlm_prune_ext.engine.layout import Layout, take
 from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.engine.trace import Trace
@@ -72,12 +72,20 @@ class Selection:
         self._note(layer, layout.count)
         self._translate(layer, call)
 
-    def again(self, layer: int, call: Call) -> None:
-        """Mask mode, decode step: choose anew what the layers from ``layer`` on may see."""
+    def again(self, layer: int, call: Call, rows: list[Seen]) -> None:
+        """Mask mode, decode step: choose anew what the layers from ``layer`` on may see.
+
+        Args:
+            layer: in front of which.
+            call: the run that it is part of.
+            rows: what each token of the call is shown.
+        """
         stage, prefill = self.stages[layer], call.state.prefill
-        look = Looker(stage.needs, self.parts, prefill, None, call.take_seen())
-        gone, _ = prefill.select(stage, look)
+        looks = [Looker(stage.needs, self.parts, prefill, None, seen) for seen in rows]
+        gone = [prefill.select(stage, look)[0] for look in looks]
         prefill.hidden_keys.pop(layer, None)
-        if gone is not None:
-            prefill.hidden_keys[layer] = gone
-        prefill.record(layer, self.trace, gone)
+        if any(one is not None for one in gone):
+            nothing = torch.zeros_like(prefill.layout.slots, dtype=torch.bool)
+            hidden = torch.stack([nothing if one is None else one for one in gone], dim=1)
+            prefill.hidden_keys[layer] = hidden[:, 0] if len(rows) == 1 else hidden
+        prefill.record(layer, self.trace, gone[-1])

@@ -211,12 +211,12 @@ class Shortened:
         new = mask.shape[1] - self.layout.total - later
         if not 0 < new < step.length:
             return kwargs
-        cut = {name: kwargs.get(name) for name in ("input_ids", "inputs_embeds", "position_ids")}
-        if cut["inputs_embeds"] is not None:
-            cut["inputs_embeds"] = cut["inputs_embeds"][:, -new:]
+        cut: dict[str, Any] = {}
         for name in ("input_ids", "position_ids"):
-            if cut[name] is not None:
-                cut[name] = cut[name][..., -new:]
+            if kwargs.get(name) is not None:
+                cut[name] = kwargs[name][..., -new:]
+        if kwargs.get("inputs_embeds") is not None:
+            cut["inputs_embeds"] = kwargs["inputs_embeds"][:, -new:]
         step.length = new
         return {**kwargs, **cut}
 
