@@ -22,8 +22,9 @@ from vlm_prune_ext import cli
 from vlm_prune_ext.ablation import console, files, messages, plan, worker
 from vlm_prune_ext.ablation.clean import clean, one_line
 from vlm_prune_ext.ablation.data import DEFAULT_PROMPT, Row, read_data
-from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.experiment import coco, metrics
+from vlm_prune_ext.experiment.log import lock, write_json
+from vlm_prune_ext.experiment.record import Sample
 from vlm_prune_ext.methods.registry import parse_method
 
 ASKED = "Describe this image."
@@ -343,23 +344,36 @@ def test_other_settings_are_refused(pictures: Path, capsys: pytest.CaptureFixtur
     lines = files.Lines(out / "demo_predictions.jsonl")
     out.mkdir()
     lines.begin({"model_id": "vlm_prune_ext/demo", "max_new_tokens": 8})
-    lines.append([files.Prediction(0, "x")])
+    lines.add(Sample(0, "x"))
     given = ["--data", one_row(pictures), "--models", "demo", "--output-dir", str(out)]
     said = refused(capsys, *given)
     assert "'demo'" in said and "--rerun demo" in said
-    assert len(lines.read()[1]) == 1
+    assert len(lines.rows()) == 1
     lines.path.write_text('{"something": "else"}\n')
-    files.write_json(out / "demo_metrics.json", {"of": "somebody"})
+    write_json(out / "demo_metrics.json", {"of": "somebody"})
     assert "not of this command" in refused(capsys, *given)
 
 
-def test_a_second_study_waits_outside(tmp_path: Path) -> None:
-    folder = files.Folder(tmp_path)
+def test_a_second_study_waits_outside(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = pictures / "out"
+    folder = files.Folder(out)
     folder.open()
-    with folder.lock(), pytest.raises(InputError, match="in use"), folder.lock():
-        pass
-    with folder.lock():  # free again
-        pass
+    given = ["--data", one_row(pictures), "--models", "demo", "--output-dir", str(out)]
+    with lock(folder.logs):
+        assert "in use" in refused(capsys, *given)
+    assert not (out / "all_models_summary.json").exists()
+
+
+def test_what_is_done_anew_is_put_aside(tmp_path: Path) -> None:
+    """Nothing that a run left is deleted, however often it is started again."""
+    folder = files.Folder(tmp_path)
+    for number in range(3):
+        write_json(folder.metrics("a"), number)
+        folder.put_aside("a")
+    folder.put_aside("a")  # nothing there
+    kept = sorted(tmp_path.rglob("a_metrics.json"))
+    assert [json.loads(path.read_text()) for path in kept] == [0, 1, 2]
+    assert {path.parent.name for path in kept} == {"previous", "previous-2", "previous-3"}
 
 
 # -------------------------------------------------------------------------------------- scores
@@ -519,15 +533,17 @@ def record(name: str, bleu: float | None, **more: Any) -> dict[str, Any]:
 
 def test_comparison_is_ranked() -> None:
     records = [record("low", 0.1), record("none", None), record("high", 0.9), record("zero", 0.0)]
-    rows = list(csv.DictReader(io.StringIO(files.comparison_csv(records))))
+    rows = list(csv.DictReader(io.StringIO(files.comparison(records).csv())))
     assert [row["model_name"] for row in rows] == ["high", "low", "zero", "none"]
     assert [row["rank"] for row in rows] == ["1", "2", "3", "4"]
-    assert rows[0]["meteor"] == "" and rows[2]["bleu4"] == "0.000000" and rows[3]["bleu4"] == ""
+    assert rows[0]["meteor"] == "" and rows[2]["bleu4"] == "0.0" and rows[3]["bleu4"] == ""
+    assert rows[0]["peak_memory_gib"] == "1.0" and rows[0]["seconds_per_sample"] == "0.25"
 
 
-def test_chart_is_a_picture() -> None:
+def test_chart_is_a_picture(tmp_path: Path) -> None:
     for records in ([record("a", 0.1)], [record(f"m{i}", None) for i in range(9)]):
-        with Image.open(io.BytesIO(files.chart_png(records))) as picture:
+        files.draw(records, tmp_path / "chart.png")
+        with Image.open(tmp_path / "chart.png") as picture:
             picture.load()
             assert picture.format == "PNG" and min(picture.size) > 100
 
@@ -546,14 +562,26 @@ def test_predictions_csv_keeps_every_reference() -> None:
 def test_lines_survive_a_kill(tmp_path: Path) -> None:
     lines = files.Lines(tmp_path / "l.jsonl")
     lines.begin({"method": "none"})
-    lines.append([files.Prediction(0, "a", visual_kept={"0": 4}), files.Prediction(1, "", "bad")])
+    lines.add(Sample(0, "a", visual_kept={"0": 4}), Sample(1, "", "bad"))
     with lines.path.open("a") as file:
-        file.write('{"row": {"index": 2, "te')
-    settings, rows = lines.read()
-    assert settings == {"method": "none"} and list(rows) == [0, 1] and rows[1].failed == "bad"
-    lines.repair()
-    lines.append([files.Prediction(1, "b"), files.Prediction(2, "c")])
-    assert [row.text for row in lines.read()[1].values()] == ["a", "b", "c"]
+        file.write('{"sample": {"index": 2, "te')
+    assert lines.settings() == {"method": "none"}
+    assert list(lines.rows()) == [0, 1] and lines.rows()[1].failed == "bad"
+    lines.add(Sample(1, "b"), Sample(2, "c"))
+    assert [row.prediction for row in lines.rows().values()] == ["a", "b", "c"]
+
+
+def test_a_broken_line_costs_that_line_only(tmp_path: Path) -> None:
+    """Wherever it is; the other answers are not asked for again."""
+    for broken in range(6):
+        lines = files.Lines(tmp_path / f"{broken}.jsonl")
+        lines.begin({"method": "none"})
+        lines.add(*(Sample(row, f"answer {row}") for row in range(5)))
+        raw = lines.path.read_bytes().split(b"\n")
+        raw[broken] = raw[broken][:20] + b"\x00\xff"
+        lines.path.write_bytes(b"\n".join(raw))
+        assert lines.answered() == set(range(5)) - {broken - 1}
+        assert (lines.settings() is None) == (broken == 0)
 
 
 def test_languages_say_the_same() -> None:
@@ -586,7 +614,7 @@ def tiny() -> Any:
     return lambda method=None: Answerer(model, processor, method)
 
 
-def job_of(folder: Path, count: int, batch: int) -> tuple[worker.Job, files.Lines]:
+def job_of(folder: Path, count: int, batch: int) -> tuple[worker.Work, files.Lines]:
     rows = []
     for index in range(count):
         path = folder / f"{index}.png"
@@ -594,34 +622,26 @@ def job_of(folder: Path, count: int, batch: int) -> tuple[worker.Job, files.Line
         rows.append(Row(index, path.name, str(path), makers.QUESTIONS[index % 4], ("x",)))
     lines = files.Lines(folder / "lines.jsonl")
     lines.begin({})
-    result = str(folder / "result.json")
-    job = worker.Job("", "none", rows, str(lines.path), result, batch, 4, {}, os.getpid())
-    return job, lines
+    return worker.Work(files.Folder(folder), rows, batch, 4), lines
 
 
-def answered(job: worker.Job, answerer: Any, lines: files.Lines) -> list[int]:
+def answered(job: worker.Work, answerer: Any, lines: files.Lines) -> list[int]:
     """Indices in the order in which they were predicted."""
     order = []
-    for predictions in worker.answer(job, answerer, lines):
-        lines.append(predictions)
-        order += [prediction.index for prediction in predictions]
+    for samples in worker.answer(job, answerer, lines):
+        lines.add(*samples)
+        order += [int(sample.index) for sample in samples]
     return order
-
-
-def test_a_job_is_read_as_written(tmp_path: Path) -> None:
-    job, _ = job_of(tmp_path, 2, 2)
-    job.write(tmp_path / "job.json")
-    assert worker.Job.read(tmp_path / "job.json") == job
 
 
 def test_only_open_rows_are_answered(tmp_path: Path, tiny: Any) -> None:
     job, lines = job_of(tmp_path, 5, 2)
-    alone = {p.index: p.text for batch in worker.answer(job, tiny(), lines) for p in batch}
-    lines.append([files.Prediction(1, "known"), files.Prediction(3, "", failed="not yet")])
+    alone = {p.index: p.prediction for batch in worker.answer(job, tiny(), lines) for p in batch}
+    lines.add(Sample(1, "known"), Sample(3, "", failed="not yet"))
     assert answered(job, tiny(), lines) == [0, 2, 3, 4]
-    rows = lines.read()[1]
-    assert rows[1].text == "known" and rows[3].failed is None
-    assert {i: rows[i].text for i in (0, 2, 3, 4)} == {i: alone[i] for i in (0, 2, 3, 4)}
+    rows = lines.rows()
+    assert rows[1].prediction == "known" and rows[3].failed is None
+    assert {i: rows[i].prediction for i in (0, 2, 3, 4)} == {i: alone[i] for i in (0, 2, 3, 4)}
     assert rows[0].visual_tokens > 0 and rows[0].new_tokens > 0 and rows[0].seconds > 0
 
 
@@ -630,24 +650,24 @@ def test_a_damaged_picture_costs_one_row(tmp_path: Path, tiny: Any) -> None:
     path = Path(job.rows[2].path)
     path.write_bytes(path.read_bytes()[:200])  # its head is whole
     assert answered(job, tiny(), lines) == [0, 1, 2, 3]
-    rows = lines.read()[1]
+    rows = lines.rows()
     assert "does not decode" in (rows[2].failed or "")
     assert all(rows[i].failed is None for i in (0, 1, 3))
 
 
 def test_a_method_that_does_not_fit_stops_at_once(tmp_path: Path, tiny: Any) -> None:
     job, lines = job_of(tmp_path, 6, 2)
-    answerer = tiny(parse_method("fastv:5000,agg_layer=2"))
-    with pytest.raises(worker.EveryRowFailed, match="attention_rank=5000"):
+    answerer = tiny(parse_method("fastv:4,agg_layer=2,image_token_length=5000"))
+    with pytest.raises(worker.EveryRowFailed, match="image token length 5000"):
         answered(job, answerer, lines)
-    assert len(lines.read()[1]) == 2
+    assert len(lines.rows()) == 2
 
 
 def test_out_of_memory_halves_the_batch(
     tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job, lines = job_of(tmp_path, 6, 4)
-    expected = {p.index: p.text for batch in worker.answer(job, tiny(), lines) for p in batch}
+    expected = {p.index: p.prediction for batch in worker.answer(job, tiny(), lines) for p in batch}
     answerer = tiny()
     whole = type(answerer.model).generate
 
@@ -658,12 +678,6 @@ def test_out_of_memory_halves_the_batch(
 
     monkeypatch.setattr(type(answerer.model), "generate", generate)
     assert answered(job, answerer, lines) == [0, 1, 2, 3, 4, 5]
-    rows = lines.read()[1]
-    assert {i: row.text for i, row in rows.items()} == expected
+    rows = lines.rows()
+    assert {i: row.prediction for i, row in rows.items()} == expected
     assert answerer.largest == 2 and max(row.batch for row in rows.values()) == 2
-
-
-def test_a_job_file_has_everything(tmp_path: Path) -> None:
-    job, _ = job_of(tmp_path, 1, 1)
-    job.write(tmp_path / "job.json")
-    assert json.loads((tmp_path / "job.json").read_text())["rows"][0]["prompt"]

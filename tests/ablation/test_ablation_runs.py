@@ -7,7 +7,6 @@ its tool must be null with a reason. `test_ablation.py` has the metrics themselv
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ from tests import family_makers, makers
 from vlm_prune_ext import cli
 from vlm_prune_ext.ablation import study, worker
 from vlm_prune_ext.demo.writers import write_caption_csv
+from vlm_prune_ext.experiment.record import SampleLog
 
 pytest.importorskip("sacrebleu")
 SCRIPT = Path(__file__).parents[2] / "scripts" / "run_vlm_ablation.sh"
@@ -40,8 +40,8 @@ def read(path: Path) -> dict[str, Any]:
 
 def row_indices(path: Path) -> list[int]:
     """Of a file of predictions, in order, the failed ones left out."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()[1:]]
-    return [line["row"]["index"] for line in lines if line["row"]["failed"] is None]
+    samples = SampleLog(path).samples()[0]
+    return [int(sample.index) for sample in samples if sample.failed is None]
 
 
 def state_of(folder: Path, name: str) -> dict[str, tuple[int, bytes]]:
@@ -91,7 +91,7 @@ def test_killed_then_one_model_fails_then_all_is_done(
     first = killed(program, lines, tmp_path / "log")
     kept = lines.read_bytes()
     with lines.open("ab") as file:
-        file.write(b'{"row": {"index": 3, "te')  # as a crash leaves it
+        file.write(b'{"sample": {"index": 3, "te')  # as a crash leaves it
 
     # It goes on, and a model that fails is only that model's.
     assert cli.main(command) == 1
@@ -171,12 +171,7 @@ def test_demo_model_with_methods(tmp_path: Path) -> None:
 def here(without_java: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The work of a run's process is done in this one, which saves starting it."""
 
-    def process(self: study.Study, run: Any, done: int) -> dict[str, Any]:
-        job = self.job(run)
-        job = dataclasses.replace(job, parent=os.getppid())
-        return worker.run(job)
-
-    monkeypatch.setattr(study.Study, "_process", process)
+    monkeypatch.setattr(study, "PROCESSES", False)
 
 
 @pytest.mark.usefixtures("here")
@@ -197,6 +192,8 @@ def test_rerun_redoes_what_it_names(tmp_path: Path) -> None:
     assert after["b_metrics.json"] != before["b"]["b_metrics.json"]
     assert after["b_predictions.csv"][1] == before["b"]["b_predictions.csv"][1]
     assert row_indices(out / "b_predictions.jsonl") == [0, 1, 2]
+    aside = {path.name: path.read_bytes() for path in (out / "previous").iterdir()}
+    assert aside == {name: content for name, (_, content) in before["b"].items()}
     assert cli.main([*command, "6", "--rerun", "a", "b"]) == 0
     assert read(out / "a_metrics.json")["settings"]["max_new_tokens"] == 6
 
@@ -226,14 +223,14 @@ def test_an_interrupted_study_says_what_is_open(
     for name in ("a", "b"):
         makers.tiny_hf_llava(tmp_path / name)
     out = tmp_path / "out"
-    real = study.Study._process
+    real = worker.run
 
-    def process(self: study.Study, run: Any, done: int) -> dict[str, Any]:
-        if run.name == "b":
+    def run(work: worker.Work, source: str, method: str, name: str) -> dict[str, Any]:
+        if name == "b":
             raise KeyboardInterrupt
-        return real(self, run, done)
+        return real(work, source, method, name)
 
-    monkeypatch.setattr(study.Study, "_process", process)
+    monkeypatch.setattr(worker, "run", run)
     command = ["ablate", "--data", str(data), "--output-dir", str(out), "--device", "cpu"]
     command += ["--models", str(tmp_path / "a"), str(tmp_path / "b"), "--max-new-tokens", "4"]
     assert cli.main(command) == 130

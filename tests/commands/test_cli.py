@@ -14,8 +14,9 @@ import pytest
 
 from vlm_prune_ext import cli
 from vlm_prune_ext.commands.common import add_method_arguments, chosen_method
-from vlm_prune_ext.commands.terminal import plain_table, print_table, track
+from vlm_prune_ext.commands.terminal import print_table, track
 from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.experiment.report import plain_columns
 from vlm_prune_ext.methods.fastv import FastV
 from vlm_prune_ext.methods.registry import METHODS
 
@@ -161,7 +162,7 @@ def test_options_after_a_double_dash_are_not_options():
 
 
 def test_plain_table_aligns_and_keeps_long_cells():
-    text = plain_table(("a", "b"), [["xxx", "y" * 300], ["", "z"]])
+    text = plain_columns([("a", "b"), ["xxx", "y" * 300], ["", "z"]])
     assert text.splitlines() == ["a    b", "xxx  " + "y" * 300, "     z"]
 
 

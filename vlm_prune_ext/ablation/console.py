@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from vlm_prune_ext.ablation.files import metric_names
+from vlm_prune_ext.ablation.files import Lines, metric_names
 from vlm_prune_ext.ablation.messages import Messages
 from vlm_prune_ext.experiment.metrics import METRICS
+from vlm_prune_ext.experiment.report import bars, terminal_text
+
+if TYPE_CHECKING:
+    from vlm_prune_ext.ablation.data import Data
+    from vlm_prune_ext.ablation.plan import Run
 
 WIDTH = 78
 LISTED = 20
 """Skipped rows that are listed one by one."""
 _PLAIN_PERIOD = 30.0  # seconds between lines of progress where there is no terminal
-_POLL = 0.2
 
 
 class Console:
@@ -28,12 +32,16 @@ class Console:
 
     def __init__(self, language: str = "en") -> None:
         self.text = Messages(language)
+        self._runs: dict[str, _Run] = {}
+        self._bars: Any = None
+        self._last = time.monotonic()
 
     # -- lines -----------------------------------------------------------------------------------
     def say(self, line: str = "") -> None:
         """Print a line, whatever the terminal's encoding can show of it."""
         encoding = sys.stdout.encoding or "utf-8"
-        print(line.encode(encoding, "replace").decode(encoding), flush=True)
+        shown = "\n".join(map(terminal_text, line.split("\n")))
+        print(shown.encode(encoding, "replace").decode(encoding), flush=True)
 
     def banner(self, title: str, facts: Sequence[tuple[str, str]]) -> None:
         """A title and facts under it, between two rules."""
@@ -43,12 +51,55 @@ class Console:
             self.say(f"  {name}: {value}")
         self.say("=" * WIDTH)
 
-    def starts(self, place: str, name: str, done: int, rows: int) -> None:
-        """A run starts; ``done`` of its rows are there."""
+    def opens(
+        self, runs: Sequence[Run], data: Data, folder: Path, sizes: Mapping[str, int]
+    ) -> None:
+        """What is going to be done; ``sizes``: key of a text -> number."""
+        text, columns, skipped = self.text, data.columns, data.skipped
+        models = list(dict.fromkeys(run.model.name for run in runs))
+        methods = list(dict.fromkeys(run.method for run in runs))
+        used = [columns.image, *([columns.prompt] if columns.prompt else []), *columns.references]
+        rows = text(
+            "skipped" if skipped else "rows",
+            path=data.path,
+            rows=len(data.rows),
+            skipped=len(skipped),
+        )
+        facts = [(text("models"), f"{len(models)} ({', '.join(models)})")]
+        if methods != ["none"]:
+            said = text("runs", methods=", ".join(methods), runs=len(runs))
+            facts.append((text("methods"), said))
+        facts += [
+            (text("data"), rows),
+            (text("columns"), ", ".join(used)),
+            (text("output"), str(folder)),
+            *((text(name), str(size)) for name, size in sizes.items()),
+        ]
+        self.banner(text("title"), facts)
+        for row in skipped[:LISTED]:
+            self.say(text("row_skipped", index=row.index, image=row.image, reason=row.reason))
+        if len(skipped) > LISTED:
+            self.say(text("more_skipped", count=len(skipped) - LISTED))
+
+    def closes(self, seconds: float, done: str, failed: int, files: str) -> None:
+        """What came of it."""
+        text = self.text
+        facts = [
+            (text("time"), duration(seconds)),
+            (text("result"), text("counts", done=done, failed=failed)),
+            (text("files"), files),
+        ]
         self.say()
-        self.say(f"{place} {self.text('starts', name=name, time=clock())}")
-        if done:
-            self.say(f"  {self.text('known', done=done, rows=rows)}")
+        self.banner(text("end"), facts)
+
+    def starts(self, place: str, name: str, lines: Lines, rows: int) -> None:
+        """A run starts; some of its rows may be there."""
+        known = len(lines.answered())
+        self._runs[name] = _Run(lines.path, known, rows)
+        self.say()
+        self.say(f"{place} {self.text('starts', name=name, time=time.strftime('%H:%M:%S'))}")
+        if known:
+            self.say(f"  {self.text('known', done=known, rows=rows)}")
 
     def metrics(self, record: Mapping[str, Any]) -> None:
         """The lines of a finished run's scores."""
@@ -71,61 +122,59 @@ class Console:
             self.say(f"  {self.text('rows_failed', count=len(record['failed_rows']))}")
 
     # -- progress --------------------------------------------------------------------------------
-    def watch(
-        self, name: str, done: int, rows: int, count: Callable[[], int], ended: Callable[[], bool]
-    ) -> None:
-        """Show how far a run is until its process has ended.
-
-        Args:
-            name: of the run.
-            done: rows that were there at its start.
-            rows: all.
-            count: rows that are there now.
-            ended: whether its process has.
-        """
+    def shows(self, names: Sequence[str]) -> None:
+        """How far runs are: a bar each on a terminal, else a line now and then."""
         if sys.stderr.isatty():
-            self._watch_bar(name, done, rows, count, ended)
+            self._show_bars(names)
             return
-        start = last = time.monotonic()
-        while not ended():
-            time.sleep(_POLL)
-            now = time.monotonic()
-            if now - last >= _PLAIN_PERIOD:
-                last, here = now, count()
-                left = seconds_left(now - start, here - done, rows - here)
-                line = self.text("left", name=name, done=here, rows=rows, left=left)
-                print(line, file=sys.stderr, flush=True)
+        now = time.monotonic()
+        if now - self._last < _PLAIN_PERIOD:
+            return
+        self._last = now
+        for name in names:
+            run = self._runs[name]
+            here = run.count()
+            left = seconds_left(now - run.start, here - run.known, run.rows - here)
+            line = self.text("left", name=name, done=here, rows=run.rows, left=left)
+            print(line, file=sys.stderr, flush=True)
 
-    def _watch_bar(
-        self, name: str, done: int, rows: int, count: Callable[[], int], ended: Callable[[], bool]
-    ) -> None:
-        from rich.console import Console as Terminal
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
+    def _show_bars(self, names: Sequence[str]) -> None:
+        if self._bars is None:
+            self._bars = bars()
+            self._bars.start()
+        for name in names:
+            run = self._runs[name]
+            if run.task is None:
+                run.task = self._bars.add_task(name, total=run.rows, completed=run.known)
+            self._bars.update(run.task, completed=run.count())
 
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Terminal(stderr=True), transient=True) as bar:
-            task = bar.add_task(name, total=rows, completed=done)
-            while not ended():
-                time.sleep(_POLL)
-                bar.update(task, completed=count())
+    def rests(self) -> None:
+        """Take the bars away, so that lines can be printed."""
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+            for run in self._runs.values():
+                run.task = None
 
 
-def clock() -> str:
-    """The time of day."""
-    return datetime.now().strftime("%H:%M:%S")
+class _Run:
+    """How far a run is: rows are counted in its growing file, of which only what is new is read."""
+
+    def __init__(self, path: Path, known: int, rows: int) -> None:
+        self.path, self.known, self.rows = path, known, rows
+        self.start, self.task = time.monotonic(), None
+        self._place, self._lines = path.stat().st_size if path.exists() else 0, 0
+
+    def count(self) -> int:
+        """Rows that are there."""
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                file.seek(self._place)
+                new = file.read()
+            whole = new.rfind(b"\n") + 1
+            self._place += whole
+            self._lines += new[:whole].count(b"\n")
+        return min(self.known + self._lines, self.rows)
 
 
 def duration(seconds: float) -> str:

@@ -6,42 +6,35 @@ alone, and the summary is written anew after every run.
 
 from __future__ import annotations
 
-import os
 import statistics
-import subprocess
-import sys
 import time
-import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from vlm_prune_ext.ablation.clean import clean
-from vlm_prune_ext.ablation.console import LISTED, Console, clock, duration
+from vlm_prune_ext.ablation.console import Console, duration
 from vlm_prune_ext.ablation.data import Data, Row
 from vlm_prune_ext.ablation.files import (
     Folder,
     Lines,
-    Prediction,
-    chart_png,
-    comparison_csv,
+    Sample,
     metric_names,
     predictions_csv,
-    read_object,
-    write_json,
-    write_whole,
+    write_comparison,
 )
 from vlm_prune_ext.ablation.plan import Run
-from vlm_prune_ext.ablation.worker import Job, RunFailed, why_failed
+from vlm_prune_ext.ablation.worker import Work, make_job
 from vlm_prune_ext.errors import InputError
-from vlm_prune_ext.experiment import metrics
+from vlm_prune_ext.experiment import grid, metrics
 from vlm_prune_ext.experiment.coco import Tools
+from vlm_prune_ext.experiment.log import lock, read_json, write_json, write_whole
 from vlm_prune_ext.experiment.measure import settled_memory, used_memory
+from vlm_prune_ext.experiment.record import changed
 
-DONE, FAILED, OPEN = "done", "failed", "open"
-_GRACE = 5.0  # seconds that a process is given to end by itself
+DONE, FAILED, OPEN = grid.DONE, grid.FAILED, "open"
+PROCESSES = True  # false: runs are done in this process, which saves starting one
 
 
 @dataclass(frozen=True)
@@ -52,6 +45,7 @@ class Options:
         batch_size, max_new_tokens: of ``generate``.
         prompt: as given on the command line, for messages.
         load: further arguments of :func:`vlm_prune_ext.load`.
+        devices: one process at a time on each; empty: one, on the device that is found.
         redo: names of runs that start anew.
         language: of what is printed.
     """
@@ -60,6 +54,7 @@ class Options:
     max_new_tokens: int = 64
     prompt: str | None = None
     load: Mapping[str, Any] = field(default_factory=dict)
+    devices: tuple[str, ...] = ()
     redo: frozenset[str] = frozenset()
     language: str = "en"
 
@@ -84,6 +79,8 @@ class Study:
         self.entries: dict[str, dict[str, Any]] = {}
         self._digests = data.digests()
         self._started = time.time()
+        self._began: dict[str, tuple[str, float]] = {}
+        self._memory: dict[str, int] | None = None
         folder.open()
         for run in self.runs:
             self._check_same(run)
@@ -105,25 +102,24 @@ class Study:
     def _check_same(self, run: Run) -> None:
         if run.name in self.options.redo:
             return
-        before, rows = Lines(self.folder.lines(run.name)).read()
-        record = read_object(self.folder.metrics(run.name))
-        if record is not None:
-            before = record.get("settings")
-        elif not rows:
+        lines, record = Lines(self.folder.lines(run.name)), self._record_of(run)
+        before = lines.settings() if record is None else record.get("settings")
+        if record is None and not lines.rows():
             return
-        now = self.settings(run)
+        where = f"{run.name!r} in {str(self.folder.path)!r}"
+        accepted = f"another --output-dir, or --rerun {run.name} is accepted."
         if before is None:
+            raise InputError(f"{where} has files that are not of this command: {accepted}")
+        if other := changed(before, self.settings(run)):
+            what = other[0].replace(", now ", ", now it is ")
             raise InputError(
-                f"{str(self.folder.path)!r} has files of {run.name!r} that are not of this "
-                f"command: another --output-dir or --rerun {run.name} is accepted."
+                f"{where} was made with {what}: the same settings and data, {accepted}"
             )
-        for key, value in now.items():
-            if before.get(key) != value:
-                raise InputError(
-                    f"{run.name!r} in {str(self.folder.path)!r} was made with {key}="
-                    f"{before.get(key)!r}, now it is {value!r}: the same settings and data, "
-                    f"another --output-dir, or --rerun {run.name} is accepted."
-                )
+
+    def _record_of(self, run: Run) -> dict[str, Any] | None:
+        """What the metrics file of a finished run says."""
+        found = read_json(self.folder.metrics(run.name))
+        return found if isinstance(found, dict) else None
 
     # -- all runs --------------------------------------------------------------------------------
     def carry_out(self) -> int:
@@ -132,77 +128,137 @@ class Study:
         Returns:
             0, or 1 where a run or a row of one failed.
         """
-        with self.folder.lock(), Tools(self.folder.path / "logs" / "scoring.log") as tools:
-            self._open_banner()
+        with lock(self.folder.logs), Tools(self.folder.logs / "scoring.log") as tools:
+            sizes = {"batch": self.options.batch_size, "tokens": self.options.max_new_tokens}
+            self.console.opens(self.runs, self.data, self.folder.path, sizes)
             try:
-                for number, run in enumerate(self.runs, 1):
-                    self._carry_out(f"[{number}/{len(self.runs)}]", run, tools)
-                    self._write_tables()
+                self._carry_out(tools)
             except BaseException:
                 self._write_tables()
                 self.console.say(self.console.text("interrupted"))
                 raise
             return self._close_banner()
 
-    def _carry_out(self, place: str, run: Run, tools: Tools) -> None:
-        say, text = self.console.say, self.console.text
-        finished = self._finished(run)
-        if finished is not None:
-            self.entries[run.name] = self._entry(run, DONE, record=finished)
-            say(f"\n✓ {place} {text('kept', name=run.name)}")
-            self.console.metrics(finished)
-            return
-        start, started = time.monotonic(), stamp()
-        try:
-            record = self._run(place, run, tools, started)
-        except Exception as error:  # whatever it is, the other runs go on
-            spent = time.monotonic() - start
-            log = self.folder.log(run.name)
-            if not isinstance(error, RunFailed):
-                with log.open("a", encoding="utf-8") as file:
-                    traceback.print_exc(file=file)
-            entry = self._entry(run, FAILED, reason=why_failed(error), log=log)
-            self.entries[run.name] = {**entry, "started": started, "seconds": round(spent, 1)}
-            said = text(
-                "failed",
-                name=run.name,
-                time=clock(),
-                seconds=duration(spent),
-                reason=entry["reason"],
-            )
-            say(f"✗ {place} {said}")
-            say(f"  {text('log', path=log)}")
-            return
-        self.entries[run.name] = self._entry(run, DONE, record=record)
-        self.console.metrics(record)
-        spent = time.monotonic() - start
-        say(f"✓ {place} {text('done', name=run.name, time=clock(), seconds=duration(spent))}")
+    def _carry_out(self, tools: Tools) -> None:
+        by_name = {run.name: run for run in self.runs}
+        cells = [cell for run in self.runs if (cell := self._prepare(run, tools)) is not None]
+        work = Work(
+            self.folder,
+            self.data.rows,
+            self.options.batch_size,
+            self.options.max_new_tokens,
+            self.options.load,
+            self.options.devices,
+        )
+        workers = max(len(self.options.devices), 1) if PROCESSES else 0
+        lines = grid.run(
+            cells,
+            make_job,
+            (work,),
+            workers=workers,
+            retries=0,
+            output=self.folder.logs if PROCESSES else None,
+            fresh=True,
+            watch=self._watch,
+        )
+        for line in lines:
+            self.console.rests()
+            self._end(by_name[line.cell["name"]], line, tools)
+            self._write_tables()
 
-    def _finished(self, run: Run) -> dict[str, Any] | None:
-        """The metrics file of a run that is not to be done again."""
+    def _prepare(self, run: Run, tools: Tools) -> grid.Cell | None:
+        """What is to be done for a run; ``None``: nothing, it is finished."""
         if run.name in self.options.redo:
+            self.folder.put_aside(run.name)
+        elif (record := self._record_of(run)) is not None:
+            self.entries[run.name] = self._entry(run, DONE, record=record)
+            self.console.say(f"\n✓ {self._place(run)} {self.console.text('kept', name=run.name)}")
+            self.console.metrics(record)
             return None
-        return read_object(self.folder.metrics(run.name))
-
-    # -- one run ---------------------------------------------------------------------------------
-    def _run(self, place: str, run: Run, tools: Tools, started: str) -> dict[str, Any]:
         lines = Lines(self.folder.lines(run.name))
-        if run.name in self.options.redo:
-            self.folder.forget(run.name)
-        done = _answered(lines)
-        if not done:
+        answered = lines.answered()
+        if not lines.rows():
             lines.begin(self.settings(run))
-        self.console.starts(place, run.name, done, len(self.data.rows))
-        start = time.monotonic()
-        before = used_memory()
-        result = self._result_of(run, done) or self._process(run, done)
-        after = settled_memory(before)
-        predictions = lines.read()[1]
-        missing = [row.index for row in self.data.rows if row.index not in predictions]
+        own = {"name": run.name, "source": run.model.source, "asked": run.method}
+        cell = grid.Cell({**self.settings(run), **own}, run.model.name, run.name)
+        result = read_json(self.folder.result(run.name))
+        if len(answered) == len(self.data.rows) and isinstance(result, dict):
+            # Every row was answered in an earlier study, which ended before they were scored.
+            self._began[run.name] = (stamp(), time.monotonic())
+            self._end(run, grid.line_of(cell, DONE, result=result), tools)
+            return None
+        self.folder.result(run.name).unlink(missing_ok=True)
+        return cell
+
+    def _place(self, run: Run) -> str:
+        return f"[{self.runs.index(run) + 1}/{len(self.runs)}]"
+
+    def _watch(self, cells: Sequence[grid.Cell]) -> None:
+        """Say which runs begin, and show how far they are."""
+        for cell in cells:
+            name = cell.settings["name"]
+            if name not in self._began:
+                if len(self._began) == 0:
+                    self._memory = used_memory()
+                self._began[name] = (stamp(), time.monotonic())
+                run = next(run for run in self.runs if run.name == name)
+                lines = Lines(self.folder.lines(name))
+                self.console.starts(self._place(run), name, lines, len(self.data.rows))
+        self.console.shows([cell.settings["name"] for cell in cells])
+
+    def _end(self, run: Run, line: grid.Line, tools: Tools) -> None:
+        """Score a run that is through, or say why it failed."""
+        started, start = self._began[run.name]
+        why, record = line.why, None
+        if why is None:
+            try:
+                record = self._record(run, dict(line.result or {}), started, start, tools)
+            except Exception as error:  # whatever it is, the other runs go on
+                why = str(error) or type(error).__name__
+        say, text, spent = self.console.say, self.console.text, time.monotonic() - start
+        facts = {"name": run.name, "time": time.strftime("%H:%M:%S"), "seconds": duration(spent)}
+        if record is not None:
+            self.entries[run.name] = self._entry(run, DONE, record=record)
+            self.console.metrics(record)
+            say(f"✓ {self._place(run)} {text('done', **facts)}")
+            return
+        log = self.folder.log(run.name)
+        entry = self._entry(run, FAILED, reason=why, log=str(log))
+        self.entries[run.name] = {**entry, "started": started, "seconds": round(spent, 1)}
+        say(f"✗ {self._place(run)} {text('failed', reason=why, **facts)}")
+        say(f"  {text('log', path=log)}")
+
+    def _record(
+        self, run: Run, result: Mapping[str, Any], started: str, start: float, tools: Tools
+    ) -> dict[str, Any]:
+        """Score a run, write its predictions beside the references; what its metrics file says."""
+        samples = Lines(self.folder.lines(run.name)).rows()
+        missing = [row.index for row in self.data.rows if row.index not in samples]
         if missing:
-            raise RunFailed(f"its process ended without answers for {len(missing)} rows")
-        record = self._record(run, predictions, result, tools)
-        record |= {
+            raise InputError(f"its process ended without answers for {len(missing)} rows")
+        table = [_table_row(row, samples[row.index]) for row in self.data.rows]
+        good = [row for row in table if row["failed"] is None]
+        cleaned = [replace(samples[r["index"]], prediction=r["prediction"]) for r in good]
+        scored = metrics.Scored(cleaned, [row["references"] for row in good], tools)
+        most = max(len(row["references"]) for row in table)
+        write_whole(self.folder.predictions(run.name), predictions_csv(table, most))
+        after = settled_memory(self._memory) if len(self.options.devices) < 2 else None
+        before = self._memory
+        record = {
+            "model_name": run.name,
+            "model_id": run.model.model_id,
+            "num_samples": len(good),
+            **_scores(metrics.evaluate(scored, metric_names())),
+            "method": run.label,
+            **_costs(cleaned, result),
+            "failed_rows": [
+                {"index": row["index"], "reason": row["failed"]} for row in table if row["failed"]
+            ],
+            "skipped_rows": len(self.data.skipped),
+            "batch_size": self.options.batch_size,
+            **{key: result[key] for key in ("largest_batch", "load_seconds", "dtype")},
+            "settings": self.settings(run),
+            **{key: result[key] for key in ("versions", "commit", "hardware")},
             "gpu_memory": {"before": before, "after": after} if before and after else None,
             "started": started,
             "ended": stamp(),
@@ -211,92 +267,7 @@ class Study:
         write_json(self.folder.metrics(run.name), record)
         return record
 
-    def _result_of(self, run: Run, done: int) -> dict[str, Any] | None:
-        """What a process said that answered every row in an earlier study; ``None``: none did."""
-        if done < len(self.data.rows):
-            return None
-        result = read_object(self.folder.result(run.name))
-        return result if result and "reason" not in result else None
-
-    def job(self, run: Run) -> Job:
-        """What the process of a run is to do."""
-        return Job(
-            source=run.model.source,
-            method=run.method,
-            rows=self.data.rows,
-            lines=str(self.folder.lines(run.name)),
-            result=str(self.folder.result(run.name)),
-            batch_size=self.options.batch_size,
-            max_new_tokens=self.options.max_new_tokens,
-            load=dict(self.options.load),
-            parent=os.getpid(),
-        )
-
-    def _process(self, run: Run, done: int) -> dict[str, Any]:
-        """Have a process of its own answer the rows; its result."""
-        self.job(run).write(self.folder.job(run.name))
-        self.folder.result(run.name).unlink(missing_ok=True)
-        command = [sys.executable, "-m", f"{__package__}.worker", str(self.folder.job(run.name))]
-        with self.folder.log(run.name).open("a", encoding="utf-8") as log:
-            log.write(f"-- {stamp()}\n")
-            log.flush()
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
-        counter = _Counter(self.folder.lines(run.name))
-        try:
-            self.console.watch(
-                run.name,
-                done,
-                len(self.data.rows),
-                counter.rows,
-                lambda: process.poll() is not None,
-            )
-        finally:
-            _end(process)
-        result = read_object(self.folder.result(run.name)) or {}
-        if process.returncode or not result:
-            raise RunFailed(result.get("reason") or _how_it_ended(process.returncode))
-        return result
-
-    def _record(
-        self,
-        run: Run,
-        predictions: Mapping[int, Prediction],
-        result: Mapping[str, Any],
-        tools: Tools,
-    ) -> dict[str, Any]:
-        """Score a run, write its predictions beside the references; what its metrics file says."""
-        table = [_table_row(row, predictions[row.index]) for row in self.data.rows]
-        good = [row for row in table if row["failed"] is None]
-        scored = metrics.Scored(
-            [row["prediction"] for row in good], [row["references"] for row in good], tools
-        )
-        scores = metrics.evaluate(scored, metric_names())
-        most = max(len(row["references"]) for row in table)
-        write_whole(self.folder.predictions(run.name), predictions_csv(table, most))
-        return {
-            "model_name": run.name,
-            "model_id": run.model.model_id,
-            "num_samples": len(good),
-            **_scores(scores),
-            "method": run.label,
-            **_costs([p for p in predictions.values() if p.failed is None]),
-            "failed_rows": [
-                {"index": row["index"], "reason": row["failed"]} for row in table if row["failed"]
-            ],
-            "skipped_rows": len(self.data.skipped),
-            "batch_size": self.options.batch_size,
-            "largest_batch": result["largest_batch"],
-            "load_seconds": result["load_seconds"],
-            "dtype": result["dtype"],
-            "settings": self.settings(run),
-            "versions": result["versions"],
-            "commit": result["commit"],
-            "hardware": result["hardware"],
-        }
-
-    # -- tables and banners ----------------------------------------------------------------------
+    # -- tables ----------------------------------------------------------------------------------
     def _entry(
         self,
         run: Run,
@@ -304,17 +275,17 @@ class Study:
         *,
         record: Mapping[str, Any] | None = None,
         reason: str | None = None,
-        log: Path | None = None,
+        log: str | None = None,
     ) -> dict[str, Any]:
-        entry: dict[str, Any] = {
+        entry = {
             "model_name": run.name,
             "model_id": run.model.model_id,
             "method": run.label,
             "status": status,
             "reason": reason,
-            "log": str(log) if log is not None else None,
+            "log": log,
         }
-        return entry if record is None else {**entry, **record}
+        return {**entry, **(record or {})}
 
     def _write_tables(self) -> None:
         entries = [
@@ -338,110 +309,30 @@ class Study:
             "models": entries,
         }
         write_json(self.folder.summary, summary)
-        write_whole(self.folder.comparison, comparison_csv(done))
-        if done:
-            write_whole(self.folder.chart, chart_png(done))
-        else:
-            self.folder.chart.unlink(missing_ok=True)
-
-    def _open_banner(self) -> None:
-        console, text = self.console, self.console.text
-        models = list(dict.fromkeys(run.model.name for run in self.runs))
-        methods = list(dict.fromkeys(run.method for run in self.runs))
-        columns = self.data.columns
-        used = [columns.image, *([columns.prompt] if columns.prompt else []), *columns.references]
-        skipped = self.data.skipped
-        rows = text(
-            "skipped" if skipped else "rows",
-            path=self.data.path,
-            rows=len(self.data.rows),
-            skipped=len(skipped),
-        )
-        facts = [(text("models"), f"{len(models)} ({', '.join(models)})")]
-        if methods != ["none"]:
-            said = text("runs", methods=", ".join(methods), runs=len(self.runs))
-            facts.append((text("methods"), said))
-        facts += [
-            (text("data"), rows),
-            (text("columns"), ", ".join(used)),
-            (text("output"), str(self.folder.path)),
-            (text("batch"), str(self.options.batch_size)),
-            (text("tokens"), str(self.options.max_new_tokens)),
-        ]
-        console.banner(text("title"), facts)
-        for row in skipped[:LISTED]:
-            said = text("row_skipped", index=row.index, image=row.image, reason=row.reason)
-            console.say(said)
-        if len(skipped) > LISTED:
-            console.say(text("more_skipped", count=len(skipped) - LISTED))
+        write_comparison(self.folder, done)
 
     def _close_banner(self) -> int:
-        text = self.console.text
-        states = [entry["status"] for entry in self.entries.values()]
-        done, failed = states.count(DONE), states.count(FAILED)
-        facts = [
-            (text("time"), duration(time.time() - self._started)),
-            (text("result"), text("counts", done=f"{done}/{len(self.runs)}", failed=failed)),
-            (text("files"), f"{self.folder.summary}, {self.folder.comparison}"),
-        ]
-        self.console.say()
-        self.console.banner(text("end"), facts)
-        for entry in self.entries.values():
-            if entry["status"] == FAILED:
-                self.console.say(f"✗ {entry['model_name']}: {entry['reason']}")
-        rows_failed = any(entry.get("failed_rows") for entry in self.entries.values())
-        return 1 if failed or rows_failed else 0
+        self._write_tables()
+        entries = list(self.entries.values())
+        failed = [entry for entry in entries if entry["status"] == FAILED]
+        done = f"{len(entries) - len(failed)}/{len(self.runs)}"
+        files = f"{self.folder.summary}, {self.folder.comparison}"
+        self.console.closes(time.time() - self._started, done, len(failed), files)
+        for entry in failed:
+            self.console.say(f"✗ {entry['model_name']}: {entry['reason']}")
+        return 1 if failed or any(entry.get("failed_rows") for entry in entries) else 0
 
 
 # -- parts of a run ------------------------------------------------------------------------------
-class _Counter:
-    """Counts the rows of a growing file, reading only what is new."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.place, self.count = path, 0, -1  # the first line has the settings
-
-    def rows(self) -> int:
-        with self.path.open("rb") as file:
-            file.seek(self.place)
-            new = file.read()
-        whole = new.rfind(b"\n") + 1
-        self.place += whole
-        self.count += new[:whole].count(b"\n")
-        return max(self.count, 0)
-
-
-def _answered(lines: Lines) -> int:
-    return sum(row.failed is None for row in lines.read()[1].values())
-
-
-def _end(process: subprocess.Popen[Any]) -> None:
-    """See to it that a process is gone."""
-    if process.poll() is not None:
-        return
-    process.terminate()
-    try:
-        process.wait(_GRACE)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-def _how_it_ended(code: int) -> str:
-    if code < 0:
-        hint = " (often: main memory ran out)" if code == -9 else ""
-        return f"its process was ended by signal {-code}{hint}"
-    return f"its process ended with exit code {code}"
-
-
-def _table_row(row: Row, prediction: Prediction) -> dict[str, Any]:
+def _table_row(row: Row, sample: Sample) -> dict[str, Any]:
     return {
         "index": row.index,
         "image": row.image,
         "prompt": row.prompt,
-        "prediction": clean(prediction.text, row.prompt),
-        "raw_prediction": prediction.text,
+        "prediction": clean(sample.prediction, row.prompt),
+        "raw_prediction": sample.prediction,
         "references": row.references,
-        "failed": prediction.failed,
+        "failed": sample.failed,
     }
 
 
@@ -454,29 +345,29 @@ def _scores(scores: Mapping[str, metrics.Value]) -> dict[str, Any]:
     }
 
 
-def _costs(predictions: Sequence[Prediction]) -> dict[str, Any]:
+def _costs(samples: Sequence[Sample], result: Mapping[str, Any]) -> dict[str, Any]:
     """Time, memory and tokens; the first batch of a process only warms up."""
-    warm = [p for p in predictions if not p.warm_up] or list(predictions)
+    warm = [sample for sample in samples if not sample.warm_up] or list(samples)
 
     def mean(values: Sequence[float]) -> float:
         return round(statistics.fmean(values), 6) if values else 0.0
 
-    layers = sorted({int(layer) for p in predictions for layer in p.visual_kept})
+    layers = sorted({int(layer) for sample in samples for layer in sample.visual_kept})
     kept = {
         str(layer): mean(
-            [p.visual_kept[str(layer)] for p in predictions if str(layer) in p.visual_kept]
+            [s.visual_kept[str(layer)] for s in samples if str(layer) in s.visual_kept]
         )
         for layer in layers
     }
     return {
-        "seconds_per_sample": mean([p.seconds for p in warm]),
-        "peak_memory_bytes": max((p.peak_memory_bytes for p in predictions), default=None),
+        "seconds_per_sample": mean([sample.seconds for sample in warm]),
+        "peak_memory_bytes": result["peak_memory_bytes"],
         "tokens": {
-            "prompt_mean": mean([p.prompt_tokens for p in predictions]),
-            "visual_mean": mean([p.visual_tokens for p in predictions]),
+            "prompt_mean": mean([sample.prompt_tokens for sample in samples]),
+            "visual_mean": mean([sample.visual_tokens for sample in samples]),
             "visual_kept_mean": kept,
-            "new_mean": mean([p.new_tokens for p in predictions]),
-            "new_total": sum(p.new_tokens for p in predictions),
+            "new_mean": mean([sample.new_tokens for sample in samples]),
+            "new_total": sum(sample.new_tokens for sample in samples),
         },
     }
 

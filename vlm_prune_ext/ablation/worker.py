@@ -1,127 +1,109 @@
-"""The process of one run: ``python -m vlm_prune_ext.ablation.worker JOB.json``.
-
-It loads one model, answers what is not answered yet, and appends each batch to the predictions.
-When it ends, all its memory is free, however it ended.
-"""
+"""One run, in a process of its own: it loads one model, answers what is not answered yet, and
+appends each batch to the predictions. When it ends, all its memory is free, however it ended."""
 
 from __future__ import annotations
 
-import ctypes
-import json
+import logging
+import multiprocessing
 import os
-import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from vlm_prune_ext.ablation.data import Row
-from vlm_prune_ext.ablation.files import Lines, Prediction, write_json
-from vlm_prune_ext.errors import InputError, first_line, reason_of
-
-_SET_PARENT_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
+from vlm_prune_ext.ablation.files import Folder, Lines
+from vlm_prune_ext.errors import InputError, reason_of
+from vlm_prune_ext.experiment import grid
+from vlm_prune_ext.experiment.log import write_json
+from vlm_prune_ext.experiment.record import Sample
 
 
 @dataclass(frozen=True)
-class Job:
-    """What one process does.
+class Work:
+    """What all runs of a study share.
 
     Attributes:
-        source: what :func:`vlm_prune_ext.load` takes.
-        method: short form; ``none`` is the baseline.
+        folder: where predictions go.
         rows: all of the data set.
-        lines: file of predictions, begun already.
-        result: file that says how it ended.
         batch_size, max_new_tokens: of ``generate``.
         load: further arguments of :func:`vlm_prune_ext.load`.
-        parent: the process that waits for this one.
+        devices: one for each process at a time; empty: as found.
     """
 
-    source: str
-    method: str
-    rows: list[Row]
-    lines: str
-    result: str
-    batch_size: int
-    max_new_tokens: int
-    load: dict[str, Any]
-    parent: int
-
-    def write(self, path: Path) -> None:
-        """For :meth:`read`."""
-        write_json(path, asdict(self))
-
-    @staticmethod
-    def read(path: Path) -> Job:
-        """What :meth:`write` wrote."""
-        data = json.loads(path.read_text(encoding="utf-8"))
-        rows = [Row(**{**row, "references": tuple(row["references"])}) for row in data["rows"]]
-        return Job(**{**data, "rows": rows})
+    folder: Folder
+    rows: Sequence[Row]
+    batch_size: int = 2
+    max_new_tokens: int = 64
+    load: Mapping[str, Any] = field(default_factory=dict)
+    devices: tuple[str, ...] = ()
 
 
-class RunFailed(Exception):
-    """A run did not come to its end; the message is the reason."""
-
-
-class EveryRowFailed(RunFailed):
+class EveryRowFailed(InputError):
     """No row of the first batch could be answered: neither could the others."""
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Do a job; 0: done, 1: failed, and the result file says why."""
-    job = Job.read(Path(arguments[0]))
-    _end_with(job.parent)
-    try:
-        result = run(job)
-    except Exception as error:
-        traceback.print_exc()
-        write_json(Path(job.result), {"reason": why_failed(error)})
-        return 1
-    write_json(Path(job.result), result)
-    return 0
+def make_job(work: Work) -> grid.Job:
+    """What does a run: a cell with its ``name``, the ``source`` of its model, and its method as it
+    was ``asked`` for."""
+
+    def job(cell: grid.Cell) -> dict[str, Any]:
+        name = cell.settings["name"]
+        own_process = multiprocessing.parent_process() is not None
+        if own_process:
+            _print_to(work.folder, name)
+        try:
+            result = run(work, cell.settings["source"], cell.settings["asked"], name)
+        except InputError:
+            if own_process:
+                traceback.print_exc()  # into the run's log; people are told one sentence
+            raise
+        write_json(work.folder.result(name), result)
+        return result
+
+    return job
 
 
-def _end_with(parent: int) -> None:
-    """End when the study ends, also when it is killed: nobody would wait for the answers, and a
-    second start would give them again."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before that
-        os._exit(1)
+def _print_to(folder: Folder, name: str) -> None:
+    """What this process prints is the run's own log."""
+    file = folder.log(name).open("a", buffering=1)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(file.fileno(), stream.fileno())
 
 
-def run(job: Job) -> dict[str, Any]:
+def run(work: Work, source: str, method: str, name: str) -> dict[str, Any]:
     """Load the model and answer; returns what the metrics file says about it."""
     import torch
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
     from vlm_prune_ext.evals.answer import Answerer
     from vlm_prune_ext.experiment.host import commit, hardware, versions
+    from vlm_prune_ext.experiment.measure import peak_memory
     from vlm_prune_ext.methods.registry import parse_method
     from vlm_prune_ext.models import load
 
-    logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     torch.manual_seed(0)
     start = time.perf_counter()
-    method = parse_method(job.method)
-    model, processor = load(job.source, **job.load)
-    answerer = Answerer(model.eval(), processor, method)
+    given = dict(work.load)
+    if work.devices:
+        given["device"] = work.devices[grid.slot() % len(work.devices)]
+    model, processor = load(source, **given)
+    answerer = Answerer(model.eval(), processor, parse_method(method))
     loaded = time.perf_counter()
-    print(f"loaded in {loaded - start:.1f} s", flush=True)
-    lines = Lines(Path(job.lines))
-    lines.repair()
-    for predictions in answer(job, answerer, lines):
-        lines.append(predictions)
-        if os.getppid() != job.parent:  # where prctl is not known
-            os._exit(1)
+    logging.getLogger("vlm_prune_ext").info("loaded in %.1f s", loaded - start)
+    lines = Lines(work.folder.lines(name))
+    for samples in answer(work, answerer, lines):
+        lines.add(*samples)
     device = processor.device
     return {
         "load_seconds": loaded - start,
         "answer_seconds": time.perf_counter() - loaded,
-        "largest_batch": answerer.largest or job.batch_size,
+        "largest_batch": answerer.largest or work.batch_size,
+        "peak_memory_bytes": peak_memory(device),
         "dtype": str(processor.dtype).removeprefix("torch."),
         "hardware": hardware(device),
         "versions": versions(),
@@ -129,83 +111,75 @@ def run(job: Job) -> dict[str, Any]:
     }
 
 
-def answer(job: Job, answerer: Any, lines: Lines) -> Iterator[list[Prediction]]:
+def answer(work: Work, answerer: Any, lines: Lines) -> Iterator[list[Sample]]:
     """Answer the rows that have no answer yet, batch by batch.
 
     Args:
-        job: what to do.
+        work: what to do.
         answerer: the :class:`vlm_prune_ext.evals.answer.Answerer`.
         lines: answers that are there.
 
     Raises:
         EveryRowFailed: in the first batch.
     """
-    known = {index for index, row in lines.read()[1].items() if row.failed is None}
-    rows = [row for row in job.rows if row.index not in known]
+    known = lines.answered()
+    rows = [row for row in work.rows if row.index not in known]
     some = bool(known)
-    for place in range(0, len(rows), job.batch_size):
-        batch = _Batch(answerer, job.max_new_tokens, warm_up=place == 0)
-        predictions = batch.answer(rows[place : place + job.batch_size])
-        yield predictions
-        failed = [row.failed for row in predictions if row.failed]
-        some = some or len(failed) < len(predictions)
+    for place in range(0, len(rows), work.batch_size):
+        batch = rows[place : place + work.batch_size]
+        samples = _answer(batch, answerer, work.max_new_tokens, warm_up=place == 0)
+        yield samples
+        failed = [sample.failed for sample in samples if sample.failed]
+        some = some or len(failed) < len(samples)
         if not some:
             raise EveryRowFailed(failed[0])
 
 
-class _Batch:
-    """One batch; where it fails, its rows one by one."""
+def _answer(
+    rows: Sequence[Row], answerer: Any, max_new_tokens: int, *, warm_up: bool
+) -> list[Sample]:
+    """A sample for each row, in order; where a batch fails, its rows one by one."""
+    import torch
 
-    def __init__(self, answerer: Any, max_new_tokens: int, *, warm_up: bool) -> None:
-        self.answerer, self.max_new_tokens, self.warm_up = answerer, max_new_tokens, warm_up
-
-    def answer(self, rows: Sequence[Row]) -> list[Prediction]:
-        """A prediction for each row, in order."""
-        import torch
-
-        try:
-            return self._ask(rows)
-        except (InputError, torch.OutOfMemoryError) as error:
-            if len(rows) == 1:
-                print(f"row {rows[0].index}: {why_failed(error)}", flush=True)
-                return [Prediction(rows[0].index, "", failed=why_failed(error))]
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return [prediction for row in rows for prediction in self.answer([row])]
-
-    def _ask(self, rows: Sequence[Row]) -> list[Prediction]:
-        from vlm_prune_ext.evals.answer import Query
-        from vlm_prune_ext.experiment.measure import now, peak_memory
-
-        device = self.answerer.processor.device
-        start = now(device)
-        queries = [
-            Query(row.prompt, [row.path], max_new_tokens=self.max_new_tokens) for row in rows
-        ]
-        answers = self.answerer.answer(queries)
-        seconds = (now(device) - start) / len(rows)
-        peak = peak_memory(device)
-        return [
-            Prediction(
-                index=row.index,
-                text=answer.text,
-                seconds=seconds,
-                warm_up=self.warm_up,
-                batch=answer.batch,
-                prompt_tokens=answer.prompt_tokens,
-                new_tokens=answer.new_tokens,
-                visual_tokens=answer.visual_tokens,
-                visual_kept={str(layer): n for layer, n in answer.visual_kept.items()},
-                peak_memory_bytes=peak,
-            )
-            for row, answer in zip(rows, answers, strict=True)
-        ]
+    try:
+        return _ask(rows, answerer, max_new_tokens, warm_up)
+    except (InputError, torch.OutOfMemoryError) as error:
+        if len(rows) == 1:
+            print(f"row {rows[0].index}: {reason_of(error)}", flush=True)
+            return [Sample(rows[0].index, "", failed=reason_of(error))]
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return [
+        sample
+        for row in rows
+        for sample in _answer([row], answerer, max_new_tokens, warm_up=warm_up)
+    ]
 
 
-def why_failed(error: BaseException) -> str:
-    """One line that says why a run did not end well."""
-    return first_line(error) if isinstance(error, RunFailed) else reason_of(error)
+def _ask(rows: Sequence[Row], answerer: Any, max_new_tokens: int, warm_up: bool) -> list[Sample]:
+    from vlm_prune_ext.evals.answer import Query
+    from vlm_prune_ext.experiment.measure import now
 
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    device = answerer.processor.device
+    start = now(device)
+    queries = [Query(row.prompt, [row.path], max_new_tokens=max_new_tokens) for row in rows]
+    answers = answerer.answer(queries)
+    seconds = (now(device) - start) / len(rows)
+    return [
+        Sample(
+            index=row.index,
+            prediction=answer.text,
+            warm_up=warm_up,
+            prompt_tokens=answer.prompt_tokens,
+            new_tokens=answer.new_tokens,
+            visual_tokens=answer.visual_tokens,
+            visual_kept={str(layer): n for layer, n in answer.visual_kept.items()},
+            lengths=answer.lengths,
+            prefill_seconds=answer.prefill_seconds,
+            decode_seconds=answer.decode_seconds,
+            fast=answer.fast,
+            seconds=seconds,
+            batch=answer.batch,
+        )
+        for row, answer in zip(rows, answers, strict=True)
+    ]

@@ -26,14 +26,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("--data", required=True, metavar="CSV", help="pictures and captions")
     chosen = parser.add_mutually_exclusive_group()
-    chosen.add_argument("--models", nargs="+", metavar="MODEL", help="default: --preset all")
+    chosen.add_argument(
+        "--model",
+        "--models",
+        dest="models",
+        nargs="+",
+        metavar="MODEL",
+        help="default: --preset all",
+    )
     chosen.add_argument(
         "--preset", metavar="NAME", help="all (eight), quick or latest (three each)"
     )
     parser.add_argument(
-        "--methods", nargs="+", default=["none"], metavar="METHOD", help=f"none, or {METHOD_HELP}"
+        "--method",
+        "--methods",
+        dest="methods",
+        nargs="+",
+        default=["none"],
+        metavar="METHOD",
+        help=f"none, or {METHOD_HELP}",
     )
-    parser.add_argument("--output-dir", default="results", metavar="DIR", help="default: results")
+    parser.add_argument(
+        "--out",
+        "--output-dir",
+        dest="output_dir",
+        default="results",
+        metavar="DIR",
+        help="default: results",
+    )
     parser.add_argument("--batch-size", type=int, default=2, metavar="N", help="default: 2")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: 64")
     parser.add_argument(
@@ -53,7 +73,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="default: annotation, answer, caption or reference, with numbers behind",
     )
     parser.add_argument("--image-folder", metavar="DIR", help="default: the CSV's folder")
-    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 (default: as found)")
+    parser.add_argument(
+        "--device",
+        nargs="+",
+        default=[],
+        metavar="DEVICE",
+        help="cpu, cuda, cuda:1; of several each does a run at a time (default: as found)",
+    )
     parser.add_argument("--dtype", metavar="NAME", help="float32, float16 or bfloat16")
     parser.add_argument(
         "--attn-implementation", metavar="NAME", help="eager, sdpa or flash_attention_2"
@@ -96,10 +122,12 @@ def run(args: argparse.Namespace) -> int:
         max_new_tokens=args.max_new_tokens,
         prompt=args.prompt,
         load=_load_arguments(args),
+        devices=tuple(args.device),
         redo=frozenset(to_redo(args.rerun, runs)),
         language=args.lang,
     )
-    device_for(args)  # asked here, not by every run's own process, one after the other
+    for device in args.device or [None]:  # asked here, not by every run's own process
+        device_for(argparse.Namespace(device=device, fast=args.fast))
     study = Study(runs, data, Folder(Path(args.output_dir)), options)
     with terminable():
         return study.carry_out()
@@ -134,7 +162,6 @@ def _load_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """What :func:`vlm_prune_ext.load` is given; only what was said."""
     given = {
         "dtype": args.dtype,
-        "device": args.device,
         "attn_implementation": args.attn_implementation,
         "fast": args.fast,
         "trust_remote_code": args.trust_remote_code or None,

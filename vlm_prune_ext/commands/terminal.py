@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
+from vlm_prune_ext.experiment.report import Column, Table, bars
+
 Item = TypeVar("Item")
 
 # Without a terminal, one line of progress at most this often (seconds).
@@ -14,33 +16,10 @@ _PLAIN_PERIOD = 30.0
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table on standard output; the last column may be long text."""
-    cells = [[str(cell) for cell in row] for row in rows]
-    if sys.stdout.isatty():
-        _print_rich(columns, cells)
-    else:
-        print(plain_table(columns, cells))
-
-
-def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Left-aligned columns, two spaces apart, no line broken: easy to grep and cut."""
-    lines = [list(columns), *map(list, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    padded = [[cell.ljust(w) for cell, w in zip(line, widths, strict=True)] for line in lines]
-    return "\n".join("  ".join(line).rstrip() for line in padded)
-
-
-def _print_rich(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table()
-    for index, column in enumerate(columns):
-        table.add_column(column, overflow="fold", ratio=1 if index == len(columns) - 1 else None)
-    for row in rows:
-        table.add_row(*map(Text, row))
-    Console().print(table)
+    """Print a table of texts on standard output; the last column may be long."""
+    made = Table([Column(name, left=True) for name in columns])
+    made.rows.extend([list(map(str, row)) for row in rows])
+    made.show()
 
 
 def track(
@@ -62,24 +41,7 @@ def track(
 
 
 def _track_rich(items: Iterable[Item], title: str, done: int, total: int) -> Iterator[Item]:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with bars() as progress:
         task = progress.add_task(title, total=total, completed=done)
         for item in items:
             yield item

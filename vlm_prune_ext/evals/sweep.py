@@ -22,8 +22,17 @@ from pathlib import Path
 from typing import Any
 
 from vlm_prune_ext.errors import InputError
-from vlm_prune_ext.experiment.grid import DONE, FAILED, SKIPPED, Cell, Held, Line, line_of, run
-from vlm_prune_ext.experiment.grid import worker as worker_number
+from vlm_prune_ext.experiment.grid import (
+    DONE,
+    FAILED,
+    SKIPPED,
+    Cell,
+    Held,
+    Line,
+    line_of,
+    run,
+    slot,
+)
 from vlm_prune_ext.experiment.log import lock, write_json
 from vlm_prune_ext.experiment.record import Record, read_record
 from vlm_prune_ext.experiment.report import (
@@ -174,7 +183,7 @@ class Evaluate:
 
         settings, _ = resolve({}, json.loads(group))
         if settings.device in (None, "cuda") and torch.cuda.is_available():
-            number = max(worker_number() - 1, 0) % torch.cuda.device_count()
+            number = slot() % torch.cuda.device_count()
             settings = replace(settings, device=f"cuda:{number}")
         return Models(settings)
 

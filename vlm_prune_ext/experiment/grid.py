@@ -104,6 +104,8 @@ def run(
     log: Log | None = None,
     retries: int = 1,
     output: Path | None = None,
+    fresh: bool = False,
+    watch: Callable[[Sequence[Cell]], None] | None = None,
 ) -> Iterator[Line]:
     """Do the cells, and yield a line for each as it is done.
 
@@ -115,6 +117,9 @@ def run(
         log: takes the lines.
         retries: how often a cell is tried again whose process died.
         output: folder for what each worker prints (``process-1.log``...).
+        fresh: a new process for each cell, so that all memory of the one before is free.
+        watch: called with the cells that are being done when one begins, and then a few times a
+            second (without workers: before each).
 
     Raises:
         InputError: the log cannot be written. What a job raises fails its cell only, but for
@@ -127,18 +132,38 @@ def run(
             yield known[cell.key]
     pending = [cell for cell in cells if cell.key not in done]
     if workers:
-        lines = _pooled(pending, make_job, arguments, workers, retries, output)
+        lines = _pooled(
+            pending, make_job, arguments, workers, retries, output, fresh, watch or _unseen
+        )
     else:
-        lines = _here(pending, make_job(*arguments)) if pending else iter(())
+        lines = _here(pending, make_job(*arguments), watch or _unseen) if pending else iter(())
     for line in lines:
         if log is not None:
             log.append(vars(line))
         yield line
 
 
-def _here(cells: Sequence[Cell], job: Job) -> Iterator[Line]:
+Watch = Callable[[Sequence[Cell]], None]
+_POLL = 0.2  # seconds between two looks at what workers do
+
+
+def _unseen(cells: Sequence[Cell]) -> None:
+    """Nobody watches."""
+
+
+def _here(cells: Sequence[Cell], job: Job, watch: Watch) -> Iterator[Line]:
     for cell in cells:
+        watch([cell])
         yield do(cell, job)
+
+
+_slot = 0
+
+
+def slot() -> int:
+    """Which of the workers that are there at the same time this process is, from 0: what it takes
+    its device by."""
+    return _slot
 
 
 def do(cell: Cell, job: Job, *, tell: bool = False) -> Line:
@@ -199,25 +224,23 @@ class Held:
             torch.cuda.empty_cache()
 
 
-_number = 0
-
-
-def worker() -> int:
-    """Which worker this process is, from 1; 0: the first process."""
-    return _number
-
-
 # -- processes -------------------------------------------------------------------------------------
 class _Worker:
     """A process that does cells, one at a time."""
 
     def __init__(
-        self, number: int, make_job: Callable[..., Job], arguments: tuple[Any, ...], output: Any
+        self,
+        number: int,
+        slot: int,
+        make_job: Callable[..., Job],
+        arguments: tuple[Any, ...],
+        output: Any,
     ) -> None:
+        self.slot = slot
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(
-            target=_serve, args=(theirs, number, make_job, arguments, output), daemon=False
+            target=_serve, args=(theirs, number, slot, make_job, arguments, output), daemon=False
         )
         self.process.start()
         theirs.close()
@@ -253,11 +276,16 @@ class _Worker:
 
 
 def _serve(
-    pipe: Any, number: int, make_job: Callable[..., Job], arguments: tuple[Any, ...], output: Any
+    pipe: Any,
+    number: int,
+    slot: int,
+    make_job: Callable[..., Job],
+    arguments: tuple[Any, ...],
+    output: Any,
 ) -> None:
     """The life of a worker: cells in, lines out, until nobody is at the other end."""
-    global _number
-    _number = number
+    global _slot
+    _slot = slot
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process tells us
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if output is not None:
@@ -296,6 +324,8 @@ def _pooled(
     count: int,
     retries: int,
     output: Path | None,
+    fresh: bool,
+    watch: Watch,
 ) -> Iterator[Line]:
     waiting, tries = list(cells), dict.fromkeys((cell.key for cell in cells), 0)
     if output is not None:
@@ -308,14 +338,20 @@ def _pooled(
             idle = [worker for worker in workers if worker.cell is None]
             while waiting and (idle or len(workers) < count):
                 if not idle:
-                    idle.append(_Worker(next(numbers), make_job, arguments, output))
+                    free = min(set(range(count)) - {worker.slot for worker in workers})
+                    idle.append(_Worker(next(numbers), free, make_job, arguments, output))
                     workers.append(idle[-1])
                 worker = idle.pop()
                 worker.give(waiting.pop(_best(waiting, worker.group)))
-            for worker in _ready([worker for worker in workers if worker.cell is not None]):
+            busy = [worker for worker in workers if worker.cell is not None]
+            watch([worker.cell for worker in busy if worker.cell is not None])
+            for worker in _ready(busy, None if watch is _unseen else _POLL):
                 cell, line = worker.cell, worker.take()
                 assert cell is not None
                 if line is not None:
+                    if fresh:
+                        worker.end(at_once=False)
+                        workers.remove(worker)
                     yield line
                     continue
                 worker.end(at_once=True)
@@ -331,11 +367,11 @@ def _pooled(
             worker.end(at_once=at_once)
 
 
-def _ready(workers: Sequence[_Worker]) -> list[_Worker]:
+def _ready(workers: Sequence[_Worker], timeout: float | None) -> list[_Worker]:
     """Those that have said something, or are gone. (Processes of a worker's own may keep its end
     of the pipe open, so the pipe alone does not tell.)"""
     signs = {id(sign): worker for worker in workers for sign in worker.signs}
-    ready = multiprocessing.connection.wait([s for worker in workers for s in worker.signs])
+    ready = multiprocessing.connection.wait([s for w in workers for s in w.signs], timeout)
     return list({id(w): w for w in (signs[id(sign)] for sign in ready)}.values())
 
 

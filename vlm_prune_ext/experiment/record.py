@@ -152,9 +152,9 @@ class Stretch:
 class SampleLog(Log):
     """A log of samples and stretches, one or the other a line."""
 
-    def add(self, entry: Sample | Stretch) -> None:
-        """Append one."""
-        self.append(_entry(entry))
+    def add(self, *entries: Sample | Stretch) -> None:
+        """Append some, with a single write."""
+        self.append(*map(_entry, entries))
 
     def samples(self) -> tuple[list[Sample], list[Stretch]]:
         """All that can be read. A line of another kind is left out as a broken one is."""

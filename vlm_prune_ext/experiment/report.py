@@ -275,6 +275,28 @@ def console() -> Any:
     return Console() if sys.stdout.isatty() else Console(width=120)
 
 
+def bars() -> Any:
+    """Progress bars with the time left, on standard error; gone when they are through."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
 def write_table(folder: Path, stem: str, table: Table, formats: Iterable[str] = FORMATS) -> None:
     """Write a table in several forms: ``<stem>.md`` and so on.
 
