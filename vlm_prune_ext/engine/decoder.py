@@ -157,7 +157,7 @@ class DecoderPruner:
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         drops = any(stage.mode == "drop" for stage in self.stages.values())
-        if kwargs.get("labels") is not None and (drops or self.features_shrink or self.site):
+        if kwargs.get("labels") is not None and (drops or self.site):
             raise InputError(
                 "labels= asks for a loss over the whole prompt, of which pruning leaves a part: "
                 "take the logits, or leave prune() to train."
