@@ -12,7 +12,7 @@ from transformers import DynamicCache, MistralConfig, MistralForCausalLM, Static
 
 import vlm_prune_ext as vp
 from tests import makers
-from tests.test_engine import make, prompts
+from tests.engine.test_engine import make, prompts
 
 METHODS = {
     "fastv": vp.FastV(agg_layer=2, attention_rank=4),
