@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from vlm_prune_ext.engine.shorten import DecoderInput, Shortened, count_anew, im
 from vlm_prune_ext.engine.spans import Image
 from vlm_prune_ext.engine.trace import Trace
 from vlm_prune_ext.errors import InputError
-from vlm_prune_ext.methods.base import Method
+from vlm_prune_ext.methods.base import Method, say_once
 from vlm_prune_ext.methods.evidence import CLS, FeatureEvidence, FeatureStage, NewTokens
 
 Answer = torch.Tensor | NewTokens
@@ -222,10 +222,19 @@ class FeatureSite:
                     answer = stage.rule(evidence)
                 composer.add(group, answer)
         if stage is not None:
+            self.trace.vision_attention = self.attention
             layer = -1 if self.watch is None else self.watch.feature_layer
             self.trace.vision_kept[layer] = composer.kept()
             self.trace.merged[-1] = composer.added
         return composer.shortened()
+
+    @property
+    def attention(self) -> Literal["cls", "received"] | None:
+        """See :attr:`Trace.vision_attention`."""
+        needs = () if self.stage is None else self.stage.needs
+        if self.watch is None or not {"attention", "last"} & set(needs):
+            return None
+        return "cls" if self.watch.cls else "received"
 
     def _project(self, rows: torch.Tensor) -> torch.Tensor:
         assert self.watch is not None
@@ -279,7 +288,13 @@ def feature_site(parts: ModelParts, method: Method, trace: Trace) -> FeatureSite
         if parts.joint is None:
             raise InputError(f"{method.name} needs a CLIP text tower: {parts.why_no_vision}.")
         joint = parts.joint(stage.text_tower)
-    return FeatureSite(stage, watch_on(vision, stage.needs), trace, joint)
+    site = FeatureSite(stage, watch_on(vision, stage.needs), trace, joint)
+    if site.attention == "received":
+        say_once(
+            f"{method.name}: {type(vision.tower).__name__} has no CLS token; the mean attention "
+            "that patches receive from all patches stands in for that of CLS."
+        )
+    return site
 
 
 def _alike(rows: list[Row]) -> list[list[Row]]:

@@ -35,6 +35,8 @@ class Trace:
         merged: layer -> most rows that a method added to a sample in front of it, -1: to an image
             or crop between vision tower and language model. In front of a layer, ``kept`` numbers
             them from the length of the sequence on, in the order of their creation.
+        vision_attention: whose attention in the tower a rule behind it went by: ``"cls"``, or
+            ``"received"``, the mean over all patches, where a tower has no CLS; ``None``: nobody's.
         backend: what ran the model last.
     """
 
@@ -45,6 +47,7 @@ class Trace:
     visual_tokens: dict[int, list[int]] = field(default_factory=dict)
     positions: dict[int, torch.Tensor] = field(default_factory=dict)
     merged: dict[int, int] = field(default_factory=dict)
+    vision_attention: Literal["cls", "received"] | None = None
     backend: Backend = "transformers"
 
     def clear_decoder(self) -> None:
