@@ -1,8 +1,7 @@
-"""What decoding went wrong over: caches used again, windows, conversations, threads, training."""
+"""What decoding went wrong over: caches used again, windows, conversations and threads."""
 
 from __future__ import annotations
 
-import copy
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -144,17 +143,6 @@ def test_threads_do_not_mix(loaded: tuple[Any, Any], name: str) -> None:
         alone = [answer(inputs) for inputs in asked]
         with ThreadPoolExecutor(3) as pool:
             assert list(pool.map(answer, asked)) == alone
-
-
-def test_training_steps_are_refused(loaded: tuple[Any, Any]) -> None:
-    model, processor = loaded
-    inputs = inputs_of(processor, "What is this?")
-    with vp.prune(model, METHODS["fastv"]), pytest.raises(vp.InputError, match="labels="):
-        model(**inputs, labels=inputs["input_ids"])
-    trained = copy.deepcopy(model).train()
-    trained.gradient_checkpointing_enable()
-    with vp.prune(trained, METHODS["fastv"]), pytest.raises(vp.InputError, match="checkpointing"):
-        trained(**inputs, use_cache=False)
 
 
 @pytest.mark.parametrize(

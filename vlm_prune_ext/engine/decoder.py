@@ -97,7 +97,6 @@ class DecoderPruner:
         decoder = self.parts.decoder
         assert decoder is not None
         handles = [
-            self.parts.model.register_forward_pre_hook(self._before_model, with_kwargs=True),
             decoder.register_forward_pre_hook(self._enter, with_kwargs=True),
             decoder.register_forward_hook(self._leave, always_call=True),
         ]
@@ -155,14 +154,6 @@ class DecoderPruner:
     def _see_spans(self, mask: torch.Tensor, lengths: list[list[int]] | None) -> None:
         self._now.pending = (mask, lengths)
 
-    def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        drops = any(stage.mode == "drop" for stage in self.stages.values())
-        if kwargs.get("labels") is not None and (drops or self.site):
-            raise InputError(
-                "labels= asks for a loss over the whole prompt, of which pruning leaves a part: "
-                "take the logits, or leave prune() to train."
-            )
-
     # -- the decoder as a whole ----------------------------------------------------------------
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if args:  # LlamaModel and its kin take input_ids first
@@ -177,11 +168,6 @@ class DecoderPruner:
             return self._enter_decode(given, kwargs, cache, seen, pending)
         if cache is not None:
             self.states.pop(cache, None)  # emptied, and used again
-        if module.training and getattr(module, "gradient_checkpointing", False):
-            raise InputError(
-                "Gradient checkpointing runs layers a second time, when it is no longer known what "
-                "they held: call gradient_checkpointing_disable(), or leave prune() to train."
-            )
         images = self.entrance.images(given, pending)
         self.trace.clear_decoder()
         if self.site is not None:
