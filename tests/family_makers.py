@@ -685,6 +685,67 @@ def glm4v(folder: Path, layers: int = 4) -> None:
     ).save_pretrained(folder)
 
 
+def gemma4(folder: Path, layers: int = 4) -> None:
+    """The form of its larger models: no inputs of layers' own, no shared keys."""
+    extra = {
+        "boi_token": "<|image>",
+        "eoi_token": "<image|>",
+        "image_token": "<|image|>",
+        "boa_token": "<|audio>",
+        "eoa_token": "<audio|>",
+        "audio_token": "<|audio|>",
+    }
+    names = ["<pad>", "<eos>", "<bos>", *extra.values(), "<|turn>", "<turn|>", "<|video|>"]
+    tokenizer = fast_tokenizer(
+        names,
+        "<bos>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        extra_special_tokens=extra,
+    )
+    kinds = ("sliding", "full", "sliding", "full")
+    text = _text(
+        layers,
+        head_dim=16,
+        global_head_dim=32,
+        num_global_key_value_heads=1,
+        attention_k_eq_v=True,
+        sliding_window=24,
+        layer_types=[f"{kind}_attention" for kind in kinds],
+        hidden_size_per_layer_input=0,
+        bos_token_id=2,
+    )
+    vision = _vision(num_key_value_heads=2, head_dim=16, patch_size=8, pooling_kernel_size=2)
+    config = transformers.Gemma4Config(
+        text_config=text,
+        vision_config={**vision, "position_embedding_size": 64},
+        audio_config=None,
+        image_token_id=names.index("<|image|>"),
+        video_token_id=names.index("<|video|>"),
+        boi_token_id=names.index("<|image>"),
+        eoi_token_id=names.index("<image|>"),
+        tie_word_embeddings=False,
+    )
+    scatter(transformers.Gemma4ForConditionalGeneration(config)).save_pretrained(folder)
+    template = (
+        "{{ bos_token }}{% for message in messages %}<|turn>"
+        "{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"
+        "{% for item in message['content'] %}{% if item['type'] == 'text' %}"
+        "{{ item['text'] | trim }}{% else %}<|image|>{% endif %}{% endfor %}<turn|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|turn>model\n{% endif %}"
+    )
+    sizes = {"patch_size": 8, "max_soft_tokens": 70, "pooling_kernel_size": 2}
+    transformers.Gemma4Processor(
+        transformers.Gemma4AudioFeatureExtractor(),
+        transformers.Gemma4ImageProcessor(**sizes),
+        tokenizer,
+        transformers.Gemma4VideoProcessor(**sizes),
+        chat_template=template,
+        image_seq_length=70,
+    ).save_pretrained(folder)
+
+
 # -------------------------------------------------------------------------------- families
 
 
@@ -738,6 +799,7 @@ TABLE = {
     "aya_vision": Kind(aya_vision, "AyaVision"),
     "ovis2": Kind(ovis2, "Ovis2"),
     "glm4v": Kind(glm4v, "Glm4v"),
+    "gemma4": Kind(gemma4, "Gemma4"),
 }
 """Families that are a line of the table and nothing else."""
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import vlm_prune_ext as vp
 from tests import family_makers, makers
@@ -165,12 +166,47 @@ def test_a_new_family_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_live_model_needs_no_line_at_all(
     form: families.Form, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And a decoder whose attention is computed in another way is refused by what reads it."""
     monkeypatch.delitem(catalogue.FAMILIES, form.name)
     with vp.prune(form.model, families.METHODS["fastv"]) as trace:
         form.generate(form.inputs([0]), steps=1)
     assert 0 < trace.visual_tokens[2][0] < trace.visual_input[0]
     with pytest.raises(vp.InputError, match="is not known"):
         vp.load(form.folder)
+
+
+def test_attention_that_cannot_be_read(
+    form: families.Form, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a model that no line knows, keys that are more than projected, normed and turned are
+    noticed; methods that read none go on."""
+    monkeypatch.delitem(catalogue.FAMILIES, form.name)
+    attn: Any = parts_of(form.model).layers[1].self_attn
+    forward = attn.forward
+
+    def other(*args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        given = Doubling(past_key_values) if past_key_values is not None else None
+        return forward(*args, past_key_values=given, **kwargs)
+
+    monkeypatch.setattr(attn, "forward", other)
+    with (
+        pytest.raises(vp.InputError, match="computes its queries and keys in a way"),
+        vp.prune(form.model, families.METHODS["fastv"]),
+    ):
+        form.generate(form.inputs([0]), steps=1)
+    with vp.prune(form.model, families.METHODS["random"]) as trace:
+        form.generate(form.inputs([0]), steps=1)
+    assert 0 < trace.visual_tokens[0][0] < trace.visual_input[0]
+
+
+class Doubling:
+    """A cache that is handed keys of twice the size."""
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+
+    def update(self, keys: torch.Tensor, *rest: Any, **more: Any) -> Any:
+        return self.cache.update(2 * keys, *rest, **more)
 
 
 def test_deepstack_features_follow_a_drop_inside_their_layers(tmp_path: Path) -> None:
@@ -282,3 +318,27 @@ def test_queries_and_keys_are_what_every_layer_computes(form: families.Form) -> 
         hidden = out.attentions[index] == 0
         weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
         torch.testing.assert_close(weights, out.attentions[index], **EXACT)
+
+
+def test_decoders_that_cannot_drop_say_why() -> None:
+    """Qwen3.5 carries states through most layers; small Gemma 4 has inputs of each layer's own."""
+    text = {**family_makers._text(4), "head_dim": 16}
+    linear = {f"linear_{name}_head_dim": 16 for name in ("key", "value")}
+    linear |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "out_hidden_size": 64}
+    made = transformers.Qwen3_5ForConditionalGeneration(
+        transformers.Qwen3_5Config(text_config=text | linear, vision_config=vision)
+    )
+    small = transformers.Gemma4ForConditionalGeneration(
+        transformers.Gemma4Config(
+            text_config={**text, "vocab_size_per_layer_input": 384},
+            vision_config={"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2},
+            audio_config=None,
+        )
+    )
+    for model, said in (
+        (made, "carries a state on"),
+        (small, "per_layer_inputs between its layers"),
+    ):
+        with pytest.raises(vp.InputError, match=said), vp.prune(model, families.METHODS["random"]):
+            pass

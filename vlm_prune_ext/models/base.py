@@ -99,6 +99,7 @@ PICTURES = (
     "do_image_splitting",
     "do_pan_and_scan",
     "max_image_size",
+    "max_soft_tokens",
     "size",
 )
 """Settings of a family's image processor that loading takes: how large an image may be, and whether

@@ -59,8 +59,10 @@ def _is_decoder(module: nn.Module) -> bool:
     layers = getattr(module, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         return False
-    attn = getattr(layers[0], "self_attn", None)
-    projects = hasattr(attn, "q_proj") and hasattr(attn, "k_proj") and hasattr(attn, "head_dim")
+    attentions = [getattr(layer, "self_attn", None) for layer in layers]
+    projects = any(
+        all(hasattr(attn, name) for name in ("q_proj", "k_proj", "head_dim")) for attn in attentions
+    )
     return projects and isinstance(getattr(module, "norm", None), nn.Module)
 
 
@@ -188,7 +190,9 @@ def _rotate(attn: nn.Module, heads: torch.Tensor, rotary: Any) -> torch.Tensor:
         return heads
     apply = sys.modules[type(attn).__module__].apply_rotary_pos_emb  # type: ignore[attr-defined]
     cos, sin = rotary
-    nothing = heads[:, :0]  # it rotates two tensors at a time
+    if len([name for name in inspect.signature(apply).parameters if name in "qkx"]) == 1:
+        return apply(heads, cos, sin)  # Gemma 4's rotates one tensor at a time, others two
+    nothing = heads[:, :0]
     return apply(heads, nothing, cos, sin)[0]
 
 
@@ -342,6 +346,12 @@ def parts(model: Any, lengths: Lengths | None = None) -> ModelParts:
             f"{type(model).__name__} shows images to its decoder by cross-attention, not as tokens "
             "of the prompt: nothing to prune."
         )
+    stateful = [place for place, layer in enumerate(decoder.layers) if not _attends(layer)]
+    if stateful:
+        raise InputError(
+            f"Layer {stateful[0]} of {type(decoder).__name__} does not attend to tokens that it "
+            "keeps (it carries a state on, or shares another layer's keys): nothing can be dropped."
+        )
     inner, token = _merging(model, decoder), token_of(config)
     assert token is not None
     vision, why = find_tower(inner)
@@ -368,6 +378,10 @@ def _lengths_of(model: nn.Module) -> Lengths:
     return lengths
 
 
+def _attends(layer: nn.Module) -> bool:
+    return hasattr(getattr(layer, "self_attn", None), "k_proj")
+
+
 def _image_length(config: Any) -> int | None:
     """Visual tokens of every image, where the configuration says so."""
     text = getattr(config, "text_config", None)
@@ -381,8 +395,57 @@ def _image_length(config: Any) -> int | None:
 def family_of(line: FamilyLine) -> Family:
     """Any model with placeholders, or (``causal_lm``) a language model alone."""
     if line.name != "causal_lm":
-        return Family(line, owns, parts)
+        return Family(line, owns, _unlisted_parts)
     return Family(line, lambda model: find_decoder(model) is not None, _bare_parts)
+
+
+def _unlisted_parts(model: Any) -> ModelParts:
+    """Of a family that nobody here has tried: its attention is looked at first."""
+    found = parts(model)
+    attentions = [layer.self_attn for layer in found.layers if hasattr(layer, "self_attn")]
+    if not all(_is_read(attn, model.dtype) for attn in attentions):
+        found.queries = found.keys = _unread
+    return found
+
+
+def _unread(attn: nn.Module, hidden: torch.Tensor, rotary: Any) -> torch.Tensor:
+    raise InputError(
+        f"{type(attn).__name__} computes its queries and keys in a way that is not known here: "
+        "methods that read them do not apply to this model; RandomDrop does."
+    )
+
+
+class _Caught(Exception):
+    """Stands in for a KV cache: ends the attention when it is handed its keys."""
+
+    def update(self, keys: torch.Tensor, *_: Any, **__: Any) -> Any:
+        self.keys = keys
+        raise self
+
+
+@torch.no_grad()
+def _is_read(attn: Any, dtype: torch.dtype) -> bool:
+    """Are keys as projected here what an attention module hands to its cache, and are there as many
+    queries as share them? Tried on two made-up tokens."""
+    device = attn.k_proj.weight.device
+    if device.type == "meta":  # elsewhere until it is called
+        return True
+    steps = torch.linspace(-1, 1, 2 * attn.k_proj.in_features, device=device)
+    hidden = steps.view(1, 2, -1).to(dtype)
+    turns = torch.linspace(0, 1, 2 * attn.head_dim, device=device).view(1, 2, -1)
+    rotary = (turns.cos().to(dtype), turns.sin().to(dtype))
+    given: dict[str, Any] = {"position_embeddings": rotary, "past_key_values": _Caught()}
+    if "shared_kv_states" in inspect.signature(attn.forward).parameters:  # Gemma 4
+        given["shared_kv_states"] = {}
+    try:
+        attn(hidden_states=hidden, attention_mask=None, **given)
+    except _Caught as caught:
+        made, asked = keys(attn, hidden, rotary), queries(attn, hidden, rotary)
+        same = caught.keys.shape == made.shape and torch.allclose(caught.keys, made)
+        return same and asked.shape[1] == attn.num_key_value_groups * made.shape[1]
+    except Exception:  # whatever it does not take
+        return False
+    return False
 
 
 def _bare_parts(model: Any) -> ModelParts:
