@@ -12,8 +12,8 @@ import torch
 
 import vlm_prune_ext as vp
 from tests import family_makers, makers
+from tests.models.test_families import Form, load_form
 from tests.pruning_checks import fingerprint
-from tests.test_families import Form, load_form
 from vlm_prune_ext.methods.base import Method
 from vlm_prune_ext.methods.cdpruner import cdpruner, dpp_order, relevance
 from vlm_prune_ext.methods.divprune import max_min_order
