@@ -2,3 +2,9 @@
 
 ``make faults`` runs all of it; without ``FAULTS=full`` in the environment each count is small.
 """
+
+from __future__ import annotations
+
+import os
+
+FULL = os.environ.get("FAULTS") == "full"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import random
 import struct
 from collections.abc import Callable
@@ -13,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageFile
 
+from tests.faults import FULL
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.models import images
 from vlm_prune_ext.models.images import open_image
 
-FULL = os.environ.get("FAULTS") == "full"
 GREY = np.linspace(0, 255, 64 * 48).reshape(48, 64).round().astype(np.uint8)
 WIDE = GREY.astype(np.uint16) * 257  # the same picture in 16 bits
 COLOUR = Image.new("RGB", (32, 32), (200, 30, 60))

@@ -39,6 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", metavar="FILE", help="settings as JSON or YAML; the command line wins"
     )
+    parser.add_argument(
+        "--allow-code",
+        action="store_true",
+        help="let --config name code to run (package.module:function, trust_remote_code)",
+    )
     group = parser.add_argument_group("what prunes")
     group.add_argument("--baseline", action="store_true", help="nothing")
     group.add_argument("--method", metavar="NAME[:BUDGET]", help="see vlm-prune methods")
@@ -66,7 +71,8 @@ def settings_of(given: Mapping[str, Any]) -> tuple[Settings, frozenset[str]]:
         InputError: anything that is not accepted.
     """
     line = dict(given)
-    file = read_file(line.pop("config")) if "config" in line else {}
+    allow_code = line.pop("allow_code", False)
+    file = read_file(line.pop("config"), allow_code=allow_code) if "config" in line else {}
     extra = line.pop("set", [])
     for option in method_options():
         if option.key in line and not option.flag:

@@ -47,6 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--src-folder", metavar="DIR", help="images/ and data.csv")
     parser.add_argument("--config", metavar="FILE", help=".yaml or .json with the same settings")
     parser.add_argument(
+        "--allow-code",
+        action="store_true",
+        help="let --config name code to run (package.module:function)",
+    )
+    parser.add_argument(
         "--out", default="outputs_profile", metavar="DIR", help="default: outputs_profile"
     )
     axes = {
@@ -117,7 +122,7 @@ def _settings(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Settings of the file, those of the command line over them, and the folder of examples."""
     from vlm_prune_ext.experiment.settings import read_file
 
-    settings = read_file(args.config) if args.config else {}
+    settings = read_file(args.config, allow_code=args.allow_code) if args.config else {}
     names = (*_AXES, "method", "cached", "samples", "repeat", "warmup", "max_new_tokens", "seed")
     for name in (*names, "energy_seconds"):
         value = getattr(args, name)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -227,11 +228,17 @@ RUN_KEYS = tuple(f.name for f in fields(Settings) if f.name != "method")
 
 
 # -- reading -------------------------------------------------------------------------------------
-def read_file(path: str | Path) -> dict[str, Any]:
+def read_file(path: str | Path, *, allow_code: bool = False) -> dict[str, Any]:
     """Settings from a JSON or YAML file; dashes in names are read as underscores.
 
+    Args:
+        path: of the file.
+        allow_code: it may name code to run: ``package.module:function`` as a method, or
+            ``trust_remote_code: true``.
+
     Raises:
-        InputError: no such file, neither JSON nor YAML, or no mapping.
+        InputError: no such file, neither JSON nor YAML, no mapping, values that hold themselves or
+            are nested endlessly, or code that was not allowed.
     """
     path = Path(path)
     if not path.is_file():
@@ -239,13 +246,59 @@ def read_file(path: str | Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        size = _size(value)
+    except RecursionError as error:
+        raise InputError(f"Config file {str(path)!r} is nested too deeply.") from error
     except (OSError, ValueError, yaml.YAMLError) as error:
-        said = " ".join(str(error).split())
+        said = " ".join(str(error).split())[:300]
         kind = "JSON" if path.suffix == ".json" else "YAML"
         raise InputError(f"Config file {str(path)!r} is not valid {kind}: {said}.") from error
     if not isinstance(value, dict):
         raise InputError(f"Config file {str(path)!r} must hold names and values.")
+    if size > _MOST_VALUES:
+        raise InputError(
+            f"Config file {str(path)!r} holds more than {_MOST_VALUES} values, or one that holds "
+            "itself: settings are plain values."
+        )
+    code = None if allow_code else _code_in(value)
+    if code is not None:
+        raise InputError(
+            f"Config file {str(path)!r} names code to run ({code}): --allow-code on the command "
+            "line accepts that."
+        )
     return {str(key).replace("-", "_"): entry for key, entry in value.items()}
+
+
+_MOST_VALUES = 10_000
+_FUNCTION = re.compile(r"(?:^|:)[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+
+
+def _size(value: Any) -> int:
+    """Values inside a value, counted as often as they are referred to, but no further than past
+    :data:`_MOST_VALUES`."""
+    count, waiting = 0, [value]
+    while waiting and count <= _MOST_VALUES:
+        count += 1
+        found = waiting.pop()
+        if isinstance(found, dict):
+            waiting += [*found.keys(), *found.values()]
+        elif isinstance(found, list | tuple | set):
+            waiting += found
+    return count
+
+
+def _code_in(value: Any, name: str = "") -> str | None:
+    """What of a file's settings would run code; ``None``: nothing."""
+    if isinstance(value, dict):
+        inside = (_code_in(entry, f"{name} {key}") for key, entry in value.items())
+        return next((found for found in inside if found is not None), None)
+    if isinstance(value, list):
+        return next((found for entry in value if (found := _code_in(entry, name))), None)
+    if isinstance(value, str) and "method" in name and _FUNCTION.search(value):
+        return repr(value)
+    if name.endswith("trust_remote_code") or name.endswith("trust-remote-code"):
+        return "trust_remote_code" if value else None
+    return None
 
 
 def resolve(
@@ -486,6 +539,8 @@ def _names(value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         value = value.replace(",", " ").split()
     _require("data", value, "names of datasets", lambda v: isinstance(v, list | tuple) and v)
-    names = tuple(dict.fromkeys(value))
+    names = tuple(value)
+    _require("data", names, NAMES.accepted, lambda v: all(isinstance(name, str) for name in v))
+    names = tuple(dict.fromkeys(names))
     _require("data", names, NAMES.accepted, NAMES.ok)
     return names
