@@ -101,6 +101,16 @@ def test_planned_lengths() -> None:
     himap = parse_method("himap:18,attn_img_rank=5,attn_img_layer=3")
     assert planned_lengths(himap, 5, 16, [36]) == [52, 52, 34, 21, 21]
     assert planned_lengths(parse_method("random:9"), 2, 16, [36, 36]) == [34, 34]
+    for behind, left in (
+        ("visionzip:dominant=5,contextual=3", 8),
+        ("divprune:0.125", 4),
+        ("prumerge:0.25", 10),
+        ("downsample:11", 9),
+        ("holov:12", 12),
+    ):
+        assert planned_lengths(parse_method(behind), 2, 16, [36]) == [16 + left] * 2
+    with pytest.raises(InputError, match="depends on the picture"):
+        planned_lengths(parse_method("prumerge"), 2, 16, [36])
     ratio = parse_method("fastv:0.25,agg_layer=1")
     assert planned_lengths(ratio, 3, 16, [36, 64]) == [116, 16 + 9 + 16, 16 + 9 + 16]
     masked = parse_method("fastv:4,agg_layer=1,mode=mask")

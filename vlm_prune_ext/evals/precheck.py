@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.experiment.log import read_json
 from vlm_prune_ext.methods.base import Method
 from vlm_prune_ext.methods.option import require
@@ -63,6 +64,7 @@ def check_config(config: Any, method: Method) -> None:
     text: Any = getattr(config, "text_config", config)
     method.decoder_stages(text.num_hidden_layers)
     vision: Any = getattr(config, "vision_config", None)
+    _check_text_tower(method, getattr(vision, "model_type", None))
     if getattr(vision, "model_type", None) != "clip_vision_model":
         return  # other towers drop nothing, and their patches are not what becomes visual tokens
     method.vision_stages(vision.num_hidden_layers, _feature_layer(config, vision))
@@ -74,6 +76,15 @@ def check_config(config: Any, method: Method) -> None:
     for name in method.budgets():
         value = getattr(method, name)
         require(not isinstance(value, int) or value <= total, name, value, accepted)
+
+
+def _check_text_tower(method: Method, tower: str | None) -> None:
+    """A method that compares image and question needs a tower with CLIP's text half."""
+    stage = method.feature_stage()
+    if stage is not None and "joint" in stage.needs and tower not in ("clip_vision_model", None):
+        raise InputError(
+            f"{method.name} needs a CLIP text tower, and this model's vision tower is a {tower}."
+        )
 
 
 def _config(source: Checkpoint) -> Any:

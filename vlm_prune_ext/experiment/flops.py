@@ -25,7 +25,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlm_prune_ext.errors import InputError
-from vlm_prune_ext.methods.base import Method, Stage, resolve_budget
+from vlm_prune_ext.methods.base import Budget, Method, Stage, resolve_budget
+from vlm_prune_ext.methods.evidence import FeatureStage
 
 MLP_WIDTH = "intermediate_size"
 PLAIN = ("opt", "persimmon")
@@ -290,11 +291,14 @@ def planned_lengths(
         num_layers: decoder layers.
         text: text tokens of the prompt.
         visual: visual tokens of each image, as they come out of the projector (a method that works
-            in or behind the vision tower is not asked).
+            inside the vision tower is not asked); of a picture in crops, one entry for each.
 
     Raises:
         InputError: the method's counts depend on the data (SAINT in the language model).
     """
+    between = None if method is None else method.feature_stage()
+    if between is not None:
+        visual = [_behind_tower(method, between, total) for total in visual]
     lengths, now = [text + sum(visual)] * num_layers, list(visual)
     for stage in method.decoder_stages(num_layers) if method is not None else ():
         if stage.mode == "drop":
@@ -303,13 +307,23 @@ def planned_lengths(
     return lengths
 
 
+def _behind_tower(method: Method | None, stage: FeatureStage, total: int) -> int:
+    if stage.left is not None:
+        return stage.left(total)
+    return _kept(method, stage.budget, total)
+
+
 def _left(method: Method | None, stage: Stage, total: int, now: int) -> int:
     if stage.left is not None:
         return stage.left(total, now)
-    if stage.budget is None:
+    return _kept(method, stage.budget, total)
+
+
+def _kept(method: Method | None, budget: Budget | None, total: int) -> int:
+    if budget is None:
         name = getattr(method, "name", "method")
         raise InputError(f"method={name!r} keeps a number of tokens that depends on the picture.")
-    return resolve_budget("budget", stage.budget, total)
+    return resolve_budget("budget", budget, total)
 
 
 def _size(config: Any, name: str) -> int:

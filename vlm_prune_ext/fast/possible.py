@@ -65,7 +65,7 @@ def why_not_now(parts: ModelParts, method: Method | None) -> str | None:
 
 def _why_not_method(method: Method, layers: int) -> str | None:
     between = method.feature_stage()
-    if between is not None and between.budget is None:
+    if between is not None and between.budget is None and between.left is None:
         return f"{method.name} keeps a number of tokens that depends on the picture"
     for stage in method.decoder_stages(layers):
         if stage.mode == "mask":

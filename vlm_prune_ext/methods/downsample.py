@@ -41,8 +41,11 @@ class Downsample(Method):
     def feature_stage(self) -> FeatureStage:
         """Needs projected tokens only."""
         return FeatureStage(
-            ("projected",), self._rule, merges=True, row_ends=True, budget=self.keep
+            ("projected",), self._rule, merges=True, row_ends=True, left=self._tokens
         )
+
+    def _tokens(self, patches: int) -> int:
+        return math.isqrt(resolve_budget("keep", self.keep, patches)) ** 2
 
     def _rule(self, evidence: FeatureEvidence) -> torch.Tensor | NewTokens:
         assert evidence.projected is not None

@@ -281,6 +281,7 @@ class FeatureStage:
         row_ends: row-end tokens of a picture in crops stay, and tokens stand at their places among
             them.
         budget: what the rule keeps per row, for messages and FLOPs (``None``: data decide).
+        left: tokens that come out of so many, where ``budget`` does not say it.
         text_tower: for need ``joint``: what the user said about the text half of CLIP.
     """
 
@@ -290,4 +291,5 @@ class FeatureStage:
     merges: bool = False
     row_ends: bool = False
     budget: Budget | None = None
+    left: Callable[[int], int] | None = None
     text_tower: Any = None

@@ -78,7 +78,12 @@ class PruMerge(Method):
 
     def feature_stage(self) -> FeatureStage:
         """Needs features, and keys and CLS query of the last layer."""
-        return FeatureStage(("features", "last"), self._rule, merges=True)
+        return FeatureStage(
+            ("features", "last"), self._rule, merges=True, left=self._tokens if self.ratio else None
+        )
+
+    def _tokens(self, patches: int) -> int:
+        return max(1, int(patches * (self.ratio or 0))) + 1
 
     def _rule(self, evidence: FeatureEvidence) -> NewTokens:
         assert evidence.last_keys is not None and evidence.last_queries is not None

@@ -136,17 +136,22 @@ class VisionZip(Method):
 
     def feature_stage(self) -> FeatureStage:
         """Needs features, CLS attention and keys."""
-        alike = isinstance(self.dominant, int) is isinstance(self.contextual, int)
-        budget = self.dominant + self.contextual if alike else None
         needs: tuple[FeatureNeed, ...] = ("features", "attention", "keys")
-        return FeatureStage(needs, self._rule, merges=True, budget=budget)
+        return FeatureStage(needs, self._rule, merges=True, left=self._tokens)
+
+    def _tokens(self, patches: int) -> int:
+        return sum(self._split(patches))
+
+    def _split(self, patches: int) -> tuple[int, int]:
+        """Dominant and contextual tokens; together no more than there are patches."""
+        dominant = resolve_budget("dominant", self.dominant, patches)
+        contextual = resolve_budget("contextual", self.contextual, patches)
+        return dominant, min(contextual, patches - dominant)
 
     def _rule(self, evidence: FeatureEvidence) -> NewTokens:
         assert evidence.features is not None
         assert evidence.attention is not None and evidence.keys is not None
-        dominant = resolve_budget("dominant", self.dominant, evidence.patches)
-        contextual = resolve_budget("contextual", self.contextual, evidence.patches)
-        contextual = min(contextual, evidence.patches - dominant)
+        dominant, contextual = self._split(evidence.patches)
         zipped = visionzip(
             evidence.features,
             evidence.attention,
