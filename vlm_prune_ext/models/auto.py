@@ -94,6 +94,7 @@ class AutoPrompts(PromptProcessor):
     Attributes:
         processor: as above.
         marker: what stands for one image in the text that it is given.
+        reserved: ids that no text of a user may become.
     """
 
     def __init__(
@@ -122,6 +123,7 @@ class AutoPrompts(PromptProcessor):
             next((name for name in styles if name != "plain"), "plain"),
             styles,
         )
+        self.reserved = {token, *_reserved(processor)}
         if self.tokenizer.pad_token_id in (None, token):
             self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(self.pad_token_id)
 
@@ -178,12 +180,9 @@ class AutoPrompts(PromptProcessor):
 
     def _check_text(self, text: str) -> None:
         """Raise InputError where a text spells what stands for a part of an image."""
-        reserved = {self.image_token_id, *_reserved(self.processor)}
-        found = [
-            i for i in self.tokenizer(text, add_special_tokens=False).input_ids if i in reserved
-        ]
-        if found:
-            raise spelled(self.tokenizer.convert_ids_to_tokens(found[0]))
+        for token in self.tokenizer(text, add_special_tokens=False).input_ids:
+            if token in self.reserved:
+                raise spelled(self.tokenizer.convert_ids_to_tokens(token))
 
     def _made(self, rows: list[int], texts: list[str], pictures: list[list[Image]]) -> Row:
         """What the processor makes of some rows of the batch."""

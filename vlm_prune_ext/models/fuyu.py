@@ -6,88 +6,53 @@ LLaVA-NeXT these belong to the image and count as visual tokens.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from PIL.Image import Image
 from torch import nn
-from transformers import BatchFeature, FuyuForCausalLM, PreTrainedTokenizerFast
+from transformers import FuyuForCausalLM
 
 from vlm_prune_ext.engine.parts import ModelParts, SpanSink, Undo
 from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.models.auto import AutoPrompts, read_processor
 from vlm_prune_ext.models.base import Family, LoadOptions, PromptProcessor, is_a, is_named
 from vlm_prune_ext.models.catalogue import FamilyLine
 from vlm_prune_ext.models.checkpoint import Checkpoint
-from vlm_prune_ext.models.fields import explained
-from vlm_prune_ext.models.loading import load_model, read_pictures, token_id
+from vlm_prune_ext.models.loading import load_model
 from vlm_prune_ext.models.prompts import IMAGE, Style, without_markers
 
-NEWLINE = "|NEWLINE|"
-START = "<s>"
-# Behind the prompt of an image; the answer follows it.
-ANSWER = "<0x04>"
-
-FUYU_STYLES: Mapping[str, Style] = {
-    "fuyu": Style(user="{}\n", image=IMAGE),
-    "plain": Style(image=IMAGE),
-}
+FUYU_STYLES: Mapping[str, Style] = {"fuyu": Style(user="{}\n", image=IMAGE)}
 
 
-class FuyuPrompts(PromptProcessor):
-    """Prompts and patches of Fuyu.
+class FuyuPrompts(AutoPrompts):
+    """Prompts and patches of Fuyu, whose processor puts the image in front.
 
     Args:
-        model, tokenizer, image_processor: as in :class:`PromptProcessor`.
-        newline: id of the token that closes a row.
-        start: id of the token between image and text.
+        model, processor: as in :class:`AutoPrompts`.
+
+    Attributes:
+        newline: id of the token that closes a row of patches.
     """
 
-    def __init__(
-        self, model: Any, tokenizer: Any, image_processor: Any, newline: int, start: int
-    ) -> None:
-        token = model.config.image_token_id
-        super().__init__(model, tokenizer, image_processor, token, "fuyu", "fuyu", FUYU_STYLES)
-        self.newline, self.start = newline, start
+    def __init__(self, model: Any, processor: Any) -> None:
+        super().__init__(model, processor, "fuyu", FUYU_STYLES)
+        self.newline = int(processor.image_newline_id)
+        self.reserved = {self.image_token_id}
 
-    def _encode(self, prompts: list[str], pictures: list[list[Image]]) -> BatchFeature:
-        rows, patches = [], []
-        for text, own in zip(prompts, pictures, strict=True):
-            if len(own) > 1 or text.count(IMAGE) != len(own):
-                raise InputError(
-                    f"The prompt has {text.count(IMAGE)} {IMAGE} marker(s) and {len(own)} "
-                    "image(s): Fuyu takes one image per prompt, or none."
-                )
-            text = without_markers(text)
-            if not own:
-                rows.append(self.text_ids(text))
-                continue
-            cut, columns = self.patches(own[0])
-            row = [self.image_token_id] * columns + [self.newline]
-            said = self.text_ids(text + ANSWER, add_special_tokens=False)
-            rows.append(row * (len(cut) // columns) + [self.start] + said)
-            patches.append(cut)
-        data = self._pad(rows)
-        if patches:
-            data["image_patches"] = torch.cat(patches).to(self.dtype)
-        return BatchFeature({name: value.to(self.device) for name, value in data.items()})
+    def _marked(self, text: str, own: list[Image]) -> str:
+        if len(own) > 1 or text.count(IMAGE) != len(own):
+            raise InputError(
+                f"The prompt has {text.count(IMAGE)} {IMAGE} marker(s) and {len(own)} image(s): "
+                "Fuyu takes one image per prompt, or none."
+            )
+        said = without_markers(text)
+        self._check_text(said)
+        return said
 
-    def patches(self, image: Image) -> tuple[torch.Tensor, int]:
-        """Patches ``(rows * columns, values)`` of an image without its padding, and columns."""
-        made = self.process([image])
-        size = self.image_processor.patch_size
-        size = size if isinstance(size, dict) else {"height": size.height, "width": size.width}
-        picture = made["images"][0]
-        height, width = picture.shape[-2:]
-        inner = (made["image_unpadded_heights"], made["image_unpadded_widths"])
-        down, across = (
-            math.ceil(int(torch.as_tensor(edge).flatten()[0]) / size[name]) * size[name]
-            for edge, name in zip(inner, ("height", "width"), strict=True)
-        )
-        picture = picture[..., : min(down, height), : min(across, width)]
-        cut = self.image_processor.patchify_image(picture)
-        return torch.as_tensor(cut).flatten(0, -2), picture.shape[-1] // size["width"]
+    def _note_images(self, input_ids: torch.Tensor, pictures: list[list[Image]]) -> None:
+        """One image a prompt: nothing to tell apart."""
 
     def count_visual_tokens(self, inputs: Mapping[str, Any]) -> list[int]:
         """Patches and newlines of each sample."""
@@ -102,15 +67,9 @@ def visual_mask(ids: torch.Tensor, patch: int, newline: int) -> torch.Tensor:
 
 
 def _load(source: Checkpoint, options: LoadOptions) -> tuple[Any, PromptProcessor]:
-    what = f"checkpoint {source.name!r}"
-    if not (source.folder / "tokenizer.json").is_file():
-        raise InputError(f"{what} has no tokenizer: tokenizer.json is needed.")
-    pictures = read_pictures(source)
-    with explained(f"The tokenizer of {what}"):
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(source.folder))
-    newline, start = (token_id(tokenizer, token, what) for token in (NEWLINE, START))
+    processor = read_processor(source, options)
     model = load_model(FuyuForCausalLM, source, options)
-    return model, FuyuPrompts(model, tokenizer, pictures, newline, start)
+    return model, FuyuPrompts(model, processor)
 
 
 def queries(attn: nn.Module, hidden: torch.Tensor, rotary: Any) -> torch.Tensor:
