@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 
 import vlm_prune_ext as vp
 from tests import family_makers, makers
@@ -258,6 +259,38 @@ def test_no_text_tower(llava: tuple[Any, Any]) -> None:
     told = pytest.raises(vp.InputError, match="no tokenizer for the question 'Red")
     with told, vp.prune(model, vp.CDPruner(budget=5, text_tower=parts)):
         model(**processor.prompt("Red?", makers.photo()))
+
+
+def test_text_half_of_the_towers_own_checkpoint(tmp_path: Path) -> None:
+    """``None`` finds it where the tower came from; a folder names another."""
+    folder = makers.tiny_original(tmp_path / "llava", tower="folder")
+    model, processor = vp.load(folder)
+    inputs = processor.prompt("Where is the cat?", makers.photo(70, 70, 4))
+    with pytest.raises(vp.InputError, match="is a vision tower alone"):
+        vp.prune(model, vp.CDPruner()).__enter__()
+    vision = CLIPVisionConfig.from_pretrained(folder / "vision_tower")
+    text = makers.text_tower().model.config.to_dict() | {"vocab_size": 600}
+    whole = CLIPModel(
+        CLIPConfig(text_config=text, vision_config=vision.to_dict(), projection_dim=20)
+    )
+    whole.vision_model.load_state_dict(model.model.vision_tower.state_dict())
+    whole.save_pretrained(folder / "vision_tower")
+    family_makers.fast_tokenizer(["<pad>"], pad_token="<pad>").save_pretrained(
+        folder / "vision_tower"
+    )
+    again, processor = vp.load(folder)
+    methods = [
+        vp.CDPruner(budget=5),
+        vp.CDPruner(budget=5, text_tower=str(folder / "vision_tower")),
+        vp.CDPruner(budget=5, text_tower=(whole, lambda text: [1, 2])),
+    ]
+    kept = []
+    for method in methods:
+        with vp.prune(again, method) as trace:
+            again(**inputs)
+        kept.append(next(iter(trace.vision_kept.values()))[0].tolist())
+    assert kept[0] == kept[1]
+    assert all(len(set(row)) == 5 for row in kept)
 
 
 # -- rules at their limits ---------------------------------------------------------------------

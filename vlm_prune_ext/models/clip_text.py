@@ -18,7 +18,7 @@ from torch import nn
 from vlm_prune_ext.engine.parts import Undo
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.models import questions
-from vlm_prune_ext.models.checkpoint import find_folder
+from vlm_prune_ext.models.checkpoint import find_folder, read_json
 from vlm_prune_ext.models.clip_tower import checkpoint_of, clip_body
 from vlm_prune_ext.models.original import KNOWN_TOWERS
 
@@ -274,13 +274,19 @@ def load_text_tower(name: str, device: torch.device, dtype: torch.dtype) -> Text
     Raises:
         InputError: it is not there, or it is the vision half alone.
     """
-    from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+    from transformers import AutoTokenizer, CLIPModel
 
-    folder = find_folder(name, what="CLIP text tower")
-    config = CLIPConfig.from_pretrained(folder)
-    if not (folder / "config.json").is_file() or config.architectures == ["CLIPVisionModel"]:
-        raise InputError(f"text_tower={name!r} is a vision tower alone: no text half is there.")
-    model = CLIPModel.from_pretrained(folder, dtype=dtype)
+    folder, what = find_folder(name, what="CLIP text tower"), f"text_tower={name!r}"
+    if "text_config" not in read_json(folder / "config.json", what):
+        raise InputError(
+            f"{what} is a vision tower alone: give text_tower=, a folder or hub name of a whole "
+            "CLIP checkpoint."
+        )
+    loaded: Any = CLIPModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    model, found = loaded
+    missing = sorted(key for key in found["missing_keys"] if not key.startswith("vision_model."))
+    if missing:
+        raise InputError(f"{what} lacks weights of its text half: {missing[0]}.")
     del model.vision_model
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     return TextTower(model.eval().to(device), None, tokenizer)

@@ -194,7 +194,7 @@ class OriginalCheckpoint:
                 None, config=config, state_dict=weights, **options.from_pretrained_arguments()
             )
         add_placeholder_row(model)
-        came_from(model.model.vision_tower, str(self.tower.folder or self.tower.name))
+        came_from(model.model.vision_tower, self.tower.origin)
         model.generation_config = self._generation_config(config)
         return model.eval()
 
@@ -246,6 +246,11 @@ class Tower:
                 return Tower(name, None, local=False, fetch=source.fetch)
             raise
         return Tower(name, folder, local=False, fetch=source.fetch)
+
+    @property
+    def origin(self) -> str:
+        """Its folder, or its name on the hub."""
+        return str(self.folder) if self.local else self.name
 
     def image_processor(self) -> CLIPImageProcessor:
         """Resizing and normalising as the tower wants it."""
