@@ -51,6 +51,11 @@ class Folder:
         return self.path / f"{name}_metrics.json"
 
     @property
+    def ended(self) -> Path:
+        """The log: a line for each run that came to its end, with its record."""
+        return self.path / "runs.jsonl"
+
+    @property
     def summary(self) -> Path:
         """All runs, failed ones too."""
         return self.path / "all_models_summary.json"

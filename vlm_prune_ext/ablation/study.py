@@ -29,7 +29,7 @@ from vlm_prune_ext.ablation.worker import Work, make_job
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.experiment import grid, metrics
 from vlm_prune_ext.experiment.coco import Tools
-from vlm_prune_ext.experiment.log import lock, read_json, write_json, write_whole
+from vlm_prune_ext.experiment.log import Log, lock, read_json, write_json, write_whole
 from vlm_prune_ext.experiment.measure import settled_memory, used_memory
 from vlm_prune_ext.experiment.record import changed
 
@@ -215,6 +215,9 @@ class Study:
                 record = self._record(run, dict(line.result or {}), started, start, tools)
             except Exception as error:  # whatever it is, the other runs go on
                 why = str(error) or type(error).__name__
+        status = FAILED if why is not None else DONE
+        ended = replace(line, status=status, result=record, why=why)
+        Log(self.folder.ended).append(vars(ended))
         say, text, spent = self.console.say, self.console.text, time.monotonic() - start
         facts = {"name": run.name, "time": time.strftime("%H:%M:%S"), "seconds": duration(spent)}
         if record is not None:

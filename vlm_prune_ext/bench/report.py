@@ -19,7 +19,7 @@ FIGURES = (
     Figure("backend", left=True, path="backend"),
     Figure("method", left=True, path="method"),
     Figure("FLOPs ratio", 3, path="flops_ratio"),
-    Figure("visual FLOPs", 3, path="flops_ratio_visual"),
+    Figure("image FLOPs", 3, path="flops_ratio_visual"),
     Figure("prefill ms", 2, path="prefill.median", scale=_MS),
     Figure("time ratio", 3, path="time_ratio"),
     Figure("time/FLOPs", 3, path="time_over_flops"),
@@ -93,7 +93,7 @@ def legend(header: Mapping[str, Any]) -> str:
     return (
         f"Roofline: {roofline['flops'] / 1e12:.3g} TFLOP/s ({roofline['dtype']}), "
         f"{roofline['bytes'] / 1e12:.3g} TB/s. FLOPs: of the prefill, text included, over the "
-        "unpruned one; visual FLOPs: of its layers over visual tokens alone, as papers state it; "
+        "unpruned one; image FLOPs: of its layers over visual tokens alone, as papers state it; "
         "a rule's own arithmetic is in neither; time: the same, over the unpruned row of the same "
         "backend (of transformers, where hooks have none). TTFT: of generate, tower included; "
         "TPOT: per token and batch. samples/s: answers of one token; long/s: of "

@@ -149,8 +149,11 @@ def _say(line: str) -> None:
 
 
 def _report(out: Path) -> int:
-    from vlm_prune_ext.profiling.report import write_reports
+    from vlm_prune_ext.profiling.report import console_tables, write_reports
 
-    for path in write_reports(out):
+    pages = write_reports(out)
+    for table in console_tables(out):
+        table.show()
+    for path in pages:
         print(path)
     return 0

@@ -33,7 +33,7 @@ from vlm_prune_ext.experiment.grid import (
     run,
     slot,
 )
-from vlm_prune_ext.experiment.log import lock, write_json
+from vlm_prune_ext.experiment.log import Log, lock, write_json
 from vlm_prune_ext.experiment.record import Record, read_record
 from vlm_prune_ext.experiment.report import (
     Column,
@@ -47,6 +47,9 @@ from vlm_prune_ext.experiment.report import Line as Curve
 from vlm_prune_ext.experiment.settings import MODEL, Settings, resolve
 from vlm_prune_ext.methods.base import Method
 from vlm_prune_ext.methods.registry import method_class, parse_method, standard_method
+
+LOG = "sweep.jsonl"
+"""A line for each cell that a start did."""
 
 
 # -- cells -----------------------------------------------------------------------------------------
@@ -192,9 +195,10 @@ class Evaluate:
         from vlm_prune_ext.evals.vlmeval_run import Files, run_dataset
 
         settings, _ = resolve({}, cell.settings)
-        run_dataset(settings, settings.data[0], self.held(cell.group))
+        record = run_dataset(settings, settings.data[0], self.held(cell.group))
         path = Files(settings, settings.data[0]).ours("results.json")
-        return {"record": str(path.relative_to(settings.work_dir))}
+        values = record.metrics if record is not None else {}
+        return {"record": str(path.relative_to(settings.work_dir)), "metrics": values}
 
 
 def carry_out(made: Plan, folder: Path, workers: int | None, shown: Shown) -> list[Line]:
@@ -218,6 +222,7 @@ def carry_out(made: Plan, folder: Path, workers: int | None, shown: Shown) -> li
         logs = folder / "logs"
         for line in run(made.cells, Evaluate, arguments, workers=count, output=logs):
             lines[line.key] = line
+            Log(folder / LOG).append(vars(line))
             tell(line)
     return [lines[cell.key] for cell in made.cells] + made.skipped
 
@@ -291,7 +296,8 @@ class Shown:
             Column("FLOPs", unit=" %"),
         ]
         columns += [Column(title) for title in self.data.values()]
-        table = Table([*columns, Column("prefill", 0, unit=" ms")], title=self.title)
+        more = metric_figures()
+        table = Table([*columns, Column("prefill", 0, unit=" ms"), *more], title=self.title)
         alone = len({one.config["checkpoint"] for one in records}) < 2
         for row in by_setting(records):
             some = next(iter(row.values()))
@@ -306,9 +312,19 @@ class Shown:
                     *(score.value if score else None for score in scores),
                     *[None] * (len(self.data) - len(scores)),
                     1000 * sum(times) / len(times) if times else None,
+                    *(
+                        _mean(one.metrics.get(figure.key) for one in row.values())
+                        for figure in more
+                    ),
                 ]
             )
         return table
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Of those that there are."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def by_setting(records: Sequence[Record]) -> list[dict[str, Record]]:

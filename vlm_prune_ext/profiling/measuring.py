@@ -43,8 +43,8 @@ from vlm_prune_ext.experiment.measure import (
     stopwatch,
 )
 from vlm_prune_ext.experiment.measure import warm as warm_up
-from vlm_prune_ext.experiment.metrics import METRICS, everywhere, fitting, score_all
-from vlm_prune_ext.experiment.record import Spread
+from vlm_prune_ext.experiment.metrics import METRICS, Answered, everywhere, fitting, score_all
+from vlm_prune_ext.experiment.record import Sample, Spread
 from vlm_prune_ext.models.base import starts_with
 from vlm_prune_ext.profiling.data import Example
 from vlm_prune_ext.profiling.grid import Cell
@@ -98,17 +98,17 @@ class Quality:
     metrics: dict[str, float | None] = field(default_factory=dict)
 
 
-def quality_of(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Quality:
+def quality_of(samples: Sequence[Answered | str], references: Sequence[Sequence[str]]) -> Quality:
     """Score answers.
 
     Args:
-        answers: one per example.
+        samples: one per example, or their texts alone.
         references: one or several per example.
     """
     fits, more = fitting(references), everywhere()
     is_caption = fits == "bleu4_lower"
     names = ["wer", fits, *(["cider_words"] if is_caption else []), *more]
-    found, missing = score_all(answers, references, names)
+    found, missing = score_all(samples, references, names)
     for name in ("wer", fits):
         if name in missing:
             raise InputError(f"{METRICS[name].title} cannot be computed: {missing[name]}.")
@@ -116,7 +116,7 @@ def quality_of(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Q
         wer=found["wer"],  # type: ignore[arg-type]
         name=METRICS[fits].title,
         value=found[fits],  # type: ignore[arg-type]
-        samples=len(answers),
+        samples=len(samples),
         cider=found.get("cider_words"),
         metrics={name: found[name] for name in more},
     )
@@ -258,8 +258,7 @@ class CellMeasurer:
         if fast and any(run.trace.backend != "graphs" for run in runs):
             raise InputError("--optimization fast is not taken by this model and these settings.")
         latency = self._latency(runs, first, [prepared for *_, prepared in batches])
-        answers = [text for _, run, _ in batches for text in self._texts(run)]
-        quality = quality_of(answers[: len(self.examples)], [e.answers for e in self.examples])
+        samples = self._samples([(batch, run) for batch, run, _ in batches])
         return Result(
             precision=str(self.loaded.optimization.precision),
             latency=latency,
@@ -272,11 +271,11 @@ class CellMeasurer:
             ),
             flops=self._flops(first),
             tokens=self._tokens([(batch, run) for batch, run, _ in batches]),
-            quality=quality,
+            quality=quality_of(samples, [example.answers for example in self.examples]),
             examples_per_second=self.cell.batch_size / latency.total.median,
             peak_memory=peak,
             seconds=time.perf_counter() - start,
-            answers=answers[: len(self.examples)],
+            answers=[sample.prediction for sample in samples],
             row_numbers=[example.row for example in self.examples],
         )
 
@@ -316,8 +315,30 @@ class CellMeasurer:
         ids = output[:, prompt.shape[1] :] if starts_with(output, prompt) else output
         return _Run(ids, clock, trace)
 
-    def _texts(self, run: _Run) -> list[str]:
-        return self.processor.decode(run.ids, {})
+    def _samples(self, batches: Sequence[tuple[Batch, _Run]]) -> list[Sample]:
+        """What was said to each example and what it cost, as metrics see it."""
+        found: list[Sample] = []
+        for batch, run in batches:
+            size, clock = self.cell.batch_size, run.clock
+            kept, new = run.trace.visual_tokens, self._new(run)
+            for row, text in enumerate(self.processor.decode(run.ids, {})):
+                found.append(
+                    Sample(
+                        index=len(found),
+                        prediction=text,
+                        prompt_tokens=batch.visual[row] + batch.text[row],
+                        new_tokens=new[row],
+                        visual_tokens=batch.visual[row],
+                        visual_kept={str(layer): counts[row] for layer, counts in kept.items()},
+                        lengths=list(run.trace.lengths),
+                        prefill_seconds=clock.ttft / size,
+                        decode_seconds=clock.decode / size,
+                        fast=run.trace.backend == "graphs",
+                        seconds=clock.latency / size,
+                        batch=size,
+                    )
+                )
+        return found[: len(self.examples)]
 
     # -- figures -----------------------------------------------------------------------------
     def _latency(self, runs: list[_Run], first: Batch, prepared: list[float]) -> Latency:
@@ -374,7 +395,7 @@ class CellMeasurer:
     def _tokens(self, batches: list[tuple[Batch, _Run]]) -> Tokens:
         visual = [count for batch, _ in batches for count in batch.visual]
         means, lasts = zip(*(self._kept(batch, run) for batch, run in batches), strict=True)
-        new = [self._new(run) for _, run in batches]
+        new = [count for _, run in batches for count in self._new(run)]
         return Tokens(
             visual=statistics.fmean(visual),
             visual_kept=statistics.fmean(means),
@@ -398,7 +419,6 @@ class CellMeasurer:
             per_layer.append(held)
         return statistics.fmean(per_layer), per_layer[-1]
 
-    def _new(self, run: _Run) -> float:
+    def _new(self, run: _Run) -> list[int]:
         """New tokens of each example, its end token included."""
-        stops = stop_ids(self.model, self.processor)
-        return statistics.fmean(lengths_until(run.ids, stops))
+        return lengths_until(run.ids, stop_ids(self.model, self.processor))

@@ -515,6 +515,7 @@ def write_reports(out: Path) -> list[Path]:
         models = [_model(name, names, lines, folder) for name in names]
         pages = {folder / f"{model.stem}.md": model.markdown() for model in models}
         sheets = {folder / f"{model.stem}.csv": model.sheet().csv() for model in models}
+        sheets |= {folder / f"{model.stem}.json": model.sheet().json() for model in models}
         index = {folder / "index.md": _index(models), folder / "index.html": _page(models, folder)}
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(
@@ -527,6 +528,27 @@ def write_reports(out: Path) -> list[Path]:
     for path, text in {**index, **pages, **sheets}.items():
         write_whole(path, text)
     return [*index, *pages]
+
+
+SHOWN = ("kept", "latency ms", "TTFT ms", "TPOT ms", "examples/s", "score", "GFLOP", "peak GiB")
+
+
+def console_tables(out: Path) -> list[Table]:
+    """What a terminal is shown of a log: a table a model, its main figures and the metrics that
+    every command shows."""
+    made = []
+    lines = list(read_lines(Log(out / LOG)).values())
+    columns = [figure for figure in figures() if figure.name in SHOWN or figure not in FIGURES]
+    for name in dict.fromkeys(line.cell["model_name"] for line in lines):
+        rows = rows_of(line for line in lines if line.cell["model_name"] == name)
+        axes = varying(rows) or [QUESTIONS[-2]]
+        own = Table([*(Column(q.column, left=True) for q in axes), *map(_bare, columns)])
+        own.title = name
+        for row in rows:
+            settings = [row.shown(q.axis) or "default" for q in axes]
+            own.rows.append([*settings, *(row.figures[column.name] for column in columns)])
+        made += [own] if rows else []
+    return made
 
 
 _INDEX = (
