@@ -47,7 +47,8 @@ def dpp_order(kernel: torch.Tensor, count: int) -> torch.Tensor:
     """Greedy maximum a posteriori choice of a determinantal point process.
 
     Where the kernel's rank is exhausted, so that what is left of the gains is rounding noise, the
-    largest diagonal entries follow.
+    largest diagonal entries follow. Each pick takes what it explains out of the whole kernel (a
+    Schur complement): more arithmetic than Chen et al.'s rows of a factor, and far fewer steps.
 
     Args:
         kernel: float32 ``(images, n, n)``, symmetric, positive semidefinite.
@@ -56,27 +57,21 @@ def dpp_order(kernel: torch.Tensor, count: int) -> torch.Tensor:
     Returns:
         int64 ``(images, count)``, all different, in the order of picking.
     """
-    batch, n = kernel.shape[:2]
-    rows = torch.arange(batch, device=kernel.device)
-    diagonal = kernel.diagonal(dim1=1, dim2=2)
-    gains, picked = diagonal.clone(), torch.zeros_like(diagonal)
-    floor = EXHAUSTED * diagonal
-    # Any gain above its floor comes before any entry of the diagonal.
-    later = diagonal - diagonal.amax(dim=1, keepdim=True) - 1.0
-    factors = kernel.new_zeros(batch, count, n)
-    order = torch.empty(batch, count, dtype=torch.int64, device=kernel.device)
-    for pick in range(count):
-        alive = gains > floor
-        chosen = (torch.where(alive, gains, later) + picked).argmax(dim=1)
-        order[:, pick] = chosen
-        here = factors[rows, :, chosen]
-        rest = kernel[rows, chosen] - (here[:, None] @ factors)[:, 0]
-        scale = gains[rows, chosen].clamp(min=torch.finfo(torch.float32).tiny).rsqrt()
-        factor = rest * (scale * alive[rows, chosen])[:, None]
-        factors[:, pick] = factor
-        gains = gains - factor.square()
-        picked = picked.scatter(1, chosen[:, None], -torch.inf)
-    return order
+    left = kernel.clone()  # what the picks so far do not explain
+    gains = left.diagonal(dim1=1, dim2=2)
+    floor = EXHAUSTED * gains
+    # Any gain above its floor comes before any entry of the diagonal; a pick's own gain is gone.
+    later = gains - gains.amax(dim=1, keepdim=True) - 1.0
+    picks = []
+    for _ in range(count):
+        chosen = torch.where(gains > floor, gains, later).argmax(dim=1, keepdim=True)
+        picks.append(chosen)
+        later.scatter_(1, chosen, -torch.inf)
+        row = left.gather(1, chosen[..., None].expand(-1, 1, left.shape[2]))
+        gain = gains.gather(1, chosen)
+        weight = torch.where(gain > floor.gather(1, chosen), gain.reciprocal(), 0.0)
+        left.baddbmm_((row * weight[..., None]).transpose(1, 2), row, alpha=-1)
+    return torch.cat(picks, dim=1)
 
 
 def cdpruner(projected: torch.Tensor, weight: torch.Tensor, budget: int) -> torch.Tensor:

@@ -29,19 +29,18 @@ def max_min_order(tokens: torch.Tensor, count: int) -> torch.Tensor:
         int64 ``(images, count)``, all different.
     """
     unit = unit_rows(tokens)
-    batch, n = unit.shape[:2]
-    rows = torch.arange(batch, device=unit.device)
+    n = unit.shape[1]
     distance = 1.0 - unit @ unit.transpose(1, 2)
-    order = torch.empty(batch, count, dtype=torch.int64, device=unit.device)
     # The second smallest entry of a row: the smallest is the token's distance to itself.
     nearest = distance.kthvalue(min(2, n), dim=2).values
-    for pick in range(count):
-        chosen = nearest.argmax(dim=1)
-        order[:, pick] = chosen
-        row = distance[rows, chosen]
-        nearest = row if pick == 0 else torch.minimum(nearest, row)
-        nearest = nearest.scatter(1, order[:, : pick + 1], -torch.inf)
-    return order
+    picks = [nearest.argmax(dim=1, keepdim=True)]
+    nearest = torch.full_like(nearest, torch.inf)
+    while len(picks) < count:
+        last = picks[-1]
+        row = distance.gather(1, last[..., None].expand(-1, 1, n))[:, 0]
+        nearest = torch.minimum(nearest, row).scatter_(1, last, -torch.inf)
+        picks.append(nearest.argmax(dim=1, keepdim=True))
+    return torch.cat(picks, dim=1)
 
 
 @register

@@ -31,18 +31,17 @@ def coverage_order(features: torch.Tensor, saliency: torch.Tensor, count: int) -
     """
     unit = unit_rows(features)
     cosines = unit @ unit.transpose(1, 2)
-    rows = torch.arange(len(unit), device=unit.device)
-    covered = torch.zeros_like(cosines[:, :, 0])
-    picked = torch.zeros_like(covered)
-    order = torch.empty(len(unit), count, dtype=torch.int64, device=unit.device)
-    saliency = saliency.float()
-    for pick in range(count):
-        gains = (cosines - covered[:, :, None]).clamp_(min=0).sum(dim=1) * saliency + picked
-        chosen = gains.argmax(dim=1)
-        order[:, pick] = chosen
-        picked = picked.scatter(1, chosen[:, None], -torch.inf)
-        covered = torch.maximum(covered, cosines[rows, :, chosen])
-    return order
+    covered = torch.zeros_like(cosines[:, :, :1])
+    saliency = saliency.float().clone()
+    picks = []
+    for _ in range(count):
+        gains = (cosines - covered).clamp_(min=0).sum(dim=1)
+        chosen = torch.where(saliency < 0, -1.0, gains * saliency).argmax(dim=1, keepdim=True)
+        picks.append(chosen)
+        saliency.scatter_(1, chosen, -1.0)  # never again
+        column = cosines.gather(2, chosen[:, None].expand(-1, cosines.shape[1], 1))
+        covered = torch.maximum(covered, column)
+    return torch.cat(picks, dim=1)
 
 
 @register
