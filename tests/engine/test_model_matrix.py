@@ -30,6 +30,12 @@ METHODS = {
     "custom": vp.CustomSelection(method="attention", kept_tokens=0.5, agg_layer=2),
     "random": vp.RandomDrop(keep=0.5),
     "downsample": vp.Downsample(keep=0.25),
+    "vtw": vp.VTW(layer=2),
+    "pdrop": vp.PyramidDrop(layers=(1, 3), ratios=(0.6, 0.3)),
+    "dart": vp.DART(layer=2, max_num_trunction=6, pivot_image_token=2, pivot_text_token=1),
+    "sparsevlm": vp.SparseVLM(stages=((1, 7), (3, 3))),
+    "sparsevlm_plus": vp.SparseVLMPlus(stages=((1, 7), (3, 3))),
+    "feather": vp.FEATHER(layers=(1, 3), reduction_ratio=0.4),
     "visionzip": vp.VisionZip(dominant=5, contextual=3),
     "fastervlm": vp.FasterVLM(budget=6),
     "vispruner": vp.VisPruner(budget=7),
@@ -51,8 +57,15 @@ LEFT = {
     "holov": 6,
     "downsample": 4,
 }
-# VisionZip and PruMerge cannot keep all: they hand on CLS, or sums of patches.
+# Behind the last stage of those that count on in the language model.
+LAST = {"vtw": 0, "dart": 8, "sparsevlm": 4, "sparsevlm_plus": 3}
+# VTW keeps nothing; VisionZip and PruMerge cannot keep all: they hand on CLS, or sums of patches.
 KEEP_ALL = {
+    "pdrop": vp.PyramidDrop(layers=(1, 3), ratios=(1.0, 1.0)),
+    "dart": vp.DART(layer=2, max_num_trunction=10**6),
+    "sparsevlm": vp.SparseVLM(stages=((1, 10**6),)),
+    "sparsevlm_plus": vp.SparseVLMPlus(stages=((1, 10**6),)),
+    "feather": vp.FEATHER(layers=(1, 3), reduction_ratio=0.0),
     "fastv": vp.FastV(agg_layer=2, attention_rank=1.0),
     "himap": vp.HiMAP(attn_txt_layer=1, attn_txt_rank=1.0, attn_img_layer=3, attn_img_rank=1.0),
     "saint": vp.SAINT(start=1, end=3, threshold=1.0, min_neighbors=10**6),
@@ -217,6 +230,10 @@ def test_counts(form: Form, name: str) -> None:
         ]
     elif name in ("fastv", "fastv-mask"):
         assert (first, last) == (total, round(0.4 * total))
+    elif name == "pdrop":
+        assert last == int(0.3 * total)
+    elif name in LAST:
+        assert last == LAST[name]
     elif name == "custom":
         assert last == round(0.5 * total)
     elif name == "random":
