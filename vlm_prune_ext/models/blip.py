@@ -201,6 +201,7 @@ def _parts(model: Any) -> ModelParts:
         final_norm=decoder.final_layer_norm,
         queries=generic.queries,
         keys=generic.keys,
+        input_norm=lambda layer: layer.self_attn_layer_norm,
         plain_rotary=False,
         counts_real=True,
         why_no_vision=WHY_NO_VISION,

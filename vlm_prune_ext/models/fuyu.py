@@ -92,6 +92,8 @@ def _project(attn: Any, which: int, hidden: torch.Tensor, rotary: Any) -> torch.
     if attn.qk_layernorm:
         heads = (attn.q_layernorm, attn.k_layernorm)[which](heads)
     heads = heads.transpose(1, 2)
+    if rotary is None:
+        return heads
     turned, rest = heads[..., : attn.rotary_ndims], heads[..., attn.rotary_ndims :]
     turned = apply_rotary_pos_emb(turned, turned[:, :0], *rotary)[0]
     return torch.cat([turned, rest], dim=-1)

@@ -68,7 +68,11 @@ def _is_decoder(module: nn.Module) -> bool:
 
 def decoder_parts(model: nn.Module, decoder: Any, **more: Any) -> ModelParts:
     """Parts of a model around a decoder; ``more`` are fields of the result."""
-    fields: dict[str, Any] = {"plain_rotary": _turns_plainly(decoder), "follow": _follow(decoder)}
+    fields: dict[str, Any] = {
+        "plain_rotary": _turns_plainly(decoder),
+        "rotate": _text_rotary(decoder),
+        "follow": _follow(decoder),
+    }
     return ModelParts(
         model=model,
         decoder=decoder,
@@ -88,6 +92,20 @@ def _turns_plainly(decoder: Any) -> bool:
     kinds = list(inspect.signature(rotary.forward).parameters)  # Gemma's asks for the kind of layer
     scaling = getattr(decoder.config, "rope_parameters", None) or {}
     return len(kinds) == 2 and "mrope_section" not in scaling
+
+
+def _text_rotary(decoder: Any) -> Callable[[torch.Tensor, torch.Tensor, int], Any] | None:
+    """How text at stated positions is turned in a layer, where that is not LLaMA's way; see
+    :attr:`ModelParts.rotate`."""
+    rotary = getattr(decoder, "rotary_emb", None)
+    if rotary is None or _turns_plainly(decoder):
+        return None
+    kinds = getattr(decoder.config, "layer_types", None)
+    if len(inspect.signature(rotary.forward).parameters) > 2:
+        assert kinds is not None
+        return lambda hidden, positions, layer: rotary(hidden, positions, kinds[layer])
+    # Three axes (time, height, width), which are one and the same for text.
+    return lambda hidden, positions, layer: rotary(hidden, positions.expand(3, -1, -1))
 
 
 def _follow(decoder: Any) -> Callable[[Present], list[Undo]] | None:
