@@ -80,15 +80,6 @@ def never_ending(model: Any) -> None:
         model.language_model.generation_config.eos_token_id = None
 
 
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    made: dict[str, Path] = {}
-    for name, kind in family_makers.KINDS.items():
-        made[name] = tmp_path_factory.mktemp(name)
-        kind.make(made[name])
-    return made
-
-
 def load_form(name: str, folder: Path, attention: str = "sdpa") -> Form:
     model, processor = vp.load(folder, attn_implementation=attention)
     never_ending(model)

@@ -15,14 +15,6 @@ from tests import family_makers, makers
 FASTV = {"agg_layer": 2, "attention_rank": 3}
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    made = {name: tmp_path_factory.mktemp(name) for name in family_makers.KINDS}
-    for name, kind in family_makers.KINDS.items():
-        kind.make(made[name])
-    return made
-
-
 @pytest.mark.parametrize("name", family_makers.KINDS)
 def test_vlmeval(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("vlmeval")

@@ -160,6 +160,8 @@ class AutoPrompts(PromptProcessor):
         Args:
             input_ids: int64 ``(batch, seq)``.
         """
+        if not self._images:
+            return None
         rows = input_ids.tolist()
         found = [self._images.get(_key(ids, self.pad_token_id)) for ids in rows]
         if not any(found):
