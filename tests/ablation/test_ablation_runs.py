@@ -152,13 +152,15 @@ def check_finished(out: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("without_java")
-def test_demo_model_with_methods(tmp_path: Path) -> None:
+def test_demo_model_with_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The trained model is right where it sees, less so with 8 of 576 visual tokens."""
     data = write_caption_csv(tmp_path / "data", 5, 4)
     out = tmp_path / "out"
     command = ["ablate", "--data", str(data), "--models", "demo", "--methods", "random:8", "none"]
     command += ["--output-dir", str(out), "--batch-size", "4", "--max-new-tokens", "24"]
-    assert cli.main([*command, "--device", "cpu"]) == 0
+    assert cli.main([*command, "--device", "cpu", "cpu"]) == 0  # both runs at the same time
+    said = capsys.readouterr().out
+    assert said.index("[2/2] demo starts") < said.index("[1/2] demo-random8 done")
     with (out / "comparison.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["model_name"] for row in rows] == ["demo", "demo-random8"]
