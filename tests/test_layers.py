@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "vlm_prune_ext"
 # Layer of each part, lowest first. A module may import from its own part and from lower layers.
 LAYERS = [
     {"errors", "lazy"},
-    {"select", "jsonl", "tables"},
+    {"select", "tables"},
     {"methods"},
     {"experiment"},
     {"engine"},
