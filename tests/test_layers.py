@@ -65,8 +65,6 @@ def imports_of(path: Path) -> frozenset[Path]:
 @pytest.mark.parametrize("path", FILES, ids=[str(p.relative_to(PACKAGE)) for p in FILES])
 def test_imports_point_down(path: Path) -> None:
     mine = part_of(path)
-    if mine == "demo" and path.stem == "report":
-        mine = "evals"  # a program that measures the demo model
     for other in {part_of(found) for found in imports_of(path)}:
         if other in RANK and other != part_of(path):
             assert RANK[other] < RANK[mine], f"{mine} imports {other}"

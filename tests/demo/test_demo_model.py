@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import vlm_prune_ext as vp
-from vlm_prune_ext.demo import CHECKPOINT, drawing, questions, report
+from vlm_prune_ext.demo import CHECKPOINT, drawing, questions
+from vlm_prune_ext.evals import scenes
 
 # Fresh scenes: no other seed of this repository is this one.
 SEED = 20_261
@@ -32,17 +33,17 @@ def sets():
 
 
 def _share(loaded, sets, image) -> float:
-    right = [
-        report.is_right(sample, answer)
-        for items in sets.values()
-        for sample, answer in zip(items, report.answers(*loaded, items, image=image), strict=True)
-    ]
+    right = []
+    for samples in sets.values():
+        items = [scenes.case(sample, image(sample)) for sample in samples]
+        given = scenes.ask(*loaded, items)
+        right += [scenes.is_right(a, b.prediction) for a, b in zip(items, given, strict=True)]
     assert len(right) == 100
     return float(np.mean(right))
 
 
 def test_it_answers_fresh_questions(loaded, sets):
-    assert _share(loaded, sets, report.picture) >= SEES
+    assert _share(loaded, sets, scenes.picture) >= SEES
 
 
 def test_with_another_picture_it_cannot(loaded, sets):
@@ -50,13 +51,13 @@ def test_with_another_picture_it_cannot(loaded, sets):
     for items in sets.values():
         for sample, other in zip(items, items[1:] + items[:1], strict=True):
             others[sample["scene_seed"]] = other
-    share = _share(loaded, sets, lambda sample: report.picture(others[sample["scene_seed"]]))
+    share = _share(loaded, sets, lambda sample: scenes.picture(others[sample["scene_seed"]]))
     assert share <= BLIND
 
 
 def test_it_captions(loaded):
-    items = questions.samples("caption", SEED, 8)
-    result = report.score(items, report.answers(*loaded, items))
+    items = scenes.cases("caption", SEED, 8)
+    result = scenes.score(items, scenes.ask(*loaded, items))
     assert result["bleu_4"] >= 60
 
 

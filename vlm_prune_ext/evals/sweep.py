@@ -135,7 +135,7 @@ def choices_of(names: Sequence[str], budgets: Sequence[str] = ()) -> list[Choice
     known = [method_class(name.partition(":")[0].strip()) for name in names]
     found: dict[str, Choice] = {}
     for name, cls in zip(names, known, strict=True):
-        swept = bool(budgets) and ":" not in name and _has_keep_budget(cls)
+        swept = bool(budgets) and ":" not in name and has_keep_budget(cls)
         for text in [f"{name}:{budget}" for budget in budgets] if swept else [name]:
             try:
                 method = parse_method(text) if ":" in text else standard_method(text)
@@ -147,7 +147,7 @@ def choices_of(names: Sequence[str], budgets: Sequence[str] = ()) -> list[Choice
     return list(found.values())
 
 
-def _has_keep_budget(cls: type[Method] | None) -> bool:
+def has_keep_budget(cls: type[Method] | None) -> bool:
     """Whether a method's short form states how much stays (VTW's states a layer, SAINT's a
     threshold: in a sweep these run once, as published)."""
     if cls is None:
