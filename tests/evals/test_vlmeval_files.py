@@ -7,6 +7,8 @@ import io
 from pathlib import Path
 from typing import Any
 
+import openpyxl
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -14,6 +16,7 @@ pytest.importorskip("vlmeval")
 
 from vlmeval.dataset import image_base
 from vlmeval.dataset.utils import multiple_choice
+from vlmeval.smp import dump, load
 
 from vlm_prune_ext.evals.vlmeval_files import own_files
 
@@ -72,3 +75,21 @@ def test_vlmevalkit_has_its_own_functions_back() -> None:
         assert image_base.decode_base64_to_image_file is not before[0]
         raise KeyError
     assert (image_base.decode_base64_to_image_file, multiple_choice.timestr) == before
+
+
+ANSWERS = ["=1+1", '=HYPERLINK("http://x.y","A")', "http://x.y", "+1", "-2", "@SUM(1)", "{=1}"]
+ANSWERS += ["NA", "None", "null", "nan", "007", "1e5", "TRUE", "a\r\nb", "A\x1b[31mred", " A ", ""]
+
+
+def test_answers_in_a_sheet_are_text_and_read_back_equal(tmp_path: Path) -> None:
+    path = str(tmp_path / "x.xlsx")
+    before = pd.DataFrame.to_excel
+    with own_files():
+        table = pd.DataFrame({"index": range(len(ANSWERS)), "prediction": ANSWERS, "A": ANSWERS})
+        dump(table.assign(hint=None), path)
+        back = load(path)
+    assert back["prediction"].tolist() == ANSWERS
+    assert back["A"].tolist()[:-1] == ANSWERS[:-1] and back["hint"].isna().all()
+    cells = [cell for row in openpyxl.load_workbook(path).active for cell in row]
+    assert not [cell.value for cell in cells if cell.data_type == "f" or cell.hyperlink]
+    assert pd.DataFrame.to_excel is before

@@ -10,6 +10,7 @@ missing values.
 
 from __future__ import annotations
 
+import re
 import sys
 import uuid
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from vlmeval.dataset.utils import multiple_choice
 from vlmeval.smp import file as reading
 from vlmeval.smp import vlm
 
-from vlm_prune_ext.tables import TEXT_CELLS, BadRow, read_leniently
+from vlm_prune_ext.tables import BadRow, read_leniently
 
 
 @contextmanager
@@ -54,6 +55,7 @@ def own_reading(bad: list[BadRow]) -> Iterator[None]:
     """
     with ExitStack() as stack:
         _exchange(stack, reading, "pd", _Pandas(bad))
+        _exchange(stack, pd.DataFrame, "to_excel", _as_text(pd.DataFrame.to_excel))
         yield
 
 
@@ -73,8 +75,34 @@ class _Pandas:
         return data
 
     def read_excel(self, path: Any, **options: Any) -> pd.DataFrame:
-        """As in pandas."""
-        return pd.read_excel(path, **TEXT_CELLS, **options)
+        """A sheet whose texts are what was written: words, and signs that XML has no place for."""
+        found = pd.read_excel(path, keep_default_na=False, na_values=[""], **options)
+        found = found.map(lambda cell: _plain(cell) if isinstance(cell, str) else cell)
+        if "prediction" in found:  # an empty answer is an answer
+            found["prediction"] = found["prediction"].astype(object).fillna("")
+        return found
+
+
+_ESCAPED = re.compile(r"_x(00[01][0-9A-F])_")
+
+
+def _plain(text: str) -> str:
+    """Without the way in which xlsx writes control characters, which openpyxl leaves as it is."""
+    return _ESCAPED.sub(lambda match: chr(int(match[1], 16)), text)
+
+
+def _as_text(write: Callable[..., Any]) -> Callable[..., Any]:
+    """``DataFrame.to_excel`` whose cells stay the texts they are: VLMEvalKit's makes formulas and
+    links of answers that look like some."""
+
+    def to_excel(self: pd.DataFrame, *args: Any, **options: Any) -> Any:
+        if options.get("engine") == "xlsxwriter":
+            kinds = ("formulas", "urls", "numbers")
+            plain = {f"strings_to_{kind}": False for kind in kinds}
+            options["engine_kwargs"] = {"options": plain}
+        return write(self, *args, **options)
+
+    return to_excel
 
 
 def _exchange(stack: ExitStack, module: Any, name: str, new: Any) -> None:
