@@ -182,7 +182,7 @@ def test_through_the_evaluation_layer(form: families.Form) -> None:
 def test_tower_methods_say_why_not(form: families.Form) -> None:
     with (
         pytest.raises(vp.InputError, match=r"is not CLIP-like"),
-        vp.prune(form.model, vp.Downsample(keep=0.5)),
+        vp.prune(form.model, vp.SAINT(vit=vp.SAINTViT(layers=(1,)), start=None)),
     ):
         pass
 
