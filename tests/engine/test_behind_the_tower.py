@@ -243,6 +243,8 @@ def test_questions_reach_their_own_sample(llava: tuple[Any, Any]) -> None:
             (alone,) = trace.vision_kept.values()
             assert torch.equal(alone[0], kept[sample])
     assert not torch.equal(kept[0], kept[1])
+    assert method.label() == "cdpruner_keep5_textTextTower"
+    assert vp.CDPruner(5, "openai/clip").label() == "cdpruner_keep5_textopenai.clip"
 
 
 def test_no_text_tower(llava: tuple[Any, Any]) -> None:

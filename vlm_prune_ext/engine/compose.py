@@ -253,6 +253,7 @@ class FeatureSite:
                 found |= self._joint(features, rows, cls)
             else:
                 found[need] = features.of(need, rows)
+        found = {name: tensor.to(features.embeds.device) for name, tensor in found.items()}
         first = rows[0]
         return FeatureEvidence(first.length, first.crops, first.grid, cls, **found)
 
@@ -338,7 +339,12 @@ class Composer:
 
     def add(self, rows: list[Row], answer: Answer) -> None:
         """What the rule answered for some rows: all rows of a picture come at once."""
-        kept = answer if isinstance(answer, torch.Tensor) else answer.kept
+        device = self.stays.device  # a model may be spread over several
+        if isinstance(answer, torch.Tensor):
+            kept = answer = answer.to(device)
+        else:
+            answer = replace(answer, places=answer.places.to(device))
+            kept = answer.kept
         for row, one in zip(rows, kept, strict=True):
             self._kept[self._number[id(row)]] = one
         if isinstance(answer, NewTokens):
@@ -393,14 +399,14 @@ class Composer:
         if not rows[0].tiles:
             self._keep_tokens(rows, places)
             samples, slots = self._slots(rows, places)
-            self.embeds = self.embeds.index_put((samples, slots), tokens.to(self.embeds))
+            self.embeds = self.embeds.index_put((samples, slots), tokens)
             return
         chooser, place, mine = self._owners(rows, places.device)
         index = places.new_full((len(rows), self.features.patches), -1)
         column = torch.arange(places.shape[1], device=places.device).expand_as(places)
         which = index.scatter(1, places, column)[chooser, place]
         here = mine & (which >= 0)
-        chosen = tokens[chooser, which.clamp(min=0)].to(self.embeds)
+        chosen = tokens[chooser, which.clamp(min=0)]
         self.embeds = torch.where(here[..., None], chosen, self.embeds)
         self.stays |= here
 
@@ -425,14 +431,16 @@ class Composer:
         at, slot = sent(samples, device), sent(slots, device)
         if self.embeds is self.features.embeds:
             self.embeds = self.embeds.clone()
-        self.embeds[at, slot] = tokens.flatten(0, 1)[sent(source, device)].to(self.embeds)
+        self.embeds[at, slot] = tokens.flatten(0, 1)[sent(source, device)]
         self.stays[at, slot] = True
 
     def _tokens(self, rows: list[Row], answer: NewTokens) -> torch.Tensor:
         """``(rows, t, D)``."""
-        if answer.rows is not None:
-            return answer.rows if answer.projected else self.project(answer.rows)
-        return take(self.features.of("projected", rows), answer.places, -2)
+        if answer.rows is None:
+            made = take(self.features.of("projected", rows), answer.places, -2)
+        else:
+            made = answer.rows if answer.projected else self.project(answer.rows)
+        return made.to(self.embeds)
 
     def _order(self, rows: list[Row], answer: NewTokens) -> dict[int, list[int]]:
         """Picture -> which of the answer's tokens it becomes, ``row * t + token``."""

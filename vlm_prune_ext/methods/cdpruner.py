@@ -8,10 +8,11 @@ for determinantal point processes: Chen, Zhang and Zhou (arXiv 1709.05135).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 from vlm_prune_ext.lazy import torch
-from vlm_prune_ext.methods.base import Method, register, resolve_budget
+from vlm_prune_ext.methods.base import Method, label_text, register, resolve_budget
 from vlm_prune_ext.methods.evidence import Budget, FeatureEvidence, FeatureStage
 from vlm_prune_ext.methods.option import a_budget, anything, option
 from vlm_prune_ext.select import unit_rows
@@ -125,8 +126,16 @@ class CDPruner(Method):
         anything(),
         "CLIP with its text half. None: the checkpoint the tower came from; a folder; a hub name; "
         "or a vlm_prune_ext.models.clip_text.TextTower.",
-        tag="text",
+        tag=None,
     )
+
+    def label(self) -> str:
+        """As ever; a text tower of its own by its name, or by what kind of object it is."""
+        if self.text_tower is None:
+            return super().label()
+        named = isinstance(self.text_tower, str | PathLike)
+        shown = self.text_tower if named else type(self.text_tower).__name__
+        return f"{super().label()}_text{label_text(shown)}"
 
     def feature_stage(self) -> FeatureStage:
         """Needs projected tokens, and patches and question in the joint space."""

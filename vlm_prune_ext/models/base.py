@@ -287,7 +287,8 @@ class PromptProcessor:
             template.single(text, len(own)) for text, own in zip(texts, pictures, strict=True)
         ]
         made = self._encode(prompts, pictures)
-        self._questions.remember(made["input_ids"], texts)
+        asked = [" ".join(text.replace(IMAGE, " ").split()) for text in texts]
+        self._questions.remember(made["input_ids"], asked)
         return made
 
     def questions(self, input_ids: torch.Tensor) -> list[str]:
