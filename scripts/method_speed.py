@@ -40,7 +40,7 @@ from vlm_prune_ext.fast.generate import FastGenerate
 from vlm_prune_ext.fast.possible import why_not
 from vlm_prune_ext.methods.base import Method
 from vlm_prune_ext.methods.cdpruner import CDPruner
-from vlm_prune_ext.methods.registry import METHODS, parse_method
+from vlm_prune_ext.methods.registry import METHODS, get_method, parse_method
 from vlm_prune_ext.models.clip_text import TextTower
 from vlm_prune_ext.pruning import prune
 
@@ -197,6 +197,12 @@ def _tokens(workload: Workload, trace: Any) -> tuple[float, float, float]:
     return counts[-1], statistics.fmean(counts), float(cost.ratio or 1.0)
 
 
+def method_of(text: str) -> Any:
+    """A method by its short form; by name alone with what it is usually asked for."""
+    cls = METHODS.get(text)
+    return parse_method(text) if cls is None else get_method(text, **cls.standard)
+
+
 def with_text_tower(method: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """CDPruner needs a text tower, which a random model does not bring."""
     if not isinstance(method, CDPruner):
@@ -250,7 +256,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", default="llava-1.5-7b")
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 16])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=[*METHODS, "prumerge:0.11"])
     parser.add_argument("--repeat", type=int, default=15)
     parser.add_argument("--out", default="method_speed.md")
     args = parser.parse_args()
@@ -279,8 +285,10 @@ def main() -> int:
                     continue
                 gc.collect()
                 try:
-                    method = with_text_tower(parse_method(text), device, dtype)
+                    plain = method_of(text)
+                    method = with_text_tower(plain, device, dtype)
                     row = measure(workload, method, batch, args.repeat)
+                    row.method = plain.label()
                 except Exception as error:  # the others are still to be measured
                     failed += 1
                     print(f"Failed: {text}: {error}", file=sys.stderr, flush=True)

@@ -31,8 +31,9 @@ from vlm_prune_ext.fast.possible import (
     why_not_options,
 )
 from vlm_prune_ext.fast.reach import reach
+from vlm_prune_ext.fast.rules import RecordedRules
 from vlm_prune_ext.fast.run import Run, start
-from vlm_prune_ext.fast.tower import RecordedTower, drops_inside, watch_of
+from vlm_prune_ext.fast.tower import RecordedTower, drops_inside, site_of
 from vlm_prune_ext.fast.unchanged import Unchanged
 from vlm_prune_ext.methods.base import Method
 
@@ -78,6 +79,7 @@ class FastGenerate:
         self.pieces = Pieces(self._parts, _Head(model), capture=capture)
         vision = self._parts.vision
         self._tower = RecordedTower(vision.tower, self.pieces.recorder) if vision else None
+        self._rules = RecordedRules(self.pieces.recorder)
         self._weights = self._where_weights_are()
         self._unchanged = Unchanged(model)
 
@@ -246,12 +248,14 @@ class FastGenerate:
         inputs = {name: kwargs[name] for name in INPUTS if kwargs.get(name) is not None}
         mask = inputs["attention_mask"]
         positions = (mask.long().cumsum(dim=1) - 1).masked_fill(mask == 0, 0)
+        site = site_of(session)
         if self._tower is not None and not drops_inside(session):
-            self._tower.take_over(watch_of(session))
+            self._tower.take_over(site.watch if site is not None else None)
         try:
-            return self.prefill(
-                lambda: model(**inputs, position_ids=positions, use_cache=False), limit
-            )
+            with self._rules.take_over(site):
+                return self.prefill(
+                    lambda: model(**inputs, position_ids=positions, use_cache=False), limit
+                )
         finally:
             if self._tower is not None:
                 self._tower.step_back()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from vlm_prune_ext.engine.compose import FeatureSite
+from vlm_prune_ext.engine.decoder import DecoderPruner
 from vlm_prune_ext.engine.features import Seen, Watch
 from vlm_prune_ext.engine.prune import Session
 from vlm_prune_ext.engine.vision import VisionPruner
@@ -23,10 +24,10 @@ def drops_inside(session: Session | None) -> bool:
     return any(isinstance(pruner, VisionPruner) and pruner.stages for pruner in pruners)
 
 
-def watch_of(session: Session | None) -> Watch | None:
-    """What notes a tower's evidence, if a rule asked for any."""
+def site_of(session: Session | None) -> FeatureSite | None:
+    """What chooses between tower and language model, if anything does."""
     pruners = session.pruners if session is not None else []
-    return next((p.watch for p in pruners if isinstance(p, FeatureSite)), None)
+    return next((p.site for p in pruners if isinstance(p, DecoderPruner)), None)
 
 
 class RecordedTower:
