@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,21 +63,35 @@ class Row:
 
 # -- remembered answers --------------------------------------------------------------------------
 class Remembered:
-    """A rule that answers what another answered in the run before, in the same order."""
+    """A rule that answers what another answered in the run before, in the same order.
+
+    Each way of asking it first waits for the device once: so the fast path sees that it is not to
+    be recorded.
+    """
 
     def __init__(self, rule: Callable[..., Any]) -> None:
-        self.rule, self.answers, self.next = rule, [], 0
+        self.rule = rule
+        self.answers: list[Any] = []
+        self.next = 0
+        self._waited: set[str] = set()
 
     def listen(self, *evidence: Any) -> Any:
         """Ask the rule and remember."""
+        self._wait("listen")
         self.answers.append(_copied(self.rule(*evidence)))
         return self.answers[-1]
 
     def __call__(self, *evidence: Any) -> Any:
         """The next answer; after the last one the first again."""
+        self._wait("answer")
         answer = self.answers[self.next % len(self.answers)]
         self.next += 1
         return answer
+
+    def _wait(self, name: str) -> None:
+        if name not in self._waited and torch.cuda.is_available():
+            self._waited.add(name)
+            torch.ones(1, device="cuda").item()
 
 
 def _copied(answer: Any) -> Any:
@@ -97,7 +112,7 @@ def remembering(pruners: list[Any]) -> Iterator[Callable[[], None]]:
     def watch(stage: Any, put: Callable[[Any], None]) -> None:
         memory = Remembered(stage.rule)
         heard.append((put, stage, memory))
-        undos.append(lambda: put(stage))
+        undos.append(partial(put, stage))
         put(replace(stage, rule=memory.listen))
 
     for pruner in pruners:
@@ -109,7 +124,7 @@ def remembering(pruners: list[Any]) -> Iterator[Callable[[], None]]:
             put(replace(stage, rule=memory, **({"needs": ()} if hasattr(stage, "needs") else {})))
         for watch_ in {p.site.watch for p in pruners if isinstance(p, DecoderPruner) and p.site}:
             if watch_ is not None:
-                undos.append(lambda w=watch_, n=watch_.needs: setattr(w, "needs", n))
+                undos.append(partial(setattr, watch_, "needs", watch_.needs))
                 watch_.needs = ()
 
     try:
@@ -123,20 +138,20 @@ def _stages(pruner: Any) -> list[tuple[Any, Callable[[Any], None]]]:
     """A pruner's stages, each with what puts another in its place."""
     if not isinstance(pruner, DecoderPruner | VisionPruner):
         return []
-    found = []
-    for layer, stage in pruner.stages.items():
-
-        def put(stage: Any, layer: int = layer) -> None:
-            pruner.stages[layer] = stage
-            entrance = getattr(pruner, "entrance", None)
-            if layer == 0 and entrance is not None and entrance.first_stage is not None:
-                entrance.first_stage = stage
-
-        found.append((stage, put))
+    found: list[tuple[Any, Callable[[Any], None]]] = [
+        (stage, partial(_put, pruner, layer)) for layer, stage in pruner.stages.items()
+    ]
     site = getattr(pruner, "site", None)
-    if site is not None:
-        found.append((site.stage, lambda stage: setattr(site, "stage", stage)))
+    if site is not None and site.stage is not None:
+        found.append((site.stage, partial(setattr, site, "stage")))
     return found
+
+
+def _put(pruner: Any, layer: int, stage: Any) -> None:
+    pruner.stages[layer] = stage
+    entrance = getattr(pruner, "entrance", None)
+    if layer == 0 and entrance is not None and entrance.first_stage is not None:
+        entrance.first_stage = stage
 
 
 # -- one method ----------------------------------------------------------------------------------
