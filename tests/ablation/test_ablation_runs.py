@@ -196,7 +196,7 @@ def test_rerun_redoes_what_it_names(tmp_path: Path) -> None:
     assert row_indices(out / "b_predictions.jsonl") == [0, 1, 2]
     aside = {path.name: path.read_bytes() for path in (out / "previous").iterdir()}
     assert aside == {name: content for name, (_, content) in before["b"].items()}
-    assert cli.main([*command, "6", "--rerun", "a", "b"]) == 0
+    assert cli.main([*command, "6", "--fresh"]) == 0
     assert read(out / "a_metrics.json")["settings"]["max_new_tokens"] == 6
 
 

@@ -67,7 +67,12 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def measure(
-    folder: Path, out: Path, stop_after: int | None = None, trust: bool = False, **settings: Any
+    folder: Path,
+    out: Path,
+    stop_after: int | None = None,
+    trust: bool = False,
+    fresh: bool = False,
+    **settings: Any,
 ) -> Any:
     """Run a grid; with `stop_after`, Ctrl-C comes after so many cells."""
     chosen = resolved(plan({"repeat": 1, "max_new_tokens": 3, "warmup": 0, **settings}))
@@ -80,7 +85,9 @@ def measure(
                 raise KeyboardInterrupt
 
     cells = cells_of(chosen, examples)
-    return run_cells(cells, examples, out, track, lambda line: None, trust_remote_code=trust)
+    return run_cells(
+        cells, examples, out, track, lambda line: None, trust_remote_code=trust, fresh=fresh
+    )
 
 
 def lines_of(out: Path) -> list[dict[str, Any]]:
@@ -365,6 +372,8 @@ def test_interrupted_and_resumed(folder: Path, llava: Path, tmp_path: Path) -> N
     assert len(read_lines(Log(tmp_path / LOG))) == 4
     outcome = measure(folder, tmp_path, **settings)
     assert (outcome.done, outcome.before) == (0, 4)
+    assert measure(folder, tmp_path, fresh=True, **{**settings, "img_size": 28}).done == 2
+    assert (tmp_path / "previous" / LOG).read_text().startswith(first)
     # Other examples make other cells.
     other = make_folder(tmp_path / "other", 2)
     assert measure(other, tmp_path, **settings).done == 4

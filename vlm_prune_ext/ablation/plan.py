@@ -167,7 +167,7 @@ def suffix(method: Method | None) -> str:
     return "_".join([f"-{method.name}{label_text(budget)}", *parts[len(usual) :]])
 
 
-def to_redo(names: Iterable[str], runs: Sequence[Run]) -> set[str]:
+def to_redo(names: Iterable[str], runs: Sequence[Run]) -> frozenset[str]:
     """Names of the runs that ``--rerun`` means: a run's own name, or a model's for all of its.
 
     Raises:
@@ -180,4 +180,4 @@ def to_redo(names: Iterable[str], runs: Sequence[Run]) -> set[str]:
             known = {run.name for run in runs} | {run.model.name for run in runs}
             raise unknown_name("--rerun", name, known)
         found |= mine
-    return found
+    return frozenset(found)

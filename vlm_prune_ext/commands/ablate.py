@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from vlm_prune_ext.commands.common import METHOD_HELP, device_for
+from vlm_prune_ext.commands.common import FRESH_HELP, METHOD_HELP, device_for
 from vlm_prune_ext.errors import InputError, unknown_name
 
 LANGUAGES = ("en", "ko")
@@ -62,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rerun", nargs="+", default=[], metavar="NAME", help="models or runs to do anew"
     )
+    parser.add_argument("--fresh", action="store_true", help=FRESH_HELP)
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows")
     parser.add_argument("--image-column", metavar="NAME", help="default: image, image_path, url")
     parser.add_argument("--prompt-column", metavar="NAME", help="default: query, prompt, question")
@@ -123,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
         prompt=args.prompt,
         load=_load_arguments(args),
         devices=tuple(args.device),
-        redo=frozenset(to_redo(args.rerun, runs)),
+        redo=frozenset(run.name for run in runs) if args.fresh else to_redo(args.rerun, runs),
         language=args.lang,
     )
     for device in args.device or [None]:  # asked here, not by every run's own process

@@ -19,6 +19,7 @@ METHOD_HELP = (
 )
 
 
+FRESH_HELP = "start anew; what is there is put aside (default: go on from it)"
 TRUST_HELP = (
     "load formats that come with code of their own, e.g. OpenGVLab/InternVL2-2B (default: refuse)"
 )

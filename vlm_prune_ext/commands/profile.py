@@ -32,7 +32,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_prune_ext.commands.common import METHOD_HELP, TRUST_HELP
+from vlm_prune_ext.commands.common import FRESH_HELP, METHOD_HELP, TRUST_HELP
 from vlm_prune_ext.errors import InputError
 
 if TYPE_CHECKING:
@@ -44,7 +44,9 @@ _AXES = ("model_name", "device", "optimization", "img_size", "max_input_len", "b
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("--src-folder", metavar="DIR", help="images/ and data.csv")
+    parser.add_argument(
+        "--data", "--src-folder", dest="src_folder", metavar="DIR", help="images/ and data.csv"
+    )
     parser.add_argument("--config", metavar="FILE", help=".yaml or .json with the same settings")
     parser.add_argument(
         "--allow-code",
@@ -54,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", default="outputs_profile", metavar="DIR", help="default: outputs_profile"
     )
+    parser.add_argument("--fresh", action="store_true", help=FRESH_HELP)
     axes = {
         "model-name": (
             "NAME",
@@ -67,7 +70,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "method": ("NAME", f"none, or {METHOD_HELP}"),
     }
     for name, (metavar, text) in axes.items():
-        parser.add_argument(f"--{name}", nargs="+", action="extend", metavar=metavar, help=text)
+        flags = ("--model", "--model-name") if name == "model-name" else (f"--{name}",)
+        dest = name.replace("-", "_")
+        parser.add_argument(
+            *flags, dest=dest, nargs="+", action="extend", metavar=metavar, help=text
+        )
     for flag, value in (("--cached", True), ("--no-cached", False)):
         text = "with a KV cache (default)" if value else "without; both may be given"
         parser.add_argument(flag, action="append_const", const=value, dest="cached", help=text)
@@ -80,7 +87,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "energy-seconds": "least time that energy is measured over (default: 5; 0: not at all)",
     }
     for name, text in numbers.items():
-        parser.add_argument(f"--{name}", metavar="N", help=text)
+        flags = ("--limit", "--samples") if name == "samples" else (f"--{name}",)
+        parser.add_argument(*flags, dest=name.replace("-", "_"), metavar="N", help=text)
     parser.add_argument("--trust-remote-code", action="store_true", help=TRUST_HELP)
     parser.add_argument(
         "--report-only", action="store_true", help="write the reports of what is in the log"
@@ -110,6 +118,7 @@ def run(args: argparse.Namespace) -> int:
         _track,
         _say,
         trust_remote_code=args.trust_remote_code,
+        fresh=args.fresh,
     )
     code = _report(out)
     print(

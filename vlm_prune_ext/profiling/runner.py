@@ -14,7 +14,7 @@ from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.experiment import grid
 from vlm_prune_ext.experiment.grid import Line
 from vlm_prune_ext.experiment.host import cpu_name, host
-from vlm_prune_ext.experiment.log import Log, lock
+from vlm_prune_ext.experiment.log import Log, lock, put_aside
 from vlm_prune_ext.experiment.measure import idle_power
 from vlm_prune_ext.experiment.metrics import require
 from vlm_prune_ext.profiling.data import Folder
@@ -85,6 +85,7 @@ def run_cells(
     say: Callable[[str], None],
     *,
     trust_remote_code: bool = False,
+    fresh: bool = False,
 ) -> Outcome:
     """Measure what is not in the log yet, one cell after the other: cells that share a machine
     would be in each other's figures.
@@ -96,6 +97,7 @@ def run_cells(
         track: shows progress.
         say: prints a line about a cell that failed.
         trust_remote_code: see :func:`vlm_prune_ext.load`.
+        fresh: what is in ``out`` is put aside first.
 
     Returns:
         what was done. Cells that failed are in the log with the reason; the others are done.
@@ -105,6 +107,8 @@ def run_cells(
             could be measured.
     """
     with lock(out):
+        if fresh:
+            put_aside(out)
         log = Log(out / LOG)
         known = {key for key, line in grid.read_lines(log).items() if line.status == grid.DONE}
         pending = [cell for cell in cells if cell.key not in known]
