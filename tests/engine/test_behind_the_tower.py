@@ -99,6 +99,32 @@ def test_family(form: Form, name: str) -> None:
     assert trace.vision_attention == ("cls" if who and form.name in WITH_CLS else who)
 
 
+def test_text_between_tiles_stays_where_it_is(form: Form) -> None:
+    """A rule with an order of its own does not move tokens from one tile's run to another's."""
+    if form.name != "idefics3":
+        pytest.skip("no text between tiles")
+    seen: list[torch.Tensor] = []
+    decoder = vp.models.parts_of(form.model).decoder
+    handle = decoder.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append(kwargs["inputs_embeds"][0]), with_kwargs=True
+    )
+    inputs = form.inputs([0])
+    form.model(**inputs)
+    with vp.prune(form.model, vp.HoloV(budget=0.5, crops=2)) as trace:
+        handle.remove()
+        handle = decoder.register_forward_pre_hook(
+            lambda m, args, kwargs: seen.append(kwargs["inputs_embeds"][0]), with_kwargs=True
+        )
+        form.model(**inputs)
+    handle.remove()
+    visual = (inputs["input_ids"][0] == form.model.config.image_token_id).nonzero()[:, 0]
+    (kept,) = trace.vision_kept.values()
+    stays = torch.ones(len(seen[0]), dtype=torch.bool)
+    stays[visual] = False
+    stays[visual[kept[0]]] = True
+    assert torch.equal(seen[1], seen[0][stays])
+
+
 def test_keep_all_is_the_baseline(form: Form) -> None:
     tokens, logits = form.generate(form.inputs([0, 1, 2]), 3)
     with vp.prune(form.model, vp.DivPrune(ratio=1.0)):

@@ -331,6 +331,13 @@ class Composer:
         self._number = {id(row): number for number, row in enumerate(rows)}
         self._kept: list[torch.Tensor | None] = [None] * len(rows)
 
+    def _in_place(self, rows: list[Row], answer: NewTokens) -> bool:
+        """Whether tokens that stand for places stay there, whatever order they were named in: where
+        positions or text between a picture's tokens say where in it they are."""
+        stand = answer.rows is None or answer.projected
+        broken = any(self.features.images[row.picture].runs for row in rows)
+        return self.row_ends or (stand and (self._several_axes or broken))
+
     @property
     def _several_axes(self) -> bool:
         """Whether positions say where in the picture a token stands; they are kept then."""
@@ -349,7 +356,7 @@ class Composer:
             self._kept[self._number[id(row)]] = one
         if isinstance(answer, NewTokens):
             self.added = max(self.added, answer.added)
-            if self.row_ends or self._several_axes:
+            if self._in_place(rows, answer):
                 self._write_in_place(rows, answer)
             else:
                 self._write(rows, answer)
@@ -371,7 +378,7 @@ class Composer:
     def _keep_patches(self, rows: list[Row], places: torch.Tensor) -> None:
         """Patches stay where the model packed them; padding that it cut off is gone."""
         chooser, place, mine = self._owners(rows, places.device)
-        keep = torch.zeros(len(rows), self.features.patches, dtype=torch.bool, device=places.device)
+        keep = torch.zeros(len(rows), rows[0].length, dtype=torch.bool, device=places.device)
         self.stays |= mine & keep.scatter(1, places, True)[chooser, place]
 
     def _owners(
@@ -381,17 +388,19 @@ class Composer:
         is a patch at all, ``(batch, S)`` each. Row-end tokens are seen to here."""
         features = self.features
         owner = torch.full(self.stays.shape, -1)
-        table = torch.full((len(features.images), features.of_all_tiles), 0)
+        table = torch.zeros(2, len(features.images), features.of_all_tiles, dtype=torch.int64)
         for number, row in enumerate(rows):
             image = features.images[row.picture]
             owner[image.sample, image.slots] = row.picture
-            table[row.picture, row.tiles[0]] = number
+            table[0, row.picture, row.tiles] = number
+            table[1, row.picture, row.tiles] = torch.arange(len(row.tiles)) * features.patches
         codes, owner = features.codes, owner.to(device)
         mine = (codes >= 0) & (owner >= 0)
         if self.row_ends:
             self.stays |= (codes < 0) & (owner >= 0)
         tile, place = codes.clamp(min=0) // features.patches, codes.clamp(min=0) % features.patches
-        return table.to(device)[owner.clamp(min=0), tile], place, mine
+        chooser, first = table.to(device)[:, owner.clamp(min=0), tile]
+        return chooser, first + place, mine
 
     def _write_in_place(self, rows: list[Row], answer: NewTokens) -> None:
         """Tokens take the places that they stand for."""
@@ -402,7 +411,7 @@ class Composer:
             self.embeds = self.embeds.index_put((samples, slots), tokens)
             return
         chooser, place, mine = self._owners(rows, places.device)
-        index = places.new_full((len(rows), self.features.patches), -1)
+        index = places.new_full((len(rows), rows[0].length), -1)
         column = torch.arange(places.shape[1], device=places.device).expand_as(places)
         which = index.scatter(1, places, column)[chooser, place]
         here = mine & (which >= 0)
