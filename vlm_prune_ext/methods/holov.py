@@ -155,9 +155,9 @@ class HoloV(Method):
 
     Deviations from the published code: what a run gets beyond what it has goes to other runs
     (there: rows of zeros are handed on as tokens); a run of one token is scaled like the others
-    (there: it scores 1000 times less); any grid. Where positions have several axes
-    (Qwen2-VL) or text stands between tiles, tokens stay where they stood. Towers without CLS: mean attention received from
-    all patches.
+    (there: it scores 1000 times less); any grid. Where positions have several
+    axes (Qwen2-VL) or text stands between tiles, tokens stay where they stood. Towers without CLS:
+    mean attention received from all patches.
     """
 
     name = "holov"
