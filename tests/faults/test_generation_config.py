@@ -178,3 +178,20 @@ def test_a_prompt_in_chunks_is_refused(asked: tuple[Any, dict[str, Any]]) -> Non
     model, inputs = asked
     with vp.prune(model, METHOD), pytest.raises(InputError, match="whole prompt at once"):
         model.generate(**inputs, max_new_tokens=3, prefill_chunk_size=8)
+
+
+@pytest.mark.parametrize("method", [METHOD, vp.RandomDrop(keep=4)], ids=["fastv", "random-0"])
+def test_guessed_tokens_are_refused(asked: tuple[Any, dict[str, Any]], method: Any) -> None:
+    """A rule would choose by a token that may be taken back."""
+    model, inputs = asked
+    one = {name: value[1:] for name, value in inputs.items()}
+    usual = {"max_new_tokens": 12, "suppress_tokens": [model.config.image_token_id]}
+    theirs = type(model).generate.__get__(model)
+    for guess in ({"assistant_model": copy.deepcopy(model)}, {"prompt_lookup_num_tokens": 3}):
+        alone = theirs(**one, **usual, **guess)
+        assert torch.equal(alone, theirs(**one, **usual))
+        with vp.prune(model, method):
+            expected = theirs(**one, **usual)
+            with pytest.raises(InputError, match="Assisted and prompt-lookup"):
+                theirs(**one, **usual, **guess)
+            assert torch.equal(theirs(**one, **usual), expected)

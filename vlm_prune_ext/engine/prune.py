@@ -13,9 +13,9 @@ from vlm_prune_ext.engine.compose import FeatureSite, feature_site
 from vlm_prune_ext.engine.decoder import DecoderPruner
 from vlm_prune_ext.engine.parts import ModelParts, Undo
 from vlm_prune_ext.engine.recorders import restore_recorders
+from vlm_prune_ext.engine.refusals import refuse
 from vlm_prune_ext.engine.spans import VisualSpan
 from vlm_prune_ext.engine.trace import Trace
-from vlm_prune_ext.engine.training import refuse_training
 from vlm_prune_ext.engine.vision import VisionPruner
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.methods.base import Method
@@ -56,7 +56,7 @@ class Session:
         _BUSY.update({module: weakref.ref(self) for module in self._claimed})
         try:
             shortens = not all(isinstance(p, DecoderPruner) and p.only_masks for p in pruners)
-            self._undos.append(refuse_training(parts, shortens))
+            self._undos.append(refuse(parts, shortens))
             for pruner in pruners:
                 self._undos += pruner.attach()
         except BaseException:
