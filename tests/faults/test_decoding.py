@@ -129,6 +129,40 @@ def test_conversation_goes_on(loaded: tuple[Any, Any], name: str) -> None:
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
+ASSISTED = {name: METHODS[name] for name in ("fastv", "pdrop", "front")} | {
+    "himap": vp.HiMAP(1, 5, 3, 2),
+    "sparsevlm": vp.SparseVLM(stages=((1, 7), (3, 3))),
+    "tower": vp.SAINT(start=None, vit=vp.SAINTViT(layers=(1,), keep_num=9)),
+}
+
+
+@pytest.mark.parametrize("name", ASSISTED)
+@torch.no_grad()
+def test_candidates_behind_the_prompt_change_nothing(loaded: tuple[Any, Any], name: str) -> None:
+    """Prompt lookup (as assisted decoding does) feeds candidates with the prompt, and takes those
+    that were wrong out of the cache again."""
+    model, processor = loaded
+    inputs = inputs_of(processor, "What colour is the cat? What colour is the dog? What colour")
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    options["suppress_tokens"] = [processor.image_token_id]
+    with vp.prune(model, ASSISTED[name]) as trace:
+        want = model.generate(**inputs, **options)
+        lengths, kept = list(trace.lengths), {k: v.clone() for k, v in trace.kept.items()}
+        got = model.generate(**inputs, **options, prompt_lookup_num_tokens=5)
+    assert torch.equal(got, want)
+    assert trace.lengths == lengths
+    assert all(torch.equal(trace.kept[layer], rows) for layer, rows in kept.items())
+
+
+@torch.no_grad()
+def test_candidates_in_mask_mode_are_refused(loaded: tuple[Any, Any]) -> None:
+    model, processor = loaded
+    inputs = inputs_of(processor, "What colour is the cat? What colour is the dog? What colour")
+    options = {"max_new_tokens": 12, "suppress_tokens": [processor.image_token_id]}
+    with vp.prune(model, METHODS["mask"]), pytest.raises(vp.InputError, match="assisted"):
+        model.generate(**inputs, **options, prompt_lookup_num_tokens=5)
+
+
 @pytest.mark.parametrize("name", ["fastv", "front", "pdrop"])
 def test_threads_do_not_mix(loaded: tuple[Any, Any], name: str) -> None:
     model, processor = loaded

@@ -18,6 +18,18 @@ class State:
         self.prefill, self.short = prefill, short
 
     @property
+    def length(self) -> int:
+        """Tokens per sample of the sequence that entered layer 0, candidates included."""
+        return self.prefill.layout.total if self.short is None else self.short.given.length
+
+    def settle(self) -> None:
+        """The prompt has been read: candidates behind it count as decoded from now on."""
+        ahead = self.prefill.ahead
+        self.prefill.settle()
+        if self.short is not None:
+            self.short.settle(ahead)
+
+    @property
     def misses_tokens(self) -> bool:
         """Whether any layer's cache holds less than the prompt."""
         cut = any(not layout.is_whole for layout in self.prefill.segments.values())

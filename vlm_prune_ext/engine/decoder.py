@@ -97,6 +97,7 @@ class DecoderPruner:
         decoder = self.parts.decoder
         assert decoder is not None
         handles = [
+            self.parts.model.register_forward_pre_hook(self._before_model, with_kwargs=True),
             decoder.register_forward_pre_hook(self._enter, with_kwargs=True),
             decoder.register_forward_hook(self._leave, always_call=True),
         ]
@@ -154,6 +155,13 @@ class DecoderPruner:
     def _see_spans(self, mask: torch.Tensor, lengths: list[list[int]] | None) -> None:
         self._now.pending = (mask, lengths)
 
+    def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Assisted decoding feeds the first candidates along with the prompt, and asks for one
+        logit more than there are candidates."""
+        wanted, cache = kwargs.get("logits_to_keep"), kwargs.get("past_key_values")
+        assisted = cache is not None and isinstance(wanted, int) and wanted > 1
+        self._now.ahead = wanted - 1 if assisted else 0  # type: ignore[operator]
+
     # -- the decoder as a whole ----------------------------------------------------------------
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if args:  # LlamaModel and its kin take input_ids first
@@ -164,6 +172,7 @@ class DecoderPruner:
         cache = kwargs.get("past_key_values")
         seen = int(cache.get_seq_length()) if cache is not None else 0
         given = DecoderInput.of(module, kwargs)
+        ahead, self._now.ahead = self._now.ahead, 0
         if seen:
             return self._enter_decode(given, kwargs, cache, seen, pending)
         if cache is not None:
@@ -177,6 +186,12 @@ class DecoderPruner:
         if not images:
             self._now.call = None
             return None
+        given.ahead = ahead if ahead < given.length else 0
+        if given.ahead and any(stage.mode == "mask" for stage in self.stages.values()):
+            raise InputError(
+                "mode='mask' chooses anew for every token, which assisted decoding does not allow "
+                "for those that it feeds with the prompt: use mode='drop'."
+            )
         self.trace.visual_input[:] = tokens_by_sample(images, given.batch)
         check_stated(self.method.stated_span, images, given.first_tokens())
         state, kwargs = self.entrance.prompt(given, images, kwargs, self.trace)
@@ -207,6 +222,9 @@ class DecoderPruner:
             return
         if call.state.short is not None:
             call.state.short.given.forget()
+        if call.state.prefill.ahead:
+            self.trace.trim(call.state.prefill.ahead, call.state.length)
+            call.state.settle()
         if call.cache is not None:
             self.states[call.cache] = call.state
 
@@ -292,9 +310,11 @@ class DecoderPruner:
 
 
 class _Now(threading.local):
-    """What is under way in a thread: the run of the decoder, and what was seen of its input."""
+    """What is under way in a thread: the run of the decoder, and what was seen of its input (where
+    visual tokens are, and how many tokens are candidates behind the prompt)."""
 
     call: Call | None = None
+    ahead: int = 0
     pending: tuple[torch.Tensor, list[list[int]] | None] | None = None
 
 

@@ -111,5 +111,6 @@ class Entrance:
             kwargs = short.prefill_arguments(kwargs)
             state = short.start_prefill()
             trace.lengths[:] = [short.length] * len(self.parts.layers)
+        state.ahead = given.ahead
         trace.visual_tokens[0] = state.visual_counts()
         return State(state, short), kwargs

@@ -359,10 +359,11 @@ class AttentionReader:
         device = self.hidden.device
         if which == "last":
             real = self._real() if self.prompt else None
+            end = count - self.prefill.ahead if self.prompt else count
             if real is None:
-                return _Rows(torch.full((batch, 1), count - 1, device=device), None)
-            iota = torch.arange(count, device=device)
-            return _Rows((real * iota).argmax(dim=1, keepdim=True), None)
+                return _Rows(torch.full((batch, 1), end - 1, device=device), None)
+            iota = torch.arange(end, device=device)
+            return _Rows((real[:, :end] * iota).argmax(dim=1, keepdim=True), None)
         if which == "text":
             tail = self.prefill.tail()
             everybody = torch.arange(batch, device=device)
@@ -388,7 +389,7 @@ class AttentionReader:
         """What the rows may see, bool ``(b, rows, keys)``; ``None``: everything."""
         width, places = self.width, rows.places
         plain = self.mask is None and self.prompt and self._real() is None
-        if plain and last and width == self.hidden.shape[1]:
+        if plain and last and width == self.hidden.shape[1] and not self.prefill.ahead:
             return None
         if self.mask is not None and self.mask.dim() == 4:
             mask = rows.of(self.mask[:, 0, :, :width]).expand(len(places), -1, -1)

@@ -152,6 +152,18 @@ class Layout:
             positions=None if self.positions is None else self.positions.gather(1, index),
         )
 
+    def without_last(self, count: int) -> Layout:
+        """Without the last ``count`` slots, all of which are here."""
+        total, names = self.total - count, self.names[:, :-count]
+        return Layout(
+            self.slots[:, :-count],
+            None if self.valid is None else self.valid[:, :-count],
+            total,
+            torch.where(names >= self.total, names - count, names),
+            self.added,
+            None if self.positions is None else self.positions[:, :-count],
+        )
+
     def counted_anew(self, real: torch.Tensor | None) -> Layout:
         """With rotary positions 0, 1, ... over what is here.
 

@@ -111,8 +111,8 @@ class Prefill:
         hidden_keys: first layer -> bool ``(batch, n)``, tokens hidden as keys (mask mode), or
             ``(batch, queries, n)`` where each of several queries has a choice of its own.
         created: per sample, rows that rules added so far.
-        next_position: int64 ``(batch, 1)``, position of the first decoded token as the model counts
-            it; known once a layer counts positions anew.
+        ahead: tokens at the end that are candidates for the answer, not part of the prompt: rules
+            do not look at them.
     """
 
     layout: Layout
@@ -124,7 +124,7 @@ class Prefill:
     segments: dict[int, Layout] = field(default_factory=dict)
     hidden_keys: dict[int, torch.Tensor] = field(default_factory=dict)
     created: list[int] = field(default_factory=list)
-    next_position: torch.Tensor | None = None
+    ahead: int = 0
     _tail: Tail | None = None
 
     @staticmethod
@@ -164,13 +164,25 @@ class Prefill:
             total, device = self.layout.total, self.layout.slots.device
             starts = sent([[start] for start in self.tail_starts], device)
             slots = starts + iota(total - min(self.tail_starts), device)
-            inside = slots < total
+            inside = slots < total - self.ahead
             slots = slots.clamp(max=total - 1)
             if self.moved is not None:
                 slots = self.moved.gather(1, slots)
             real = inside if self.real is None else inside & self.real.gather(1, slots)
             self._tail = Tail(slots, real)
         return self._tail
+
+    def settle(self) -> None:
+        """Candidates at the end count as decoded from now on."""
+        ahead, total = self.ahead, self.layout.total
+        for layer, layout in self.segments.items():
+            self.segments[layer] = layout.without_last(ahead)
+        self.layout = self.segments[max(self.segments)]
+        self.real = None if self.real is None else self.real[:, :-ahead]
+        self.held = [held - ahead for held in self.held]
+        for group in self.groups:
+            group.tokens = torch.where(group.tokens >= total, group.tokens - ahead, group.tokens)
+        self.ahead, self._tail = 0, None
 
     def positions_of(self, slots: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
         """Places in the prompt, padding not counted: ``slots`` ``(rows, m)`` of batch rows

@@ -28,7 +28,8 @@ from vlm_prune_ext.methods.evidence import Stage
 
 @dataclass
 class DecoderInput:
-    """What the decoder was called with; ``length`` counts padding."""
+    """What the decoder was called with; ``length`` counts padding. The last ``ahead`` tokens are
+    candidates for the answer, not part of the prompt."""
 
     module: nn.Module
     embeds: torch.Tensor | None
@@ -38,6 +39,7 @@ class DecoderInput:
     batch: int
     length: int
     device: torch.device
+    ahead: int = 0
 
     @staticmethod
     def of(module: nn.Module, kwargs: dict) -> DecoderInput:
@@ -90,14 +92,16 @@ class DecoderInput:
 
     def last_tokens(self) -> list[int]:
         """Per sample, place of the last token that is not padding."""
-        return last_tokens(self.real, self.batch, self.length)
+        return last_tokens(self.real, self.batch, self.length, self.ahead)
 
 
-def last_tokens(real: torch.Tensor | None, batch: int, length: int) -> list[int]:
-    """Per sample, place of the last token of which ``real`` ``(batch, length)`` is True."""
+def last_tokens(real: torch.Tensor | None, batch: int, length: int, ahead: int) -> list[int]:
+    """Per sample, place of the last token of which ``real`` ``(batch, length)`` is True, the last
+    ``ahead`` left out."""
+    length -= ahead
     if real is None:
         return [length - 1] * batch
-    return (length - 1 - real.flip(1).int().argmax(dim=1)).tolist()
+    return (length - 1 - real[:, :length].flip(1).int().argmax(dim=1)).tolist()
 
 
 @dataclass
@@ -143,6 +147,16 @@ class Shortened:
         """Nothing was dropped."""
         return self.layout.is_whole
 
+    def settle(self, ahead: int) -> None:
+        """Candidates at the end of the prompt count as decoded from now on."""
+        self.layout = self.layout.without_last(ahead)
+        self.origin = None if self.origin is None else self.origin[:, :-ahead]
+        self.positions = self.positions[..., :-ahead]
+        self.held = [held - ahead for held in self.held]
+        real = self.given.real
+        self.given.length, self.given.ahead = self.given.length - ahead, 0
+        self.given.__dict__["real"] = None if real is None else real[:, :-ahead]
+
     @property
     def real(self) -> torch.Tensor | None:
         """As :attr:`DecoderInput.real`, of the shorter prompt; False at empty slots."""
@@ -155,7 +169,7 @@ class Shortened:
 
     def last_tokens(self) -> list[int]:
         """As :meth:`DecoderInput.last_tokens`, of the shorter prompt."""
-        return last_tokens(self.real, self.given.batch, self.length)
+        return last_tokens(self.real, self.given.batch, self.length, self.given.ahead)
 
     def start_prefill(self) -> Prefill:
         """State of the shorter prompt: its slots are the places that went in."""
@@ -277,6 +291,7 @@ def without_dropped(
 ) -> Shortened:
     """The prompt after a stage at layer 0; kept tokens keep their positions."""
     state = Prefill.start(images, given.batch, given.length, given.real, given.device)
+    state.ahead = given.ahead
     look = Looker(stage.needs, parts, state, given.embedded())
     gone, _ = state.select(stage, look)
     if gone is not None:

@@ -50,6 +50,20 @@ class Trace:
     vision_attention: Literal["cls", "received"] | None = None
     backend: Backend = "transformers"
 
+    def trim(self, ahead: int, total: int) -> None:
+        """Take out what was not part of the prompt.
+
+        Args:
+            ahead: tokens at the end of each row.
+            total: length of the sequence that they ended.
+        """
+        self.lengths[:] = [length - ahead for length in self.lengths]
+        for layer, kept in self.kept.items():
+            kept = kept[:, :-ahead]
+            self.kept[layer] = torch.where(kept >= total, kept - ahead, kept)
+        for layer, positions in self.positions.items():
+            self.positions[layer] = positions[:, :-ahead]
+
     def clear_decoder(self) -> None:
         """Forget the last prefill: another begins, and reaches this package's hooks."""
         self.backend = "hooks"
