@@ -15,6 +15,7 @@ import vlm_prune_ext as vp
 from tests import family_makers, makers
 from tests.models import test_families as families
 from tests.pruning_checks import fingerprint
+from vlm_prune_ext.experiment import flops
 from vlm_prune_ext.models import catalogue, parts_of
 from vlm_prune_ext.models import families as all_families
 
@@ -341,3 +342,8 @@ def test_decoders_that_cannot_drop_say_why() -> None:
     ):
         with pytest.raises(vp.InputError, match=said), vp.prune(model, families.METHODS["random"]):
             pass
+
+
+def test_flops_are_stated_where_layers_are_alike(form: families.Form) -> None:
+    sizes = flops.Sizes.of(form.model.config)
+    assert (sizes.decoder is None) == (form.name == "gemma4")

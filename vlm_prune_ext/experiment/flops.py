@@ -56,7 +56,7 @@ class DecoderShape:
         """Read off a transformers language-model config (or one that has a ``text_config``).
 
         Raises:
-            InputError: a size is missing.
+            InputError: a size is missing, or differs from layer to layer.
         """
         config = (
             getattr(config, "text_config", None) or getattr(config, "llm_config", None) or config
@@ -68,8 +68,8 @@ class DecoderShape:
             layers=_size(config, "num_hidden_layers"),
             hidden=hidden,
             heads=heads,
-            kv_heads=heads if plain else getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or hidden // heads,
+            kv_heads=heads if plain else _stated(config, "num_key_value_heads") or heads,
+            head_dim=_stated(config, "head_dim") or hidden // heads,
             intermediate=_size(config, "ffn_dim" if hasattr(config, "ffn_dim") else MLP_WIDTH),
             vocab=_size(config, "vocab_size"),
             mlp_matrices=2 if plain else 3,
@@ -326,8 +326,16 @@ def _kept(method: Method | None, budget: Budget | None, total: int) -> int:
     return resolve_budget("budget", budget, total)
 
 
+def _stated(config: Any, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except RuntimeError as error:  # transformers' answer where layers differ (Gemma 4)
+        kind = type(config).__name__
+        raise InputError(f"{name} of {kind} differs by layer: FLOPs are not stated.") from error
+
+
 def _size(config: Any, name: str) -> int:
-    value = getattr(config, name, None)
+    value = _stated(config, name)
     if not isinstance(value, int):
         raise InputError(f"{name}={value!r} is not valid: the model's config must state it.")
     return value
