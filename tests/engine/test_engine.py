@@ -11,77 +11,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import vlm_prune_ext as vp
 from tests import flash_standin
 from tests.pruning_checks import Recorded, fingerprint
+from tests.tables import DECODER, KEEP_ALL, LEFT
 
 LAYERS, WIDTH = 5, 32
 ATTENTIONS = ["eager", "sdpa", flash_standin.register()]
 # (text in front, image, text behind) of four prompts of different lengths
 PROMPTS = [(3, 20, 5), (7, 20, 2), (2, 20, 9), (5, 14, 4)]
 
-METHODS = {
-    "fastv": vp.FastV(agg_layer=2, attention_rank=7),
-    "fastv-ratio": vp.FastV(agg_layer=3, attention_rank=0.4),
-    "fastv-mask": vp.FastV(agg_layer=2, attention_rank=7, mode="mask"),
-    "himap": vp.HiMAP(attn_txt_layer=1, attn_txt_rank=12, attn_img_layer=3, attn_img_rank=5),
-    "himap-one-stage": vp.HiMAP(attn_txt_layer=2, attn_txt_rank=6, attn_img_layer=None),
-    "saint": vp.SAINT(start=1, end=3, threshold=0.1, min_neighbors=2),
-    "saint-last": vp.SAINT(start=4, end=4, threshold=0.1, min_neighbors=2),
-    "custom-attention": vp.CustomSelection(kept_tokens=9, agg_layer=2),
-    "custom-sampling": vp.CustomSelection(method="sampling", kept_tokens=9, agg_layer=2),
-    "custom-similarity": vp.CustomSelection(method="similarity", kept_tokens=9, agg_layer=2),
-    "custom-norm": vp.CustomSelection(method="norm", kept_tokens=9, agg_layer=2),
-    "custom-uniform": vp.CustomSelection(method="uniform", kept_tokens=9, agg_layer=2),
-    "custom-random": vp.CustomSelection(method="random", kept_tokens=9, agg_layer=2),
-    "random": vp.RandomDrop(keep=9),
-    "random-ratio": vp.RandomDrop(keep=0.3),
-    "random-layer": vp.RandomDrop(keep=9, layer=3),
-    "vtw": vp.VTW(layer=2),
-    "pdrop": vp.PyramidDrop(layers=(1, 3), ratios=(0.6, 0.3)),
-    "dart": vp.DART(layer=2, max_num_trunction=6, pivot_image_token=2, pivot_text_token=1),
-    "sparsevlm": vp.SparseVLM(stages=((1, 9), (3, 4))),
-    "sparsevlm_plus": vp.SparseVLMPlus(stages=((1, 9), (3, 4))),
-    "feather": vp.FEATHER(layers=(1, 3), reduction_ratio=0.4),
-}
-KEEP_ALL = {
-    "fastv": vp.FastV(agg_layer=2, attention_rank=1.0),
-    "fastv-mask": vp.FastV(agg_layer=2, attention_rank=1.0, mode="mask"),
-    "himap": vp.HiMAP(attn_txt_layer=1, attn_txt_rank=1.0, attn_img_layer=3, attn_img_rank=1.0),
-    "saint": vp.SAINT(start=1, end=3, threshold=1.0, min_neighbors=10**6),
-    "custom": vp.CustomSelection(kept_tokens=1.0, agg_layer=2),
-    "random": vp.RandomDrop(keep=1.0),
-    "random-layer": vp.RandomDrop(keep=1.0, layer=3),
-    "pdrop": vp.PyramidDrop(layers=(1, 3), ratios=(1.0, 1.0)),
-    "dart": vp.DART(layer=2, max_num_trunction=999),
-    "sparsevlm": vp.SparseVLM(stages=((1, 999),)),
-    "sparsevlm_plus": vp.SparseVLMPlus(stages=((1, 999),)),
-    "feather": vp.FEATHER(layers=(1, 3), reduction_ratio=0.0),
-}
-EXACT = (
-    {
-        "fastv": 7,
-        "fastv-mask": 7,
-        "himap": 5,
-        "himap-one-stage": 6,
-        "random": 9,
-        "vtw": 0,
-        "pdrop": 6,
-        "dart": 8,
-        "sparsevlm": 5,
-        "sparsevlm_plus": 4,
-    }
-    | {
-        "vtw": 0,
-        "pdrop": 6,
-        "dart": 8,
-        "sparsevlm": 5,
-        "sparsevlm_plus": 4,
-        "fastv": 7,
-        "fastv-mask": 7,
-        "himap": 5,
-        "himap-one-stage": 6,
-        "random": 9,
-    }
-    | {name: 9 for name in METHODS if name.startswith("custom")}
-)
+METHODS = DECODER
+FASTV = vp.FastV(agg_layer=2, attention_rank=7)
 
 
 def make(attention: str, kv_heads: int = 2) -> LlamaForCausalLM:
@@ -148,7 +86,7 @@ def generate(model, embeds: torch.Tensor, steps: int = 5, **extra):
     return out.sequences, torch.stack(out.logits, dim=1)
 
 
-@pytest.mark.parametrize("name", KEEP_ALL)
+@pytest.mark.parametrize("name", [name for name in KEEP_ALL if name in METHODS])
 def test_keep_all_is_the_baseline(model: LlamaForCausalLM, name: str) -> None:
     embeds, mask, spans, _ = padded()
     for batch, extra, span in (
@@ -181,8 +119,8 @@ def test_counts_and_text(model: LlamaForCausalLM, name: str) -> None:
     assert len(kept) < total
     assert trace.visual_input == [image]
     assert trace.visual_tokens[last] == [len(kept) - len(text)]
-    if name in EXACT:
-        assert len(kept) == len(text) + EXACT[name]
+    if name in LEFT:
+        assert len(kept) == len(text) + LEFT[name](image)
     if name != "fastv-mask" and last < LAYERS:
         assert trace.lengths[last] == len(kept)
 
@@ -287,12 +225,12 @@ def test_beams(model: LlamaForCausalLM, name: str) -> None:
 def test_two_caches_in_turn(model: LlamaForCausalLM) -> None:
     """State belongs to a cache: decoding two prompts step by step in turn mixes nothing up."""
     rows = prompts()[:2]
-    method = METHODS["fastv"]
+    method = FASTV
     alone = []
     for row, parts in zip(rows, PROMPTS[:2], strict=True):
         with vp.prune(model, method, visual_span=parts[:2]):
             alone.append(generate(model, row, steps=4)[1])
-    with vp.prune(model, vp.FastV(agg_layer=2, attention_rank=7), visual_span=PROMPTS[0][:2]):
+    with vp.prune(model, FASTV, visual_span=PROMPTS[0][:2]):
         one = model(inputs_embeds=rows[0], use_cache=True)
         two = model(inputs_embeds=rows[0].flip(1), use_cache=True)
         logits = [one.logits[:, -1]]
@@ -347,7 +285,7 @@ def test_baseline_attaches_nothing(model: LlamaForCausalLM) -> None:
 
 def test_state_goes_with_the_cache(model: LlamaForCausalLM) -> None:
     """Nothing of a finished prompt stays: growth over many prompts is none."""
-    with vp.prune(model, METHODS["fastv"], visual_span=PROMPTS[0][:2]):
+    with vp.prune(model, FASTV, visual_span=PROMPTS[0][:2]):
         counts = []
         for _ in range(6):
             generate(model, prompts()[0], steps=2)
@@ -362,7 +300,7 @@ def test_right_padding(model: LlamaForCausalLM) -> None:
     row = prompts()[0]
     embeds = torch.nn.functional.pad(row, (0, 0, 0, 3))
     mask = torch.tensor([[1] * row.shape[1] + [0] * 3])
-    with vp.prune(model, METHODS["fastv"], visual_span=(front, image)) as trace:
+    with vp.prune(model, FASTV, visual_span=(front, image)) as trace:
         model(inputs_embeds=embeds, attention_mask=mask)
         kept = trace.kept[2][0]
         model(inputs_embeds=row)
@@ -372,7 +310,7 @@ def test_right_padding(model: LlamaForCausalLM) -> None:
 def test_two_images(model: LlamaForCausalLM) -> None:
     """A count is a count per image."""
     embeds = prompts()[1]
-    with vp.prune(model, METHODS["fastv"], visual_span=[[(2, 10), (14, 12)]]) as trace:
+    with vp.prune(model, FASTV, visual_span=[[(2, 10), (14, 12)]]) as trace:
         model(inputs_embeds=embeds)
     kept = trace.kept[2][0]
     assert ((kept >= 2) & (kept < 12)).sum() == 7
@@ -382,7 +320,7 @@ def test_two_images(model: LlamaForCausalLM) -> None:
 
 def test_sample_without_an_image(model: LlamaForCausalLM) -> None:
     embeds = torch.cat([prompts()[0], prompts()[0]])
-    with vp.prune(model, METHODS["fastv"], visual_span=[[(3, 20)], []]) as trace:
+    with vp.prune(model, FASTV, visual_span=[[(3, 20)], []]) as trace:
         out = model(inputs_embeds=embeds)
     want = model(inputs_embeds=embeds[1:])
     torch.testing.assert_close(out.logits[1, -1], want.logits[0, -1], atol=1e-4, rtol=1e-4)
@@ -393,7 +331,7 @@ class TestBadInput:
     def test_nested(self) -> None:
         model = make("sdpa")
         with (
-            vp.prune(model, METHODS["fastv"], visual_span=(3, 20)),
+            vp.prune(model, FASTV, visual_span=(3, 20)),
             pytest.raises(vp.InputError, match="already"),
             vp.prune(model, METHODS["random"], visual_span=(3, 20)),
         ):
@@ -401,7 +339,7 @@ class TestBadInput:
 
     def test_no_span(self) -> None:
         model = make("sdpa")
-        with pytest.raises(vp.InputError, match="visual_span"), vp.prune(model, METHODS["fastv"]):
+        with pytest.raises(vp.InputError, match="visual_span"), vp.prune(model, FASTV):
             model(inputs_embeds=prompts()[0])
 
     def test_stated_lengths_serve_as_span(self) -> None:
@@ -429,7 +367,7 @@ class TestBadInput:
         model = make("sdpa")
         with (
             pytest.raises(vp.InputError, match="visual_span"),
-            vp.prune(model, METHODS["fastv"], visual_span=span),  # type: ignore[arg-type]
+            vp.prune(model, FASTV, visual_span=span),  # type: ignore[arg-type]
         ):
             model(inputs_embeds=prompts()[0])
 
@@ -450,9 +388,14 @@ class TestBadInput:
             pass
 
     def test_vision_method_on_a_language_model(self) -> None:
-        for method in (vp.Downsample(keep=4), vp.SAINT(start=None, vit=vp.SAINTViT())):
+        for method, why in (
+            (vp.Downsample(keep=4), "averages over a grid"),
+            (vp.SAINT(start=None, vit=vp.SAINTViT()), "no vision tower"),
+            (vp.FasterVLM(budget=4), "no vision tower"),
+        ):
+            model = make("sdpa")
             with (
-                pytest.raises(vp.InputError, match="vision tower"),
-                vp.prune(make("sdpa"), method, visual_span=(3, 20)),
+                pytest.raises(vp.InputError, match=why),
+                vp.prune(model, method, visual_span=(3, 20)),
             ):
-                pass
+                model(inputs_embeds=prompts()[0])

@@ -14,20 +14,16 @@ import pytest
 import torch
 
 import vlm_prune_ext as vp
-from tests import makers
+from tests import makers, tables
 from vlm_prune_ext.models import parts_of
 
 ROOT = Path(__file__).parents[2]
 LAYERS = 6
 METHODS: dict[str, Any] = {
-    "none": None,
-    "fastv": vp.FastV(agg_layer=2, attention_rank=0.4),
-    "fastv-boundary": vp.FastV(agg_layer=LAYERS // 2, attention_rank=0.4),
-    "fastv-mask": vp.FastV(agg_layer=LAYERS // 2, attention_rank=0.4, mode="mask"),
-    "fastv-mask-later": vp.FastV(agg_layer=5, attention_rank=0.4, mode="mask"),
-    "himap": vp.HiMAP(attn_txt_layer=2, attn_txt_rank=0.6, attn_img_layer=4, attn_img_rank=0.3),
-    "saint": vp.SAINT(start=1, end=4, threshold=0.2, min_neighbors=1),
-    "saint-vit": vp.SAINT(start=None, vit=vp.SAINTViT(layers=(1, 3), keep_num=(13, 10), r=3)),
+    **tables.pick("none", *tables.EVERYWHERE, "saint-vit"),
+    "boundary": vp.FastV(agg_layer=LAYERS // 2, attention_rank=0.4),
+    "boundary-mask": vp.FastV(agg_layer=LAYERS // 2, attention_rank=0.4, mode="mask"),
+    "mask-behind": vp.FastV(agg_layer=5, attention_rank=0.4, mode="mask"),
 }
 TEXTS = ("What is this?", "How many circles are there in the picture?")
 

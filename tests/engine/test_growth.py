@@ -14,23 +14,12 @@ import pytest
 import torch
 
 import vlm_prune_ext as vp
+from tests import tables
 from tests.makers import photos, tiny_original
 
 SAMPLES = int(os.environ.get("VLM_PRUNE_GROWTH_SAMPLES", "150"))
 WARM_UP = 50
-METHODS = {
-    "baseline": None,
-    "fastv": vp.FastV(agg_layer=2, attention_rank=5),
-    "fastv-mask": vp.FastV(agg_layer=2, attention_rank=5, mode="mask"),
-    "himap": vp.HiMAP(attn_txt_layer=2, attn_txt_rank=8, attn_img_layer=4, attn_img_rank=4),
-    "saint": vp.SAINT(start=1, end=3, threshold=0.3, min_neighbors=2),
-    "saint-hybrid": vp.SAINT(
-        start=1, end=3, threshold=0.3, min_neighbors=2, vit=vp.SAINTViT(layers=(2,), keep_num=11)
-    ),
-    "custom": vp.CustomSelection(kept_tokens=5, agg_layer=2),
-    "random": vp.RandomDrop(keep=5),
-    "downsample": vp.Downsample(keep=4),
-}
+METHODS = tables.pick("none", "fastv-mask", "saint-hybrid", "downsample", *tables.EVERYWHERE)
 
 
 @pytest.fixture(scope="module")

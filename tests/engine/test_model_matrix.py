@@ -10,85 +10,18 @@ import pytest
 import torch
 
 import vlm_prune_ext as vp
-from tests import flash_standin, makers
+from tests import flash_standin, makers, tables
 from tests.pruning_checks import fingerprint
+from tests.tables import EVERYWHERE, KEEP_ALL_OF_ONE_CROP, LEFT, LEFT_OF_A_CROP, TOWER, pick
 from vlm_prune_ext.models.clip_text import TextTower
 
 ATTENTIONS = ["eager", "sdpa", flash_standin.register()]
 FORMS = ["original", "huggingface", "llava-package", "next-vicuna", "next-mistral", "next-original"]
 TEXTS = ["What is this?", "How many circles are there in the picture?", "Red?"]
 STEPS = 4
-VIT = vp.SAINTViT(layers=(1, 3), keep_num=(13, 10), r=3)
-
-METHODS = {
-    "fastv": vp.FastV(agg_layer=2, attention_rank=0.4),
-    "fastv-mask": vp.FastV(agg_layer=2, attention_rank=0.4, mode="mask"),
-    "himap": vp.HiMAP(attn_txt_layer=1, attn_txt_rank=0.6, attn_img_layer=3, attn_img_rank=0.3),
-    "saint": vp.SAINT(start=1, end=3, threshold=0.2, min_neighbors=1),
-    "saint-vit": vp.SAINT(start=None, vit=VIT),
-    "saint-hybrid": vp.SAINT(start=1, end=3, threshold=0.2, min_neighbors=1, vit=VIT),
-    "custom": vp.CustomSelection(method="attention", kept_tokens=0.5, agg_layer=2),
-    "random": vp.RandomDrop(keep=0.5),
-    "downsample": vp.Downsample(keep=0.25),
-    "vtw": vp.VTW(layer=2),
-    "pdrop": vp.PyramidDrop(layers=(1, 3), ratios=(0.6, 0.3)),
-    "dart": vp.DART(layer=2, max_num_trunction=6, pivot_image_token=2, pivot_text_token=1),
-    "sparsevlm": vp.SparseVLM(stages=((1, 7), (3, 3))),
-    "sparsevlm_plus": vp.SparseVLMPlus(stages=((1, 7), (3, 3))),
-    "feather": vp.FEATHER(layers=(1, 3), reduction_ratio=0.4),
-    "visionzip": vp.VisionZip(dominant=5, contextual=3),
-    "fastervlm": vp.FasterVLM(budget=6),
-    "vispruner": vp.VisPruner(budget=7),
-    "divprune": vp.DivPrune(ratio=0.4),
-    "cdpruner": vp.CDPruner(budget=5, text_tower=makers.text_tower()),
-    "prumerge": vp.PruMerge(ratio=0.25),
-    "prumerge_plus": vp.PruMergePlus(),
-    "scope": vp.SCOPE(budget=8),
-    "holov": vp.HoloV(budget=6, crops=3),
-}
-# Tokens of one image (LLaVA-NeXT: of each crop) by the methods above.
-LEFT = {
-    "visionzip": 8,
-    "fastervlm": 6,
-    "vispruner": 7,
-    "cdpruner": 5,
-    "prumerge": 5,
-    "scope": 8,
-    "holov": 6,
-    "downsample": 4,
-}
-# Behind the last stage of those that count on in the language model.
-LAST = {"vtw": 0, "dart": 8, "sparsevlm": 4, "sparsevlm_plus": 3}
-# VTW keeps nothing; VisionZip and PruMerge cannot keep all: they hand on CLS, or sums of patches.
-KEEP_ALL = {
-    "pdrop": vp.PyramidDrop(layers=(1, 3), ratios=(1.0, 1.0)),
-    "dart": vp.DART(layer=2, max_num_trunction=10**6),
-    "sparsevlm": vp.SparseVLM(stages=((1, 10**6),)),
-    "sparsevlm_plus": vp.SparseVLMPlus(stages=((1, 10**6),)),
-    "feather": vp.FEATHER(layers=(1, 3), reduction_ratio=0.0),
-    "fastv": vp.FastV(agg_layer=2, attention_rank=1.0),
-    "himap": vp.HiMAP(attn_txt_layer=1, attn_txt_rank=1.0, attn_img_layer=3, attn_img_rank=1.0),
-    "saint": vp.SAINT(start=1, end=3, threshold=1.0, min_neighbors=10**6),
-    "saint-hybrid": vp.SAINT(
-        start=1,
-        end=3,
-        threshold=1.0,
-        min_neighbors=10**6,
-        vit=vp.SAINTViT(layers=(2,), keep_num=17),
-    ),
-    "custom": vp.CustomSelection(kept_tokens=1.0, agg_layer=2),
-    "random": vp.RandomDrop(keep=1.0),
-    "downsample": vp.Downsample(keep=1.0),
-    "divprune": vp.DivPrune(ratio=1.0),
-}
-# Of a picture in crops these leave out row-end tokens, as published.
-KEEP_ALL_OF_ONE_CROP = {
-    "fastervlm": vp.FasterVLM(budget=1.0),
-    "vispruner": vp.VisPruner(budget=1.0),
-    "cdpruner": vp.CDPruner(budget=1.0, text_tower=makers.text_tower()),
-    "scope": vp.SCOPE(budget=1.0),
-    "holov": vp.HoloV(budget=1.0, crops=3),
-}
+LATER = ("vtw", "pdrop", "dart", "sparsevlm", "sparsevlm_plus", "feather")
+METHODS = pick(*EVERYWHERE, "fastv-mask", *LATER, *TOWER)
+KEEP_ALL = {name: method for name, method in tables.KEEP_ALL.items() if name in METHODS}
 
 
 @dataclass
@@ -223,29 +156,13 @@ def test_counts(form: Form, name: str) -> None:
     first, last = trace.visual_tokens[0][0], trace.visual_tokens[max(trace.visual_tokens)][0]
     text = trace.lengths[0] - first
     if name == "himap":
-        assert [v[0] for v in trace.visual_tokens.values()] == [
-            total,
-            round(0.6 * total),
-            round(0.3 * total),
-        ]
-    elif name in ("fastv", "fastv-mask"):
-        assert (first, last) == (total, round(0.4 * total))
-    elif name == "pdrop":
-        assert last == int(0.3 * total)
-    elif name in LAST:
-        assert last == LAST[name]
-    elif name == "custom":
-        assert last == round(0.5 * total)
-    elif name == "random":
-        assert first == round(0.5 * total)
+        assert trace.visual_tokens[1][0] == round(0.6 * total)
+    if name in LEFT:
+        assert last == LEFT[name](total)
     elif name in ("saint-vit", "saint-hybrid"):
         assert trace.vision_kept[1].shape[1] == 12 and trace.vision_kept[3].shape[1] == 9
-        if not form.name.startswith("next"):
-            assert first == 9
-    elif name == "divprune":
-        assert first == round(0.4 * total)
-    elif name in LEFT and not form.name.startswith("next"):
-        assert first == LEFT[name]
+    if name in LEFT_OF_A_CROP and not form.name.startswith("next"):
+        assert first == LEFT_OF_A_CROP[name]
     if name != "fastv-mask":
         assert trace.lengths[-1] == text + last or name.startswith("saint")
     for layer, rows in trace.kept.items():

@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache
 
 import vlm_prune_ext as vp
-from tests import makers
+from tests import makers, tables
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +32,7 @@ def filled(loaded: tuple[Any, Any], method: Any) -> tuple[Any, torch.Tensor]:
     return cache, token
 
 
-METHODS = {
-    "fastv": vp.FastV(agg_layer=1, attention_rank=3),
-    "random in front": vp.RandomDrop(keep=3),
-    "tower": vp.SAINT(start=None, vit=vp.SAINTViT(layers=(1,), keep_num=5)),
-    "resized": vp.Downsample(keep=4),
-}
+METHODS = tables.pick("fastv", "random", "saint-vit", "downsample", "visionzip")
 
 
 @pytest.mark.parametrize("name", METHODS)

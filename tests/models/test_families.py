@@ -4,7 +4,7 @@ proof that what a drop leaves is what the unpruned model computes with the same 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import vlm_prune_ext as vp
-from tests import family_makers, flash_standin, makers
+from tests import family_makers, flash_standin, makers, tables
 from tests.pruning_checks import fingerprint
 from vlm_prune_ext.models import parts_of
 
@@ -20,14 +20,9 @@ TEXTS = ["What is this?", "How many circles are there in the picture?", "Red?"]
 STEPS = 5
 NAMES = [name for name in family_makers.KINDS if name != "blip2_t5"]
 ATTENTIONS = ["eager", "sdpa"]
-
-METHODS = {
-    "fastv": vp.FastV(agg_layer=2, attention_rank=0.4),
-    "himap": vp.HiMAP(attn_txt_layer=1, attn_txt_rank=0.6, attn_img_layer=3, attn_img_rank=0.3),
-    "saint": vp.SAINT(start=1, end=2, threshold=0.2, min_neighbors=1),
-    "custom": vp.CustomSelection(method="attention", kept_tokens=0.5, agg_layer=2),
-    "random": vp.RandomDrop(keep=0.5),
-}
+# Some of these decoders have four layers, the last of them behind every drop.
+SAINT = vp.SAINT(start=1, end=2, threshold=0.2, min_neighbors=1)
+METHODS = tables.pick(*tables.EVERYWHERE) | {"saint": SAINT}
 # Rows are added, positions counted anew, or counts depend on the picture: not the masked model.
 OTHERS = {
     "vtw": vp.VTW(layer=1),
@@ -38,11 +33,10 @@ OTHERS = {
     "feather": vp.FEATHER(layers=(1, 2), reduction_ratio=0.4, stride=2),
 }
 KEEP_ALL = {
-    "fastv": vp.FastV(agg_layer=2, attention_rank=1.0),
-    "himap": vp.HiMAP(attn_txt_layer=1, attn_txt_rank=1.0, attn_img_layer=3, attn_img_rank=1.0),
-    "saint": vp.SAINT(start=1, end=2, threshold=1.0, min_neighbors=10**6),
-    "custom": vp.CustomSelection(kept_tokens=1.0, agg_layer=2),
-    "random": vp.RandomDrop(keep=1.0),
+    name: replace(SAINT, threshold=1.0, min_neighbors=10**6)
+    if name == "saint"
+    else tables.KEEP_ALL[name]
+    for name in METHODS
 }
 
 
@@ -611,8 +605,7 @@ def check_counts(name: str, trace: Any) -> None:
     if name == "saint":
         assert all(a < b for a, b in zip(last, totals, strict=True))
         return
-    ratio = {"fastv": 0.4, "himap": 0.3, "custom": 0.5, "random": 0.5}[name]
-    assert last == [round(ratio * total) for total in totals]
+    assert last == [tables.LEFT[name](total) for total in totals]
 
 
 def check_text_stays(form: Form, inputs: Any, kept: dict[int, torch.Tensor]) -> None:
