@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 DEMO_DIR ?= outputs_demo
 
-.PHONY: demo test lint types clean
+.PHONY: demo test faults lint types clean
 
 # One environment for everything, at the exact versions of constraints.txt.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -25,6 +25,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+# Damaged, hostile and starved runs in full (hours); `make test` has a quick set of them.
+faults: $(VENV)/.installed-test
+	FAULTS=full $(BIN)/python -m pytest -s tests/faults
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
