@@ -385,9 +385,10 @@ class RowModel(BaseModel):
     def build_prompt(self, line: Any, dataset: str | None = None) -> Any:
         """The row's message, or a :class:`Failure`."""
         self.index = _index(line["index"])
+        inner = self.inner  # a checkpoint that cannot be loaded is no row's fault
         try:
-            if not self._dataset_first and self.inner.use_custom_prompt(dataset or ""):
-                return self.inner.build_prompt(line, dataset)
+            if not self._dataset_first and inner.use_custom_prompt(dataset or ""):
+                return inner.build_prompt(line, dataset)
             return self.dataset.build_prompt(line)
         except OSError as error:
             if error.errno in _NO_PLACE:  # no row's fault
@@ -415,8 +416,9 @@ class RowModel(BaseModel):
         return self._write(self.sizes.sample(self.index, answer, warm_up=warm_up))
 
     def _query(self, message: Any, dataset: str | None) -> Any:
+        inner = self.inner  # a checkpoint that cannot be loaded is no row's fault
         try:
-            return self.inner.query(_items(message), dataset)
+            return inner.query(_items(message), dataset)
         except Exception as error:  # decoders raise whatever they like on damaged files
             return Failure(_one_line(error))
 
