@@ -103,18 +103,19 @@ def some_layers(low: int = 0, count: int | None = None) -> Accepts:
 
 
 def some_stages() -> Accepts:
-    """Pairs of a layer and the visual tokens kept behind it, layers ascending."""
+    """Pairs of a layer and the keep budget behind it, layers ascending."""
+    budget = a_budget()
 
     def ok(value: Any) -> bool:
         if not isinstance(value, tuple | list) or not value:
             return False
-        for pair in value:
-            if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(map(_is_int, pair)):
-                return False
+        pairs = all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in value)
+        if not pairs or not all(_is_int(layer) and budget.ok(keep) for layer, keep in value):
+            return False
         layers = [layer for layer, _ in value]
-        return layers == sorted(set(layers)) and layers[0] >= 0 and all(k >= 1 for _, k in value)
+        return layers == sorted(set(layers)) and layers[0] >= 0
 
-    text = "pairs (layer of at least 0, visual tokens kept of at least 1), layers ascending"
+    text = f"pairs of a layer (at least 0, ascending) and {budget.text}"
     return Accepts(text, ok, lambda value: tuple((a, b) for a, b in value), "layers")
 
 

@@ -12,12 +12,12 @@ from functools import partial
 from typing import Any
 
 from vlm_prune_ext.lazy import torch
-from vlm_prune_ext.methods.base import Evidence, Method, Stage, register, say_once
+from vlm_prune_ext.methods.base import Budget, Evidence, Method, Stage, register, resolve_budget
 from vlm_prune_ext.methods.evidence import Answer, Attention
 from vlm_prune_ext.methods.option import Accepts, option, require, some_stages
 from vlm_prune_ext.select import text_raters, top_k_ascending
 
-Stages = tuple[tuple[int, int], ...]
+Stages = tuple[tuple[int, Budget], ...]
 Noise = tuple[tuple[float, ...], ...]
 
 PUBLISHED: dict[int, Stages] = {
@@ -76,7 +76,8 @@ class SparseVLM(Method):
     stages: Stages = option(
         PUBLISHED[192],
         some_stages(),
-        "Pairs of a layer and the visual tokens kept behind it, new ones not counted.",
+        "Pairs of a layer and the visual tokens kept behind it (or their ratio), new ones not "
+        "counted.",
         tag="",
         always=True,
     )
@@ -101,7 +102,7 @@ class SparseVLM(Method):
             Stage(
                 layer + 1,
                 (Attention("chosen"), "hidden"),
-                partial(_rule, keep=keep, noise=drawn),
+                partial(_rule, budget=keep, noise=drawn),
                 left=partial(_left, keep),
                 recount=True,
             )
@@ -112,7 +113,12 @@ class SparseVLM(Method):
     def budget_settings(cls, budget: Any) -> dict[str, Any]:
         """``sparsevlm:192``: the stages that the paper calls so."""
         known = ", ".join(map(str, PUBLISHED))
-        require(budget in PUBLISHED, "stages", budget, f"one of {known}, or pairs by name")
+        require(
+            isinstance(budget, int) and budget in PUBLISHED,
+            "stages",
+            budget,
+            f"one of {known}, or pairs by name",
+        )
         return {"stages": PUBLISHED[budget]}
 
 
@@ -128,16 +134,17 @@ def _merged(dropped: int) -> tuple[int, int]:
     return merged, int(merged / 10) + 1
 
 
-def _left(keep: int, total: int, now: int) -> int:
+def _left(budget: Budget, total: int, now: int) -> int:
+    keep = resolve_budget("stages", budget, total)
     return now if keep >= now else keep + _merged(now - keep)[1]
 
 
-def _rule(evidence: Evidence, keep: int, noise: tuple[float, ...] | None) -> torch.Tensor | Answer:
+def _rule(
+    evidence: Evidence, budget: Budget, noise: tuple[float, ...] | None
+) -> torch.Tensor | Answer:
     assert evidence.attention is not None and evidence.hidden is not None
-    count = evidence.count
+    count, keep = evidence.count, resolve_budget("stages", budget, evidence.total)
     if keep >= count:
-        if keep > count:
-            say_once(f"sparsevlm keeps {keep} visual tokens, more than some images have: all.")
         return evidence.everything
     merged, into = _merged(count - keep)
     order = evidence.attention.sort(dim=1, descending=True, stable=True).indices

@@ -11,12 +11,20 @@ from functools import partial
 from typing import Any
 
 from vlm_prune_ext.lazy import torch
-from vlm_prune_ext.methods.base import Evidence, Method, Need, Stage, register, say_once
+from vlm_prune_ext.methods.base import (
+    Budget,
+    Evidence,
+    Method,
+    Need,
+    Stage,
+    register,
+    resolve_budget,
+)
 from vlm_prune_ext.methods.evidence import Attention
 from vlm_prune_ext.methods.option import option, require, some_stages
 from vlm_prune_ext.select import text_raters, top_k_ascending
 
-Stages = tuple[tuple[int, int], ...]
+Stages = tuple[tuple[int, Budget], ...]
 
 PUBLISHED: dict[int, Stages] = {
     192: ((2, 300), (6, 200), (15, 118)),
@@ -54,7 +62,7 @@ class SparseVLMPlus(Method):
     stages: Stages = option(
         PUBLISHED[192],
         some_stages(),
-        "Pairs of a layer and the visual tokens kept behind it.",
+        "Pairs of a layer and the visual tokens kept behind it, or their ratio.",
         tag="",
         always=True,
     )
@@ -64,7 +72,7 @@ class SparseVLMPlus(Method):
         needs: tuple[Need, ...] = (Attention("chosen", maps=True), "positions", "frequencies")
         raters = Stage(0, ("hidden", "tail_hidden"), _raters, mode="observe")
         return raters, *(
-            Stage(layer + 1, needs, partial(_rule, keep=keep), left=partial(_left, keep))
+            Stage(layer + 1, needs, partial(_rule, budget=keep), left=partial(_left, keep))
             for layer, keep in self.stages
         )
 
@@ -72,7 +80,12 @@ class SparseVLMPlus(Method):
     def budget_settings(cls, budget: Any) -> dict[str, Any]:
         """``sparsevlm_plus:192``: the stages that the paper calls so."""
         known = ", ".join(map(str, PUBLISHED))
-        require(budget in PUBLISHED, "stages", budget, f"one of {known}, or pairs by name")
+        require(
+            isinstance(budget, int) and budget in PUBLISHED,
+            "stages",
+            budget,
+            f"one of {known}, or pairs by name",
+        )
         return {"stages": PUBLISHED[budget]}
 
 
@@ -82,17 +95,16 @@ def _raters(evidence: Evidence) -> torch.Tensor:
     return text_raters(evidence.hidden, evidence.tail_hidden, evidence.tail_real)
 
 
-def _left(keep: int, total: int, now: int) -> int:
-    return min(keep, now)
+def _left(budget: Budget, total: int, now: int) -> int:
+    return min(resolve_budget("stages", budget, total), now)
 
 
-def _rule(evidence: Evidence, keep: int) -> torch.Tensor:
+def _rule(evidence: Evidence, budget: Budget) -> torch.Tensor:
     assert evidence.maps is not None and evidence.chosen is not None
     assert evidence.positions is not None and evidence.tail_positions is not None
     assert evidence.frequencies is not None
+    keep = resolve_budget("stages", budget, evidence.total)
     if keep >= evidence.count:
-        if keep > evidence.count:
-            say_once(f"sparsevlm_plus keeps {keep} visual tokens, more than some images have: all.")
         return evidence.everything
     distances = evidence.tail_positions[:, :, None] - evidence.positions[:, None, :]
     share = rotary_share(distances, evidence.frequencies)
