@@ -400,6 +400,11 @@ def test_what_changed_is_named_and_asked_anew(
         count, said = run()
         part = {"A": "options", "image": "picture"}.get(column, column)
         assert (count, f"1 row has changed ({part})" in said) == (1, True), said
+    rows[3]["image"] = rows[0]["image"]
+    files.write(data, "Mine", rows)
+    assert main([*command, "--reuse"]) == 2  # who says --reuse means these answers
+    assert "1 row has changed (picture)" in capsys.readouterr().err
+    assert run()[0] == 1
     rows.append({**rows[0], "index": 99})
     assert run()[0] == 1
     count, said = run("--seed", "5")
@@ -410,7 +415,7 @@ def test_what_changed_is_named_and_asked_anew(
     weights.write_bytes(data_of)
     count, said = run("--seed", "5")
     assert (count, "weights=" in said) == (6, True)
-    assert len(list(folder.glob("previous*/*_samples.jsonl"))) == 6
+    assert len(list(folder.glob("previous*/*_samples.jsonl"))) == 7
 
 
 def test_a_broken_line_of_the_log_costs_that_row(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_prune_ext.errors import InputError
-from vlm_prune_ext.experiment.record import Record
+from vlm_prune_ext.experiment.record import Record, token_steps
 from vlm_prune_ext.experiment.report import Column, Table, metric_figures, terminal_text
 from vlm_prune_ext.experiment.settings import (
     RUN_KEYS,
@@ -190,7 +190,7 @@ def report(records: Sequence[Record], settings: Settings) -> int:
                 _score(one),
                 one.samples,
                 len(one.failed),
-                one.token_steps,
+                token_steps(one.visual_tokens),
                 100 * one.flops.ratio if one.flops else None,
                 1000 * prefill.median if prefill else None,
                 *(one.metrics.get(column.key) for column in extra),

@@ -32,7 +32,7 @@ from vlmeval.smp import dump, get_pred_file_path
 from vlmeval.vlm.base import BaseModel
 
 from vlm_prune_ext.demo import CHECKPOINT
-from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.errors import InputError, make_folder
 from vlm_prune_ext.evals.answer import Sizes
 from vlm_prune_ext.evals.interrupt import terminable
 from vlm_prune_ext.evals.precheck import check_fit, is_untrained
@@ -189,7 +189,12 @@ class Files:
 
 
 def start_files(
-    files: Files, config: dict[str, Any], rows: Mapping[int | str, dict[str, str]], *, fresh: bool
+    files: Files,
+    config: dict[str, Any],
+    rows: Mapping[int | str, dict[str, str]] | None = None,
+    *,
+    reuse: bool = False,
+    fresh: bool = False,
 ) -> None:
     """Make the folder ready: the answers that still hold are there for VLMEvalKit to find, all
     else that was there is put aside.
@@ -197,21 +202,29 @@ def start_files(
     Args:
         files: of the run.
         config: as :func:`run_config` makes it.
-        rows: index -> fingerprints of what its answer depends on.
+        rows: index -> fingerprints of what its answer depends on; ``None``: ``config`` alone says
+            whether rows have changed.
+        reuse: whether it was said that what is there is to be gone on from: then it must be of the
+            same settings and rows. Otherwise what differs is named and asked anew.
         fresh: whether nothing is to be gone on from.
 
     Raises:
-        InputError: the folder cannot be written.
+        InputError: the folder cannot be written, or ``reuse`` and something differs.
     """
+    make_folder(files.folder, "work_dir: ")
     kept, why = ([], "") if fresh else _still_right(files, config, rows)
-    if why:
-        print(
-            f"{files.stem}: {why}; what was there is in {put_aside(files.folder)}.", file=sys.stderr
+    if why and reuse:
+        raise InputError(
+            f"--reuse: {str(files.folder)!r}: {why}; run without --reuse to have it asked anew, "
+            "or with --fresh to start anew."
         )
+    if why:
+        aside = put_aside(files.folder)
+        print(f"{files.stem}: {why}: asked anew; what was there is in {aside}.", file=sys.stderr)
+        if kept:
+            files.log().rewrite(kept)
     elif fresh:
         put_aside(files.folder)
-    if why and kept:
-        files.log().rewrite(kept)
     for path in [*files.folder.glob("*.pkl"), files.predictions]:
         path.unlink(missing_ok=True)
     answers = {s.index: s.prediction for s in kept if isinstance(s, Sample) and s.failed is None}
@@ -227,30 +240,31 @@ def start_files(
 
 
 def _still_right(
-    files: Files, config: dict[str, Any], rows: Mapping[int | str, dict[str, str]]
+    files: Files, config: dict[str, Any], rows: Mapping[int | str, dict[str, str]] | None
 ) -> tuple[list[Sample | Stretch], str]:
     """Lines to go on with, and why others are not among them (empty: all are)."""
+    path = files.ours("config.json")
     samples, stretches = collect(files)
-    before = read_json(files.ours("config.json"))
-    if not samples:
+    before = read_json(path)
+    if not path.is_file() and not samples:
         return [], ""
     if not isinstance(before, dict):
-        return [], "its settings cannot be read, so that all rows are asked anew"
-    decisive = {name: config[name] for name in _DECISIVE}
+        return [], "its settings cannot be read"
+    decisive = {name: config.get(name) for name in _DECISIVE}
+    if rows is None:
+        decisive["rows"] = config.get("rows")
     if different := changed(before, decisive):
-        return [], f"made with {'; '.join(different)}: all rows are asked anew"
+        return [], f"made with {'; '.join(different)}"
     kept: list[Sample] = []
     parts: Counter[str] = Counter()
     for sample in samples:
-        now = rows.get(sample.index, sample.row)  # a row beyond --limit stays
+        now = (rows or {}).get(sample.index, sample.row)  # a row beyond --limit stays
         if now == sample.row:
             kept.append(sample)
         parts.update(name for name, value in now.items() if sample.row.get(name) != value)
-    if len(kept) == len(samples):
-        return [*kept, *stretches], ""
     count = len(samples) - len(kept)
     what = ", ".join(sorted(parts))
-    said = f"{count} {'row has' if count == 1 else 'rows have'} changed ({what}) and are asked anew"
+    said = f"{count} {'row has' if count == 1 else 'rows have'} changed ({what})" if count else ""
     return [*kept, *stretches], said
 
 
@@ -483,7 +497,7 @@ def run_dataset(
             return known
         if settings.mode != "eval":
             if ranks.rank == 0:
-                start_files(files, config, parts, fresh=settings.fresh)
+                start_files(files, config, parts, reuse=settings.reuse, fresh=settings.fresh)
             ranks.wait()
             predict(settings, files, table, parts, models, on_sample)
             ranks.wait()
@@ -522,9 +536,11 @@ def _open_in_turn(dataset: str, ranks: Ranks) -> Table:
 
 
 def run_config(
-    settings: Settings, models: Models, parts: Mapping[int | str, dict[str, str]]
+    settings: Settings, models: Models, rows: Table | Mapping[int | str, dict[str, str]]
 ) -> dict[str, Any]:
-    """The resolved configuration, and what tells data and checkpoint apart from others."""
+    """The resolved configuration, and what tells data (its rows, or their fingerprints) and
+    checkpoint apart from others."""
+    parts = row_parts(rows.dataset) if isinstance(rows, Table) else rows
     return {
         **settings.as_json(),
         "checkpoint": models.source.name,

@@ -375,12 +375,17 @@ class Record:
     @property
     def token_steps(self) -> str:
         """Visual tokens of a sample on their way through the layers: ``576 → 100``."""
-        steps = [f"{self.visual_tokens[0].before:.0f}"] if self.visual_tokens else []
-        steps += [f"{group.after:.0f}" for group in self.visual_tokens]
-        different = [step for i, step in enumerate(steps) if i == 0 or step != steps[i - 1]]
-        if len(different) > 4:
-            different = [different[0], "…", different[-1]]
-        return " → ".join(different) or "-"
+        return token_steps(self.visual_tokens)
+
+
+def token_steps(groups: Sequence[LayerGroup]) -> str:
+    """Visual tokens on their way through groups of layers: ``576 → 100``."""
+    steps = [f"{groups[0].before:.0f}"] if groups else []
+    steps += [f"{group.after:.0f}" for group in groups]
+    different = [step for i, step in enumerate(steps) if i == 0 or step != steps[i - 1]]
+    if len(different) > 4:
+        different = [different[0], "…", different[-1]]
+    return " → ".join(different) or "-"
 
 
 def read_record(path: Path) -> Record:
