@@ -14,6 +14,7 @@ import os
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ import vlm_prune_ext as vp
 from tests import family_makers, makers
 from tests.pruning_checks import fingerprint
 from vlm_prune_ext.cli import main
-from vlm_prune_ext.demo import CHECKPOINT, questions, report
+from vlm_prune_ext.demo import CHECKPOINT, questions
 from vlm_prune_ext.engine import kernels
 from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.evals import scenes
 from vlm_prune_ext.evals.answer import Answerer, Query
 from vlm_prune_ext.fast import pieces, run
 from vlm_prune_ext.fast.generate import FastGenerate
@@ -793,9 +795,6 @@ def test_cudnn_is_left_out_and_let_in_again(original: Any) -> None:
 def demo_queries(count: int) -> list[Query]:
     """Questions of the demo, of all four formats in turn."""
     share = -(-count // len(questions.KINDS))
-    sets = [questions.samples(kind, SEED, share) for kind in questions.KINDS]
-    mixed = [sample for turn in zip(*sets, strict=True) for sample in turn]
-    return [
-        Query(report.prompt_text(sample), [report.picture(sample)], max_new_tokens=48)
-        for sample in mixed[:count]
-    ]
+    sets = [scenes.cases(kind, SEED, share) for kind in questions.KINDS]
+    mixed = [case for turn in zip(*sets, strict=True) for case in turn]
+    return [replace(case.query, max_new_tokens=48) for case in mixed[:count]]
