@@ -16,7 +16,7 @@ fi
 prune() { "$PYTHON" -c 'import sys; from vlm_prune_ext.cli import main; sys.exit(main())' "$@"; }
 
 tests() {
-    VLM_PRUNE_FAST_SAMPLES=500 "$PYTHON" -m pytest tests/fast/test_fast.py tests/fast/test_fused.py -q -n 12 \
+    VLM_PRUNE_FAST_SAMPLES=500 "$PYTHON" -m pytest tests/fast -q -n 12 \
         >"$out/fast.log" 2>&1
     tail -n 3 "$out/fast.log"
     "$PYTHON" -m pytest tests -m gpu -q --ignore tests/ablation/test_ablation_gpu.py >"$out/gpu.log" 2>&1
