@@ -24,7 +24,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -44,8 +44,9 @@ from transformers import (
 import vlm_prune_ext as vp
 from vlm_prune_ext.bench.shapes import random_model
 from vlm_prune_ext.bench.workload import BEHIND, FRONT, of_shape
-from vlm_prune_ext.demo import questions, report
+from vlm_prune_ext.demo import questions
 from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.evals import scenes
 from vlm_prune_ext.evals.answer import Answerer, Query
 from vlm_prune_ext.experiment.measure import now, peak_memory, reset_peak
 from vlm_prune_ext.methods.base import Method
@@ -115,12 +116,9 @@ def _share(args: argparse.Namespace, state: PartialState) -> dict[str, Any]:
 def demo_queries(count: int, max_new_tokens: int) -> list[Query]:
     """Questions of the demo of all formats, mixed, so that every process gets the same mixture."""
     share = -(-count // len(questions.KINDS))
-    samples = [s for kind in questions.KINDS for s in questions.samples(kind, SEED, share)]
-    random.Random(SEED).shuffle(samples)
-    return [
-        Query(report.prompt_text(s), [report.picture(s)], max_new_tokens=max_new_tokens)
-        for s in samples[:count]
-    ]
+    cases = [case for kind in questions.KINDS for case in scenes.cases(kind, SEED, share)]
+    random.Random(SEED).shuffle(cases)
+    return [replace(case.query, max_new_tokens=max_new_tokens) for case in cases[:count]]
 
 
 def _answerer(args: argparse.Namespace, device: torch.device) -> Answerer:

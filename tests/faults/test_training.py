@@ -33,6 +33,7 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Any]
 
 
 @pytest.mark.parametrize("name", METHODS)
+@torch.enable_grad()  # importing VLMEvalKit turns gradients off for a whole process
 def test_a_training_step(asked: tuple[Any, dict[str, Any]], name: str) -> None:
     model, inputs = copy.deepcopy(asked[0]).train(), asked[1]
     with vp.prune(model, METHODS[name]):

@@ -3,10 +3,6 @@
 Training: gradients flow through a drop as through any gather. A loss over labels does not work,
 since logits have lost the positions that were dropped; nor does gradient checkpointing, which runs
 layers a second time in the backward pass, when the prompt they belonged to is gone.
-
-Assisted and prompt-lookup decoding: transformers (checked: 5.17) feeds prompt and guesses in one
-pass, so rules would choose by a guess, and takes rejected guesses off every layer's cache at one
-length. It asks for the logits of all guesses at once, which nothing else of ``generate`` does.
 """
 
 from __future__ import annotations
@@ -21,8 +17,7 @@ from vlm_prune_ext.errors import InputError
 
 
 def refuse(parts: ModelParts, shortens: bool) -> Undo:
-    """A hook in front of the model that raises InputError for labels, for checkpointed layers, and
-    for tokens that were guessed.
+    """A hook in front of the model that raises InputError for labels and for checkpointed layers.
 
     Args:
         parts: of the model.
@@ -40,13 +35,6 @@ def refuse(parts: ModelParts, shortens: bool) -> Undo:
                 "labels are not accepted while pruning: logits have lost the positions that were "
                 "dropped. Compute the loss of the logits that are left (Trace.kept says which), or "
                 "train outside of prune()."
-            )
-        wanted = kwargs.get("logits_to_keep")
-        if isinstance(wanted, int) and wanted > 1:
-            raise InputError(
-                "Assisted and prompt-lookup decoding are not possible while pruning: rules would "
-                "choose by guessed tokens. Leave assistant_model and prompt_lookup_num_tokens out "
-                f"(logits_to_keep={wanted} was asked for; 0 and 1 are accepted)."
             )
         if not torch.is_grad_enabled():
             return

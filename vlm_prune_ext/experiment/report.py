@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vlm_prune_ext.experiment import metrics
 from vlm_prune_ext.experiment.log import write_whole
-from vlm_prune_ext.experiment.metrics import METRICS, everywhere
 
 FORMATS = ("md", "csv", "html", "json")
 
@@ -149,7 +149,7 @@ def metric_figures(path: str = "metrics", empty: str = "-") -> list[Figure]:
         path: where results have the values, by the metrics' names.
         empty: what stands where there is no value.
     """
-    shown = (METRICS[name] for name in everywhere())
+    shown = (metrics.METRICS[name] for name in metrics.everywhere())
     return [
         Figure(m.title, m.digits, m.help, key=m.name, empty=empty, path=f"{path}.{m.name}")
         for m in shown
