@@ -155,3 +155,15 @@ def test_option_of_another_method_is_refused() -> None:
     for method in ("random:9", "fastv:9", "none"):
         with pytest.raises(InputError, match="--downsample-keep is a parameter of downsample"):
             settings_of(["--method", method, "--downsample-keep", "64"])
+
+
+@pytest.mark.parametrize("text", ["pdrop:0.5", "feather", "sparsevlm:192", "sparsevlm:64", "saint"])
+def test_a_record_builds_the_same_method_for_a_shallower_model(text: str) -> None:
+    """A cell of a grid is plain values: its layers that nobody stated still give way."""
+    first, _ = resolve({"method": text, "data": "Shapes_MCQ"})
+    again, _ = resolve({}, json.loads(json.dumps(first.as_json())))
+    assert again.method == first.method
+    assert first.method is not None and again.method is not None
+    layers = [stage.layer for stage in first.method.decoder_stages(12)]
+    assert [stage.layer for stage in again.method.decoder_stages(12)] == layers
+    assert max(layers) <= 12

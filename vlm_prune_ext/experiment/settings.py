@@ -405,13 +405,21 @@ def _method_of(value: Any) -> tuple[str, dict[str, Any]]:
         rest = {key: entry for key, entry in value.items() if key not in ("name", "parameters")}
         if "name" not in value:
             raise InputError(f"method={value!r} is not valid: a mapping with a name.")
-        method_class(str(value["name"]))
-        return str(value["name"]), {**rest, **(value.get("parameters") or {})}
+        cls = method_class(str(value["name"]))
+        resolved = value.get("parameters") or {}
+        return str(value["name"]), {**rest, **_stated(cls, resolved)}
     _require("method", value, f"a name of {', '.join(METHODS)}, or name:budget", _is_text)
     name, parameters = parse_settings(value)
     if parameters:
         get_method(name, **parameters)  # a wrong value is said with the text it stands in
     return name, parameters
+
+
+def _stated(cls: type[Method] | None, resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters as :func:`method_as_json` writes them, without those that are the defaults: what
+    nobody stated gives way in a shallower model, wherever the method is built again."""
+    usual = json.loads(json.dumps(cls.defaults(), default=str)) if cls is not None else {}
+    return {k: v for k, v in resolved.items() if k not in usual or v != usual[k]}
 
 
 def _merge(file: _Layer, line: _Layer) -> tuple[str | None, dict[str, Any]]:

@@ -86,6 +86,8 @@ class Method(Declared):
       precedes its fields' names there; ``use_<name>`` and ``<name>_`` unless stated.
     * ``resets``: calls beside ``reset_<name>()`` that read its fields off ``model.config``.
     * ``standard``: values of required fields where somebody asks for the method by name alone.
+    * ``published``: field of layers -> further values of the paper's, meant for its 32 layers; like
+      a default, such a value gives way in a shallower model.
     * ``companions``: dataclasses of its file that belong to the public API.
     """
 
@@ -98,6 +100,7 @@ class Method(Declared):
     config_prefix: ClassVar[str] = ""
     resets: ClassVar[tuple[str, ...]] = ()
     standard: ClassVar[Mapping[str, Any]] = {}
+    published: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     companions: ClassVar[tuple[type[Declared], ...]] = ()
 
     # -- what the engine asks --------------------------------------------------------------
@@ -127,7 +130,7 @@ class Method(Declared):
             one
             for one in self.options().values()
             if one.accepts.kind == "layers"
-            and one.name not in self._stated
+            and (one.name not in self._stated or self._is_published(one.name))
             and getattr(self, one.name) is not None
         ]
         if all(max(_layers_in(getattr(self, one.name))) < num_layers for one in layers):
@@ -136,6 +139,9 @@ class Method(Declared):
         said = ", ".join(f"{name}={value}" for name, value in moved.items())
         say_once(f"{self.name}: {said}, the published depth in {num_layers} layers.")
         return replace(self, **moved)
+
+    def _is_published(self, name: str) -> bool:
+        return getattr(self, name) in self.published.get(name, ())
 
     def vision_stages(self, num_layers: int, feature_layer: int | None) -> tuple[VisionStage, ...]:
         """Selections in the vision tower. ``feature_layer``: index of the last layer whose output

@@ -72,6 +72,7 @@ class SparseVLM(Method):
     paper = "arXiv 2410.04417"
     code = "Gumpest/SparseVLMs"
     budget_field = "stages"
+    published = {"stages": tuple(PUBLISHED.values())[1:]}  # the first is the default
 
     stages: Stages = option(
         PUBLISHED[192],
@@ -119,7 +120,7 @@ class SparseVLM(Method):
             budget,
             f"one of {known}, or pairs by name",
         )
-        return {"stages": PUBLISHED[budget]}
+        return {} if PUBLISHED[budget] == PUBLISHED[192] else {"stages": PUBLISHED[budget]}
 
 
 def _raters(evidence: Evidence) -> torch.Tensor:

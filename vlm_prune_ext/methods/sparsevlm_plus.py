@@ -58,6 +58,7 @@ class SparseVLMPlus(Method):
     paper = "arXiv 2410.04417"
     code = "Gumpest/SparseVLMs"
     budget_field = "stages"
+    published = {"stages": tuple(PUBLISHED.values())[1:]}  # the first is the default
 
     stages: Stages = option(
         PUBLISHED[192],
@@ -86,7 +87,7 @@ class SparseVLMPlus(Method):
             budget,
             f"one of {known}, or pairs by name",
         )
-        return {"stages": PUBLISHED[budget]}
+        return {} if PUBLISHED[budget] == PUBLISHED[192] else {"stages": PUBLISHED[budget]}
 
 
 def _raters(evidence: Evidence) -> torch.Tensor:
