@@ -6,7 +6,7 @@ Matters More" (EMNLP 2025, arXiv 2502.11494). Code: ``ZichenWen1/DART``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vlm_prune_ext.lazy import torch
 from vlm_prune_ext.methods.base import Evidence, Method, Need, Stage, register, say_once
@@ -44,7 +44,7 @@ class DART(Method):
     layer: int = option(2, a_layer(1), "Layer in front of which tokens go.", tag="k")
     max_num_trunction: int | None = option(
         128,
-        an_integer(1).optional(),
+        replace(an_integer(1).optional(), kind="budget"),
         "Visual tokens that the pivots pick together, rounded down to a multiple of their number; "
         "wins over reduction_ratio. None: reduction_ratio says it.",
         tag="max",
