@@ -157,7 +157,7 @@ def _answer(
 
 
 def _ask(rows: Sequence[Row], answerer: Any, max_new_tokens: int, warm_up: bool) -> list[Sample]:
-    from vlm_prune_ext.evals.answer import Query
+    from vlm_prune_ext.evals.answer import Query, sample_of
     from vlm_prune_ext.experiment.measure import now
 
     device = answerer.processor.device
@@ -166,20 +166,6 @@ def _ask(rows: Sequence[Row], answerer: Any, max_new_tokens: int, warm_up: bool)
     answers = answerer.answer(queries)
     seconds = (now(device) - start) / len(rows)
     return [
-        Sample(
-            index=row.index,
-            prediction=answer.text,
-            warm_up=warm_up,
-            prompt_tokens=answer.prompt_tokens,
-            new_tokens=answer.new_tokens,
-            visual_tokens=answer.visual_tokens,
-            visual_kept={str(layer): n for layer, n in answer.visual_kept.items()},
-            lengths=answer.lengths,
-            prefill_seconds=answer.prefill_seconds,
-            decode_seconds=answer.decode_seconds,
-            fast=answer.fast,
-            seconds=seconds,
-            batch=answer.batch,
-        )
+        sample_of(row.index, answer, warm_up=warm_up, seconds=seconds, batch=answer.batch)
         for row, answer in zip(rows, answers, strict=True)
     ]

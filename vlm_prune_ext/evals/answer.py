@@ -336,25 +336,34 @@ class Sizes(flops.Sizes):
             answer.tower_images,
             answer.patches_kept,
         )
-        return Sample(
-            index=index,
-            prediction=answer.text,
+        return sample_of(
+            index,
+            answer,
             warm_up=warm_up,
-            prompt_tokens=answer.prompt_tokens,
-            new_tokens=answer.new_tokens,
-            visual_tokens=answer.visual_tokens,
-            visual_kept={str(layer): count for layer, count in answer.visual_kept.items()},
-            lengths=answer.lengths,
-            prefill_seconds=answer.prefill_seconds,
-            decode_seconds=answer.decode_seconds,
             flops=cost.prefill,
             flops_baseline=cost.prefill_baseline,
             flops_visual=cost.visual,
             flops_visual_baseline=cost.visual_baseline,
             vision_flops=cost.vision,
             vision_flops_baseline=cost.vision_baseline,
-            fast=answer.fast,
         )
+
+
+def sample_of(index: int | str, answer: Answer, **more: Any) -> Sample:
+    """An answer as a line of a log; ``more``: what else is known of it."""
+    return Sample(
+        index=index,
+        prediction=answer.text,
+        prompt_tokens=answer.prompt_tokens,
+        new_tokens=answer.new_tokens,
+        visual_tokens=answer.visual_tokens,
+        visual_kept={str(layer): count for layer, count in answer.visual_kept.items()},
+        lengths=answer.lengths,
+        prefill_seconds=answer.prefill_seconds,
+        decode_seconds=answer.decode_seconds,
+        fast=answer.fast,
+        **more,
+    )
 
 
 def answer_rows(
