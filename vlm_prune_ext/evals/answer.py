@@ -47,6 +47,8 @@ class Query:
         until: strings that end the answer; neither they nor what follows is part of it.
         options: what ``generate`` is to do instead of greedy decoding (``do_sample``,
             ``temperature``, ..., see :data:`vlm_prune_ext.evals.decoding.OPTIONS`).
+        digests: of each image, as :func:`vlm_prune_ext.models.images.digest_of` gives it; empty:
+            not known yet.
     """
 
     text: str
@@ -55,6 +57,7 @@ class Query:
     max_new_tokens: int = 256
     until: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    digests: tuple[str, ...] = ()
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import os
@@ -63,6 +64,28 @@ def open_image(image: Any) -> Image.Image:
             f"{name} does not decode ({type(error).__name__}): a complete file in a format that "
             "Pillow reads is needed."
         ) from error
+
+
+def digest_of(image: Any) -> str:
+    """A picture by its content: equal digests are equal pictures (a file and its pixels differ).
+
+    Args:
+        image: as for :func:`open_image`. Of a file or bytes the encoded content counts, of a PIL
+            image its pixels in RGB.
+
+    Raises:
+        InputError: see :func:`open_image`.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    if isinstance(image, str | os.PathLike) and _is_file(Path(image)):
+        image = Path(image).read_bytes()
+    if isinstance(image, bytes):
+        digest.update(image)
+    else:
+        picture = open_image(image)
+        digest.update(repr(("RGB", picture.size)).encode())
+        digest.update(picture.tobytes())
+    return digest.hexdigest()
 
 
 def _decode(source: Any, name: str) -> Image.Image:
