@@ -17,8 +17,8 @@ from transformers import LlavaForConditionalGeneration
 from transformers.initialization import no_init_weights
 
 import vlm_prune_ext as vp
+from vlm_prune_ext.bench.cases import of_shape
 from vlm_prune_ext.bench.shapes import SHAPES
-from vlm_prune_ext.bench.workload import of_shape
 from vlm_prune_ext.experiment.flops import count_flops, prefill_flops, vision_modules
 from vlm_prune_ext.experiment.report import Column, Table
 from vlm_prune_ext.methods.registry import parse_method

@@ -42,8 +42,8 @@ from transformers import (
 )
 
 import vlm_prune_ext as vp
+from vlm_prune_ext.bench.cases import BEHIND, FRONT, of_shape
 from vlm_prune_ext.bench.shapes import random_model
-from vlm_prune_ext.bench.workload import BEHIND, FRONT, of_shape
 from vlm_prune_ext.demo import questions
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.evals import scenes

@@ -29,8 +29,8 @@ from typing import Any
 import torch
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
+from vlm_prune_ext.bench.cases import Workload, of_shape
 from vlm_prune_ext.bench.shapes import random_model
-from vlm_prune_ext.bench.workload import Workload, of_shape
 from vlm_prune_ext.engine.decoder import DecoderPruner
 from vlm_prune_ext.engine.prune import session_on
 from vlm_prune_ext.engine.vision import VisionPruner

@@ -13,11 +13,10 @@ from PIL import Image
 
 import vlm_prune_ext as vp
 from tests import family_makers, makers
-from vlm_prune_ext.bench import cases, report, shapes, workload
-from vlm_prune_ext.bench.roofline import Roofline
+from vlm_prune_ext.bench import cases, report, shapes
 from vlm_prune_ext.cli import main
 from vlm_prune_ext.experiment.flops import DecoderShape, decoder_flops
-from vlm_prune_ext.experiment.measure import seconds_of
+from vlm_prune_ext.experiment.measure import Roofline, seconds_of
 from vlm_prune_ext.fast.pieces import PROMPT_STEP
 
 FASTV = "fastv:5,agg_layer=2"
@@ -30,9 +29,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tiny(folder: Path) -> workload.Workload:
+def tiny(folder: Path) -> cases.Workload:
     model, processor = vp.load(folder, device="cpu", fast=False)
-    return workload.of_checkpoint("tiny", model, processor, "Red?", makers.photo())
+    return cases.of_checkpoint("tiny", model, processor, "Red?", makers.photo())
 
 
 def run(folder: Path, out: Path, *more: str) -> int:
@@ -71,7 +70,7 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("name", [None, vp.FastV(agg_layer=2, attention_rank=5)])
-def test_a_fast_case(tiny: workload.Workload, name: Any) -> None:
+def test_a_fast_case(tiny: cases.Workload, name: Any) -> None:
     """Here its pieces are not recorded; what is timed is the same."""
     case = cases.Case("graphs", name, 2)
     cell = cases.measure_case(tiny, case, ROOFLINE, new_tokens=3, repeat=2)
@@ -87,10 +86,10 @@ def test_a_fast_case(tiny: workload.Workload, name: Any) -> None:
 @pytest.mark.parametrize(
     ("backend", "step"), [("transformers", 7), ("hooks", 1), ("graphs", PROMPT_STEP)]
 )
-def test_new_lengths_are_new(tiny: workload.Workload, backend: str, step: int) -> None:
+def test_new_lengths_are_new(tiny: cases.Workload, backend: str, step: int) -> None:
     """To transformers' kernels, with every token of an answer; to recorded pieces. What other ways
     have tried does not matter."""
-    fresh = workload.Workload(tiny.name, tiny.model, tiny.single, tiny.span, tiny.text)
+    fresh = cases.Workload(tiny.name, tiny.model, tiny.single, tiny.span, tiny.text)
     lengths = [fresh.batch(2)["input_ids"].shape[1]]
 
     def generate(**given: Any) -> None:
@@ -107,7 +106,7 @@ def test_new_lengths_are_new(tiny: workload.Workload, backend: str, step: int) -
     assert fresh.batch(2)["input_ids"].shape[1] == lengths[0]
 
 
-def test_no_room_for_a_longer_prompt(tiny: workload.Workload) -> None:
+def test_no_room_for_a_longer_prompt(tiny: cases.Workload) -> None:
     def generate(**given: Any) -> None:
         raise torch.OutOfMemoryError
 
@@ -125,7 +124,7 @@ def test_checkpoints_of_other_families(kind: str, tmp_path: Path) -> None:
     assert all(cell["unseen_samples_per_second"] > 0 for cell in found)
 
 
-def test_everything_is_put_back(tiny: workload.Workload) -> None:
+def test_everything_is_put_back(tiny: cases.Workload) -> None:
     config = tiny.model.generation_config
     stop = config.eos_token_id
     assert stop is not None
@@ -135,13 +134,13 @@ def test_everything_is_put_back(tiny: workload.Workload) -> None:
     assert config.eos_token_id == stop
 
 
-def test_weights_that_a_token_reads(tiny: workload.Workload) -> None:
+def test_weights_that_a_token_reads(tiny: cases.Workload) -> None:
     model = tiny.model
     layers = sum(p.numel() for p in model.model.language_model.layers.parameters())
     assert tiny.weight_bytes == 4 * (layers + model.lm_head.weight.numel())
 
 
-def test_ratios_are_taken_within_one_way(tiny: workload.Workload) -> None:
+def test_ratios_are_taken_within_one_way(tiny: cases.Workload) -> None:
     made = [
         cases.measure_case(tiny, cases.Case(backend, method, 1), ROOFLINE, new_tokens=2, repeat=1)
         for backend, method in (
@@ -156,7 +155,7 @@ def test_ratios_are_taken_within_one_way(tiny: workload.Workload) -> None:
     assert report.unpruned(made[1:], made[1]) is None
 
 
-def test_the_file_keeps_its_keys(tiny: workload.Workload) -> None:
+def test_the_file_keeps_its_keys(tiny: cases.Workload) -> None:
     """`bench.json` has figures under names that others read; they are a view of the record."""
     made = asdict(
         cases.measure_case(
@@ -208,7 +207,7 @@ def test_inputs_of_named_shapes(tmp_path: Path) -> None:
         from transformers import AutoModelForImageTextToText
 
         model = AutoModelForImageTextToText.from_config(config).eval()
-        made = workload.of_shape("shape", model)
+        made = cases.of_shape("shape", model)
         output = model.generate(**made.batch(2), max_new_tokens=2, do_sample=False)
         assert output.shape[0] == 2
         assert made.tokens == 67 + {"llava": 576, "llava_next": 2928}[form]

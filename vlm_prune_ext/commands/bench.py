@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -18,116 +18,102 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_prune_ext.commands.common import checkpoint_of, device_for, quiet_transformers
 from vlm_prune_ext.errors import InputError, make_folder, unknown_name
+from vlm_prune_ext.experiment.settings import (
+    FLAG,
+    WHOLE,
+    Declared,
+    add_options,
+    many,
+    option,
+    shared,
+    text,
+    whole,
+)
 
 if TYPE_CHECKING:
-    from vlm_prune_ext.bench.cases import Case
-    from vlm_prune_ext.bench.workload import Workload
+    from vlm_prune_ext.bench.cases import Case, Workload
     from vlm_prune_ext.experiment import grid
     from vlm_prune_ext.methods.base import Method
 
 METHODS = ("none", "fastv:100", "fastv:288,agg_layer=2", "himap")
 QUESTION = "Describe this picture."
+PROMPTED = ("shape", "model_path")
+
+
+@dataclass(frozen=True)
+class BenchSettings(Declared):
+    """What is timed, and how often; ``shape`` and ``model_path`` exclude each other."""
+
+    shape: str | None = option(
+        None,
+        text("a name"),
+        "published shape with random weights: llava-1.5-7b, llava-1.5-13b, llava-next-7b, "
+        "qwen2.5-vl-3b, gemma-3-4b",
+    )
+    model_path: str | None = shared("model_path", None, "default: demo model")
+    batch_size: Any = option((1, 8), many(WHOLE), "default: 1 8", "--batch-size", "--batch-sizes")
+    method: Any = option(
+        METHODS,
+        many(text("a method", "NAME:BUDGET")),
+        f"short forms, none is the baseline; default: {' '.join(METHODS)}",
+        *("--method", "--methods"),
+    )
+    backend: Any = option(
+        None,
+        many(text("a name")),
+        "transformers; transformers-attentions: the same with eager attention maps; hooks: ours; "
+        "graphs: CUDA graphs (default: all that can be)",
+        *("--backend", "--ways"),
+    )
+    fast: bool = option(False, FLAG, "CUDA graphs only, and an error where they are not")
+    new_tokens: int = option(
+        32, whole(2), "of long answers; default: 32", "--max-new-tokens", "--new-tokens"
+    )
+    repeat: int = option(15, WHOLE, "timed prefills, and a third as many answers; default: 15")
+    visual: int | None = option(
+        None, whole(1), "visual tokens of qwen2.5-vl-3b, gemma-3-4b; default: 576"
+    )
+    dtype: str | None = option(
+        None, text("a name"), "default: bfloat16 on a GPU, float32 on a CPU; auto: as stored"
+    )
+    device: str | None = shared("device")
+    out: str = option("bench", text("a folder", "DIR"), "default: bench")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument(
-        "--shape",
-        metavar="NAME",
-        help="published shape with random weights: llava-1.5-7b, llava-1.5-13b, llava-next-7b, "
-        "qwen2.5-vl-3b, gemma-3-4b",
-    )
-    what.add_argument(
-        "--model",
-        "--model-path",
-        dest="model_path",
-        metavar="NAME_OR_PATH",
-        help="default: demo model",
-    )
-    add = parser.add_argument
-    add(
-        "--batch-size",
-        "--batch-sizes",
-        nargs="+",
-        type=int,
-        default=[1, 8],
-        metavar="N",
-        help="default: 1 8",
-    )
-    add(
-        "--method",
-        "--methods",
-        nargs="+",
-        default=list(METHODS),
-        metavar="NAME:BUDGET",
-        help=f"short forms, none is the baseline; default: {' '.join(METHODS)}",
-    )
-    add(
-        "--backend",
-        "--ways",
-        nargs="+",
-        metavar="NAME",
-        help="transformers; transformers-attentions: the same with eager attention maps; hooks: "
-        "ours; graphs: CUDA graphs (default: all that can be)",
-    )
-    add("--fast", action="store_true", help="CUDA graphs only, and an error where they are not")
-    add(
-        "--max-new-tokens",
-        "--new-tokens",
-        dest="new_tokens",
-        type=int,
-        default=32,
-        metavar="N",
-        help="of long answers; default: 32",
-    )
-    add(
-        "--repeat",
-        type=int,
-        default=15,
-        metavar="N",
-        help="timed prefills, and a third as many answers; default: 15",
-    )
-    add(
-        "--visual",
-        type=int,
-        metavar="N",
-        help="visual tokens of qwen2.5-vl-3b, gemma-3-4b; default: 576",
-    )
-    add(
-        "--dtype",
-        default=None,
-        help="default: bfloat16 on a GPU, float32 on a CPU; auto: as stored",
-    )
-    add("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 (default: as found)")
-    add("--out", default="bench", metavar="DIR", help="default: bench")
+    add_options(parser.add_mutually_exclusive_group(), PROMPTED, BenchSettings)
+    rest = [one.name for one in fields(BenchSettings) if one.name not in PROMPTED]
+    add_options(parser, rest, BenchSettings)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and report."""
-    _check(args)
+    said = BenchSettings.of(vars(args))
+    _check(said)
     from vlm_prune_ext.bench import cases, report
-    from vlm_prune_ext.bench.roofline import measure_roofline
     from vlm_prune_ext.experiment import grid
     from vlm_prune_ext.experiment.log import Log
+    from vlm_prune_ext.experiment.measure import measure_roofline
+    from vlm_prune_ext.methods.registry import parse_method
 
-    backends = _backends(args)
-    methods = list(dict.fromkeys(_method(text) for text in args.method))
-    _check_shape(args)
+    backends = _backends(said)
+    methods = list(dict.fromkeys(map(parse_method, said.method)))
+    _check_shape(said)
     quiet_transformers()
-    _check_methods(args, methods)
-    workload = _workload(args)
-    wanted = _cases(workload, backends, methods, args)
-    cells = [_cell(case, args) for case in wanted]
-    folder = Path(args.out)
+    _check_methods(said, methods)
+    workload = _workload(said)
+    wanted = _cases(workload, backends, methods, said)
+    cells = [_cell(case, said) for case in wanted]
+    folder = Path(said.out)
     make_folder(folder, "--out ")
     roofline = measure_roofline(workload.device, workload.dtype)
-    header = _header(workload, roofline, args)
+    header = _header(workload, roofline, said)
 
     def job(cell: grid.Cell) -> dict[str, Any]:
         place = cells.index(cell)
         print(f"[{place + 1}/{len(cells)}] {cell.label}", file=sys.stderr, flush=True)
-        sizes = {"new_tokens": args.new_tokens, "repeat": args.repeat}
+        sizes = {"new_tokens": said.new_tokens, "repeat": said.repeat}
         return asdict(cases.measure_case(workload, wanted[place], roofline, **sizes))
 
     if kept := report.put_aside(folder):
@@ -140,117 +126,100 @@ def run(args: argparse.Namespace) -> int:
         results.append(dict(line.result or {}))
         report.write(results, header, folder)  # nothing measured is lost
     if not results:
-        raise InputError(f"--method {' '.join(args.method)}: no case could be measured.")
+        raise InputError(f"--method {' '.join(said.method)}: no case could be measured.")
     report.table(results, header).show()
     print(report.legend(header))
-    print(f"Written to {args.out}: bench.json, bench.md, bench.png, bench.csv, bench.html")
+    print(f"Written to {said.out}: bench.json, bench.md, bench.png, bench.csv, bench.html")
     return 1 if len(results) < len(wanted) else 0
 
 
-def _cell(case: Case, args: argparse.Namespace) -> grid.Cell:
+def _cell(case: Case, said: BenchSettings) -> grid.Cell:
     """A case as the grid runner takes it."""
     from vlm_prune_ext.experiment.grid import Cell
     from vlm_prune_ext.experiment.settings import method_as_json
 
     names = ("shape", "model_path", "visual", "dtype", "device", "new_tokens", "repeat")
-    shared = {name: getattr(args, name) for name in names}
+    shared = {name: getattr(said, name) for name in names}
     own = {"backend": case.backend, "batch_size": case.batch_size}
     settings = {**shared, **own, "method": method_as_json(case.method)}
     return Cell(settings, label=f"batch {case.batch_size}, {case.backend}, {case.label}")
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(said: BenchSettings) -> None:
     """What can be known before anything heavy is imported."""
-    for name, values in (("--batch-size", args.batch_size), ("--repeat", [args.repeat])):
-        for value in values:
-            if value < 1:
-                raise InputError(f"{name} {value} is not valid: an integer of at least 1.")
-    if args.new_tokens < 2:
-        raise InputError(f"--max-new-tokens {args.new_tokens} is not valid: at least 2.")
-    if args.fast and args.backend not in (None, ["graphs"], ["fast"]):
+    if said.fast and said.backend not in (None, ["graphs"], ["fast"]):
         raise InputError(
             "--fast and --backend exclude each other: --fast is --backend graphs, or an error."
         )
-    for name, text in (("out", args.out), ("dtype", args.dtype)):
-        if text is not None and not text.strip():
-            raise InputError(f"--{name} {text!r} is not valid: it is empty.")
-    if Path(args.out).exists() and not Path(args.out).is_dir():
-        raise InputError(f"--out {args.out!r} is a file: a folder is needed.")
+    if Path(said.out).exists() and not Path(said.out).is_dir():
+        raise InputError(f"--out {said.out!r} is a file: a folder is needed.")
 
 
-def _backends(args: argparse.Namespace) -> list[str]:
+def _backends(said: BenchSettings) -> list[str]:
     from vlm_prune_ext.bench.cases import BACKENDS
     from vlm_prune_ext.bench.report import BACKEND_NAMES
 
-    if args.fast:
+    if said.fast:
         return ["graphs"]
-    named = [BACKEND_NAMES.get(name, name) for name in args.backend or BACKENDS]
+    named = [BACKEND_NAMES.get(name, name) for name in said.backend or BACKENDS]
     for name in named:
         if name not in BACKENDS:
             raise unknown_name("--backend", name, BACKENDS)
     return list(dict.fromkeys(named))
 
 
-def _method(text: str) -> Method | None:
-    from vlm_prune_ext.methods.registry import parse_method
-
-    return parse_method(text)
-
-
-def _check_shape(args: argparse.Namespace) -> None:
-    if args.shape is not None:
+def _check_shape(said: BenchSettings) -> None:
+    if said.shape is not None:
         from vlm_prune_ext.bench.shapes import SHAPES
 
-        if args.shape not in SHAPES:
-            raise unknown_name("--shape", args.shape, SHAPES)
-    if args.visual is None:
+        if said.shape not in SHAPES:
+            raise unknown_name("--shape", said.shape, SHAPES)
+    if said.visual is None:
         return
-    if args.shape is None or args.shape.startswith("llava"):
-        what = args.shape or args.model_path or "the demo model"
+    if said.shape is None or said.shape.startswith("llava"):
+        what = said.shape or said.model_path or "the demo model"
         raise InputError(
-            f"--visual {args.visual} is not possible: {what} itself says how many there are."
+            f"--visual {said.visual} is not possible: {what} itself says how many there are."
         )
-    if args.visual < 1:
-        raise InputError(f"--visual {args.visual} is not valid: an integer of at least 1.")
 
 
-def _check_methods(args: argparse.Namespace, methods: list[Method | None]) -> None:
+def _check_methods(said: BenchSettings, methods: list[Method | None]) -> None:
     """Layers and budgets, before there are any weights."""
     from vlm_prune_ext.bench.shapes import SHAPES
     from vlm_prune_ext.evals.precheck import check_config, check_fit
     from vlm_prune_ext.models.checkpoint import Checkpoint
 
     check: Callable[[Method], None]
-    if args.shape is not None:
-        check = partial(check_config, SHAPES[args.shape]())
+    if said.shape is not None:
+        check = partial(check_config, SHAPES[said.shape]())
     else:
-        check = partial(check_fit, Checkpoint(checkpoint_of(args)))
+        check = partial(check_fit, Checkpoint(checkpoint_of(said)))
     for method in methods:
         if method is not None:
             check(method)
 
 
-def _workload(args: argparse.Namespace) -> Workload:
-    from vlm_prune_ext.bench.workload import of_checkpoint, of_shape
+def _workload(said: BenchSettings) -> Workload:
+    from vlm_prune_ext.bench.cases import of_checkpoint, of_shape
     from vlm_prune_ext.models import dtype_of, load
 
-    device = device_for(args)
+    device = device_for(said)
     usual = "bfloat16" if device.type == "cuda" else "float32"
-    if args.shape is not None:
+    if said.shape is not None:
         from vlm_prune_ext.bench.shapes import random_model
 
-        dtype = dtype_of(usual if args.dtype in (None, "auto") else args.dtype)
+        dtype = dtype_of(usual if said.dtype in (None, "auto") else said.dtype)
         return of_shape(
-            args.shape, random_model(args.shape, dtype=dtype, device=device), args.visual
+            said.shape, random_model(said.shape, dtype=dtype, device=device), said.visual
         )
     model, processor = load(
-        checkpoint_of(args),
-        dtype=args.dtype or usual,
+        checkpoint_of(said),
+        dtype=said.dtype or usual,
         device=device,
         attn_implementation="sdpa",
         fast=False,
     )
-    return of_checkpoint(args.model_path or "demo model", model, processor, QUESTION, _picture())
+    return of_checkpoint(said.model_path or "demo model", model, processor, QUESTION, _picture())
 
 
 def _picture() -> Any:
@@ -260,7 +229,7 @@ def _picture() -> Any:
 
 
 def _cases(
-    workload: Workload, backends: list[str], methods: list[Method | None], args: argparse.Namespace
+    workload: Workload, backends: list[str], methods: list[Method | None], said: BenchSettings
 ) -> list[Case]:
     """All that can be; of the others one line each says why not."""
     from vlm_prune_ext.bench.cases import Case, possible
@@ -272,7 +241,7 @@ def _cases(
     found: list[Case] = []
     left_out: dict[str, set[str]] = {}
     reasons = set()
-    for batch in dict.fromkeys(args.batch_size):
+    for batch in dict.fromkeys(said.batch_size):
         for backend in backends:
             for method in methods:
                 case = Case(backend, method, batch)
@@ -281,7 +250,7 @@ def _cases(
                     found.append(case)
                     continue
                 reasons.add(reason)
-                if args.fast:
+                if said.fast:
                     raise InputError(f"--fast is not possible: {reason}.")
                 if backend in ("graphs", "hooks"):
                     left_out.setdefault(f"{backend} ({reason})", set()).add(case.label)
@@ -293,7 +262,7 @@ def _cases(
     return found
 
 
-def _header(workload: Workload, roofline: Any, args: argparse.Namespace) -> dict[str, Any]:
+def _header(workload: Workload, roofline: Any, said: BenchSettings) -> dict[str, Any]:
     from vlm_prune_ext.experiment import host
 
     hardware = host.hardware(workload.device)
@@ -304,7 +273,7 @@ def _header(workload: Workload, roofline: Any, args: argparse.Namespace) -> dict
         "title": f"{workload.name}, {prompt}, {dtype}, {where}, {date.today().isoformat()}",
         "command": "vlm-prune bench " + " ".join(sys.argv[2:]),
         "prompt": {"text": workload.text, "visual": workload.span[1], "start": workload.span[0]},
-        "new_tokens": args.new_tokens,
+        "new_tokens": said.new_tokens,
         "ceilings": asdict(roofline),
         "hardware": hardware,
         "versions": host.versions(),

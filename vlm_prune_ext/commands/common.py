@@ -77,12 +77,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, MODEL)
 
 
-def model_name(args: argparse.Namespace) -> str:
+def model_name(args: Any) -> str:
     """What the model is called in files and messages."""
     return "demo" if args.model_path is None else checkpoint_of(args)
 
 
-def checkpoint_of(args: argparse.Namespace) -> str:
+def checkpoint_of(args: Any) -> str:
     """What is loaded: the demo's checkpoint where nothing is said.
 
     Raises:
@@ -97,7 +97,7 @@ def checkpoint_of(args: argparse.Namespace) -> str:
     return args.model_path
 
 
-def device_for(args: argparse.Namespace) -> torch.device:
+def device_for(args: Any) -> torch.device:
     """The device that is meant, before anything is loaded.
 
     Raises:
@@ -111,7 +111,7 @@ def device_for(args: argparse.Namespace) -> torch.device:
     return device
 
 
-def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
+def load_model(args: Any) -> tuple[Any, Any]:
     """``(model, processor)`` as :func:`add_model_arguments`'s arguments say."""
     from vlm_prune_ext.models import load
 

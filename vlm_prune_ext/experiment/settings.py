@@ -12,10 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -30,6 +31,9 @@ from vlm_prune_ext.methods.registry import (
     parse_settings,
 )
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 MODES = ("all", "infer", "eval")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
@@ -43,23 +47,27 @@ class Kind:
         accepted: in words, for the sentence about another value.
         ok: whether a value is of it.
         arguments: of ``add_argument``.
+        read: what a command line or a file says -> the value; it may raise :class:`InputError`.
+        names: all that are accepted, where they can be told; the near one is suggested.
     """
 
     accepted: str
     ok: Callable[[Any], bool]
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    read: Callable[[Any], Any] = lambda value: value
+    names: tuple[str, ...] = ()
 
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def _whole_or_text(text: str) -> int | str:
-    """A number; another text is left for the check to name."""
+def _whole_or_text(value: Any) -> Any:
+    """A number where a text is one; anything else is left for the check to name."""
     try:
-        return int(text)
+        return int(value) if isinstance(value, str) else value
     except ValueError:
-        return text
+        return value
 
 
 def text(accepted: str, metavar: str = "NAME") -> Kind:
@@ -72,16 +80,48 @@ def choice(values: tuple[str, ...]) -> Kind:
     return Kind(f"one of {', '.join(values)}", values.__contains__, {"choices": values})
 
 
+def whole(low: int, high: int | None = None) -> Kind:
+    """A whole number."""
+    said = f"an integer of at least {low}" if high is None else f"an integer of {low} to {high}"
+    within = range(low, sys.maxsize if high is None else high + 1)
+    return Kind(
+        said,
+        lambda value: type(value) is int and value in within,
+        {"type": _whole_or_text, "metavar": "N"},
+        _whole_or_text,
+    )
+
+
+def named(values: Iterable[str], metavar: str = "NAME") -> Kind:
+    """One of some names; of others the near one is suggested."""
+    names = tuple(values)
+    return Kind(f"one of {', '.join(names)}", names.__contains__, {"metavar": metavar}, names=names)
+
+
+def many(kind: Kind, *, none: bool = False) -> Kind:
+    """One value of a kind or several, as a list.
+
+    Args:
+        kind: of each.
+        none: whether ``none`` is one as well.
+    """
+
+    def read(value: Any) -> list[Any]:
+        listed = value if isinstance(value, list | tuple) else [value]
+        nothing = (None, "none", "None") if none else ()
+        return [None if one in nothing else kind.read(one) for one in listed]
+
+    said = f"{kind.accepted} or none" if none else kind.accepted
+    more = {key: value for key, value in kind.arguments.items() if key != "type"}
+    return Kind(said, kind.ok, {**more, "nargs": "+", "action": "extend"}, read)
+
+
 NAMES = Kind(
     "names of datasets",
     lambda value: isinstance(value, tuple) and all(map(_is_text, value)),
     {"nargs": "+", "metavar": "NAME"},
 )
-WHOLE = Kind(
-    "an integer of at least 1",
-    lambda value: type(value) is int and value >= 1,
-    {"type": _whole_or_text, "metavar": "N"},
-)
+WHOLE = whole(1)
 FLAG = Kind("true or false", lambda value: isinstance(value, bool), {"action": "store_true"})
 SWITCH = Kind(FLAG.accepted, FLAG.ok, {"action": argparse.BooleanOptionalAction})
 SEED = Kind("", lambda value: True, {"type": _whole_or_text, "metavar": "N"})  # checks itself
@@ -99,22 +139,78 @@ def option(default: Any, kind: Kind, about: str, *flags: str) -> Any:
     return field(default=default, metadata={"kind": kind, "help": about, "flags": flags})
 
 
-def add_options(
-    parser: Any, names: Iterable[str], flags: Mapping[str, tuple[str, ...]] | None = None
-) -> None:
+def shared(name: str, default: Any = ..., about: str = "", *flags: str) -> Any:
+    """A field that :class:`Settings` declares too, under the same name; what is stated differs."""
+    one = _declared(Settings)[name]
+    kind, said, own = (one.metadata[key] for key in ("kind", "help", "flags"))
+    return option(one.default if default is ... else default, kind, about or said, *(flags or own))
+
+
+def _declared(cls: Any) -> dict[str, Any]:
+    return {one.name: one for one in fields(cls) if "kind" in one.metadata}
+
+
+def flags_of(one: Any) -> tuple[str, ...]:
+    """Options that set a field."""
+    return one.metadata["flags"] or (f"--{one.name.replace('_', '-')}",)
+
+
+def add_options(parser: Any, names: Iterable[str] | None = None, of: Any = None) -> None:
     """Declare options of settings.
 
     Args:
         parser: an argument parser, or a group of one.
-        names: fields of :class:`Settings`.
-        flags: field -> its options here, where they are others than it declares.
+        names: fields; ``None``: all.
+        of: the class that declares them; ``None``: :class:`Settings`.
     """
-    declared = {one.name: one for one in fields(Settings)}
-    for name in names:
-        stated = declared[name].metadata
-        dashed = f"--{name.replace('_', '-')}"
-        mine = (flags or {}).get(name) or stated["flags"] or (dashed,)
-        parser.add_argument(*mine, dest=name, help=stated["help"], **stated["kind"].arguments)
+    declared = _declared(of or Settings)
+    for name in declared if names is None else names:
+        one = declared[name]
+        kind, said = one.metadata["kind"], one.metadata["help"].replace("%", "%%")
+        parser.add_argument(*flags_of(one), dest=name, help=said, **kind.arguments)
+
+
+class Declared:
+    """Settings of a command: a frozen dataclass, all of whose fields :func:`option` makes. Values
+    are read and checked; what is not accepted is named by its option."""
+
+    def __post_init__(self) -> None:
+        for name, one in _declared(self).items():
+            kind, value = one.metadata["kind"], getattr(self, name)
+            if value is None and one.default is None:
+                continue
+            value = kind.read(value)
+            for each in value if isinstance(value, list) else [value]:
+                if each is not None and not kind.ok(each):
+                    raise _refused(flags_of(one)[0], each, kind)
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def of(cls, line: Mapping[str, Any], file: Mapping[str, Any] | None = None) -> Self:
+        """Defaults, a file's settings over them, and the command line's over these.
+
+        Args:
+            line: name -> value; what is no field, or not given (``None`` or ``False``), is not
+                looked at.
+            file: the same, from :func:`read_file`.
+
+        Raises:
+            InputError: an unknown name in the file, or a value that is not accepted.
+        """
+        declared = _declared(cls)
+        for name in file or {}:
+            if name not in declared:
+                raise unknown_name("setting", name, declared)
+        given = {n: line[n] for n in declared if line.get(n) is not None and line[n] is not False}
+        return cls(**{**(file or {}), **given})
+
+
+def _refused(flag: str, value: Any, kind: Kind) -> InputError:
+    if kind.names:
+        return unknown_name(flag, value, kind.names)
+    if isinstance(value, str) and not value.strip():
+        return InputError(f"{flag} {value!r} is not valid: it is empty.")
+    return InputError(f"{flag} {value} is not valid: {kind.accepted}.")
 
 
 MODEL = (
