@@ -22,6 +22,7 @@ from vlm_prune_ext.experiment.report import Column, Table, metric_figures, termi
 from vlm_prune_ext.experiment.settings import (
     RUN_KEYS,
     Settings,
+    add_config,
     add_options,
     method_options,
     read_file,
@@ -36,14 +37,7 @@ ARGUMENT_DEFAULT = argparse.SUPPRESS  # what is not given is absent, so that a f
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     add_options(parser, RUN_KEYS)
-    parser.add_argument(
-        "--config", metavar="FILE", help="settings as JSON or YAML; the command line wins"
-    )
-    parser.add_argument(
-        "--allow-code",
-        action="store_true",
-        help="let --config name code to run (package.module:function, trust_remote_code)",
-    )
+    add_config(parser)
     group = parser.add_argument_group("what prunes")
     group.add_argument("--baseline", action="store_true", help="nothing")
     group.add_argument("--method", metavar="NAME[:BUDGET]", help="see vlm-prune methods")

@@ -174,8 +174,8 @@ def stopwatch(
 
 # -- the roofline --------------------------------------------------------------------------------
 # A prefill is bound by arithmetic: its FLOPs over the rate of a large matrix product. A decoded
-# token of a small batch is bound by reading the weights (and the KV cache) once: their bytes over the
-# rate of a large copy. Neither can be beaten without doing less.
+# token of a small batch is bound by reading the weights (and the KV cache) once: their bytes over
+# the rate of a large copy. Neither can be beaten without doing less.
 @dataclass(frozen=True)
 class Roofline:
     """Rates of a device.

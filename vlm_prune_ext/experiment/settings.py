@@ -108,8 +108,8 @@ def many(kind: Kind, *, none: bool = False) -> Kind:
 
     def read(value: Any) -> list[Any]:
         listed = value if isinstance(value, list | tuple) else [value]
-        nothing = (None, "none", "None") if none else ()
-        return [None if one in nothing else kind.read(one) for one in listed]
+        nothing = ("none", "original") if none else ()
+        return [None if str(one).lower() in nothing else kind.read(one) for one in listed]
 
     said = f"{kind.accepted} or none" if none else kind.accepted
     more = {key: value for key, value in kind.arguments.items() if key != "type"}
@@ -124,6 +124,12 @@ NAMES = Kind(
 WHOLE = whole(1)
 FLAG = Kind("true or false", lambda value: isinstance(value, bool), {"action": "store_true"})
 SWITCH = Kind(FLAG.accepted, FLAG.ok, {"action": argparse.BooleanOptionalAction})
+METHOD = Kind(
+    "a method's short form",
+    lambda value: isinstance(value, Method),
+    {"metavar": "NAME[:BUDGET]"},
+    lambda value: method_of(value),
+)
 SEED = Kind("", lambda value: True, {"type": _whole_or_text, "metavar": "N"})  # checks itself
 
 
@@ -170,6 +176,18 @@ def add_options(parser: Any, names: Iterable[str] | None = None, of: Any = None)
         parser.add_argument(*flags_of(one), dest=name, help=said, **kind.arguments)
 
 
+def add_config(parser: Any) -> None:
+    """Declare ``--config`` and ``--allow-code``, of :func:`read_file`."""
+    parser.add_argument(
+        "--config", metavar="FILE", help="settings as JSON or YAML; the command line wins"
+    )
+    parser.add_argument(
+        "--allow-code",
+        action="store_true",
+        help="let --config name code to run (package.module:function, trust_remote_code)",
+    )
+
+
 class Declared:
     """Settings of a command: a frozen dataclass, all of whose fields :func:`option` makes. Values
     are read and checked; what is not accepted is named by its option."""
@@ -180,6 +198,8 @@ class Declared:
             if value is None and one.default is None:
                 continue
             value = kind.read(value)
+            if value == []:
+                raise InputError(f"{flags_of(one)[0]} [] is not valid: at least one value.")
             for each in value if isinstance(value, list) else [value]:
                 if each is not None and not kind.ok(each):
                     raise _refused(flags_of(one)[0], each, kind)
@@ -317,6 +337,18 @@ def method_as_json(method: Method | None) -> dict[str, Any]:
     if method is None:
         return {"name": "none"}
     return {"name": method.name, "parameters": json.loads(json.dumps(asdict(method), default=str))}
+
+
+def method_of(value: Any) -> Method | None:
+    """The method that a short form, a mapping with a name, or a record means.
+
+    Raises:
+        InputError: it is none of these, or does not accept a parameter.
+    """
+    if isinstance(value, Method):
+        return value
+    name, parameters = _method_of(value)
+    return get_method(name, **parameters)
 
 
 # Names of settings that are not a method's.

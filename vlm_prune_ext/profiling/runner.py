@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,8 +19,9 @@ from vlm_prune_ext.experiment.host import cpu_name, host
 from vlm_prune_ext.experiment.log import Log, lock, put_aside
 from vlm_prune_ext.experiment.measure import idle_power
 from vlm_prune_ext.experiment.metrics import require
+from vlm_prune_ext.experiment.settings import method_as_json, method_of
 from vlm_prune_ext.profiling.data import Folder
-from vlm_prune_ext.profiling.grid import Cell, Optimization, Plan
+from vlm_prune_ext.profiling.grid import AXES, Optimization, ProfileSettings
 from vlm_prune_ext.profiling.loading import (
     Loaded,
     check_name,
@@ -48,31 +51,47 @@ class Outcome:
     failed: list[Line]
 
 
-def resolved(plan: Plan) -> Plan:
-    """A plan with devices that are there.
+def resolved(said: ProfileSettings) -> ProfileSettings:
+    """Settings with devices that are there.
 
     Raises:
         InputError: a device that is not there, an optimisation that one of them cannot do, a
             random model of an unknown shape, or a package that is not installed.
     """
-    devices = list(dict.fromkeys(resolve_device(name) for name in plan.axes["device"]))
+    devices = list(dict.fromkeys(map(resolve_device, said.device)))
     for device in devices:
-        for optimization in plan.axes["optimization"]:
+        for optimization in said.optimization:
             check_optimization(optimization, device)
-    for name in plan.axes["model_name"]:
+    for name in said.model_name:
         check_name(name)
     require({"jiwer": "profile", "sacrebleu": "profile"})
-    return Plan({**plan.axes, "device": devices}, plan.shared)
+    return replace(said, device=devices)
 
 
-def cells_of(plan: Plan, folder: Folder) -> list[grid.Cell]:
-    """The cells of a resolved plan over the examples of a folder."""
+SHARED = ("samples", "repeat", "warmup", "max_new_tokens", "seed", "energy_seconds")
+"""Settings that all cells share."""
+
+
+def cells_of(said: ProfileSettings, folder: Folder) -> list[grid.Cell]:
+    """All combinations of resolved settings over the examples of a folder, each once, those that
+    one loaded model serves together."""
     count = len(folder.examples)
-    shared = {**plan.shared, "samples": min(plan.shared["samples"] or count, count)}
-    names = {device: _processor(device) for device in plan.axes["device"]}
-    return Plan(plan.axes, shared).cells(folder.digest, names)
+    shared = {name: getattr(said, name) for name in SHARED}
+    shared |= {"samples": min(said.samples or count, count), "data": folder.digest}
+    found: dict[str, grid.Cell] = {}
+    for own in grid.product({name: getattr(said, name) for name in AXES}):
+        label = own["method"].label() if own["method"] is not None else "none"
+        own["method"] = method_as_json(own["method"])
+        own["optimization"] = str(own["optimization"])
+        group = json.dumps([own["model_name"], own["device"], own["optimization"]])
+        own |= {**shared, "processor": _processor(own["device"])}
+        cell = grid.Cell(own, group, label)
+        found.setdefault(cell.key, cell)
+    groups = list(dict.fromkeys(cell.group for cell in found.values()))
+    return sorted(found.values(), key=lambda cell: groups.index(cell.group))
 
 
+@cache
 def _processor(device: str) -> str:
     return torch.cuda.get_device_properties(device).name if device != "cpu" else cpu_name()
 
@@ -130,13 +149,12 @@ def make_job(folder: Folder, trust_remote_code: bool) -> grid.Job:
 
     def load(group: str) -> Loaded:
         name, device, how = json.loads(group)
-        optimization = Optimization.parse(how) if how else Optimization()
-        return load_for(name, device, optimization, trust_remote_code=trust_remote_code)
+        return load_for(name, device, Optimization.parse(how), trust_remote_code=trust_remote_code)
 
     held, hosts = grid.Held(load), dict[str, dict[str, Any]]()
 
     def job(cell: grid.Cell) -> dict[str, Any]:
-        own = Cell.of(cell)
+        own = SimpleNamespace(**{**cell.settings, "method": method_of(cell.settings["method"])})
         if own.device not in hosts:  # idle power is taken before a model is there
             held.release()
             hosts[own.device] = host(own.device, idle_power(own.device))
