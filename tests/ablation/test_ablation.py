@@ -19,9 +19,8 @@ from PIL import Image
 
 from tests import makers
 from vlm_prune_ext import cli
-from vlm_prune_ext.ablation import console, files, messages, plan, worker
-from vlm_prune_ext.ablation.clean import clean, one_line
-from vlm_prune_ext.ablation.data import DEFAULT_PROMPT, Row, read_data
+from vlm_prune_ext.ablation import console, files, plan, worker
+from vlm_prune_ext.ablation.data import DEFAULT_PROMPT, Row, clean, one_line, read_data
 from vlm_prune_ext.experiment import coco, metrics
 from vlm_prune_ext.experiment.log import lock, write_json
 from vlm_prune_ext.experiment.record import Sample
@@ -588,8 +587,8 @@ def test_languages_say_the_same() -> None:
     def fields(text: str) -> set[str | None]:
         return {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
 
-    for key in messages.KEYS:
-        said = messages.texts(key)
+    for key in console.KEYS:
+        said = console.texts(key)
         assert fields(said["en"]) == fields(said["ko"]), key
         assert said["ko"].strip() and said["ko"] != said["en"], key
 

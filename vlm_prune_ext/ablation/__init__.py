@@ -1,5 +1,5 @@
 """Captioning ablation: many models, each in a process of its own, on one data set.
 
-``plan`` says what runs, ``data`` reads the CSV, ``worker`` is the process of one model, ``study``
-goes through all, ``clean`` and ``metrics`` turn answers into scores, ``files`` writes them.
+``plan`` says what runs, ``data`` reads the CSV and cleans captions, ``worker`` is the process of a
+model, ``study`` goes through all, ``console`` says how far it is, ``files`` writes the results.
 """

@@ -7,13 +7,24 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vlm_prune_ext.demo import CHECKPOINT
 from vlm_prune_ext.errors import InputError, unknown_name
+from vlm_prune_ext.experiment.settings import (
+    DTYPES,
+    FLAG,
+    WHOLE,
+    Declared,
+    many,
+    named,
+    option,
+    shared,
+    text,
+)
 from vlm_prune_ext.methods.base import Method, label_text
 from vlm_prune_ext.methods.registry import get_method, parse_method
 from vlm_prune_ext.models.catalogue import CATALOGUE
-from vlm_prune_ext.models.checkpoint import read_json
 
 DEFAULT_MODELS = (
     "blip2-opt-2.7b",
@@ -34,6 +45,63 @@ PRESETS = {
 }
 """``all``: the study's eight; ``quick``: the three smallest of them; ``latest``: the newest of the
 catalogue (all of 2025)."""
+
+LANGUAGES = ("en", "ko")
+
+
+@dataclass(frozen=True)
+class AblationSettings(Declared):
+    """What a study runs and how; ``models`` and ``preset`` exclude each other."""
+
+    data: str = option("", text("a CSV", "CSV"), "pictures and captions")
+    models: Any = option(
+        (), many(text("a model", "MODEL")), "default: --preset all", "--model", "--models"
+    )
+    preset: str = option("all", named(PRESETS), "all (eight), quick or latest (three each)")
+    methods: Any = option(
+        ("none",),
+        many(text("a method", "METHOD")),
+        "none, or a method's short form: fastv:100 (vlm-prune methods lists them)",
+        *("--method", "--methods"),
+    )
+    output_dir: str = option(
+        "results", text("a folder", "DIR"), "default: results", "--out", "--output-dir"
+    )
+    batch_size: int = option(2, WHOLE, "default: 2")
+    max_new_tokens: int = option(64, WHOLE, "default: 64")
+    prompt: str | None = option(
+        None, text("a text", "TEXT"), "asked of every picture; {prompt} is the CSV's own"
+    )
+    rerun: Any = option((), many(text("a name")), "models or runs to do anew")
+    fresh: bool = shared("fresh")
+    limit: int | None = option(None, WHOLE, "only the first N rows")
+    image_column: str | None = option(None, text("a name"), "default: image, image_path, url")
+    prompt_column: str | None = option(None, text("a name"), "default: query, prompt, question")
+    reference_columns: Any = option(
+        (),
+        many(text("a name")),
+        "default: annotation, answer, caption or reference, with numbers behind",
+    )
+    image_folder: str | None = option(None, text("a folder", "DIR"), "default: the CSV's folder")
+    device: Any = option(
+        (),
+        many(text("a device", "DEVICE")),
+        "cpu, cuda, cuda:1; of several each does a run at a time (default: as found)",
+    )
+    dtype: str | None = option(None, named(DTYPES), "float32, float16 or bfloat16")
+    attn_implementation: str | None = shared("attn_implementation")
+    fast: bool | None = shared("fast")
+    trust_remote_code: bool = option(
+        False, FLAG, "accept checkpoints that bring code of their own (internvl2-2b)"
+    )
+    lang: str = option("en", named(LANGUAGES, "LANG"), "en (default) or ko")
+
+    def load(self) -> dict[str, Any]:
+        """What :func:`vlm_prune_ext.load` is given; only what was said."""
+        names = ("dtype", "attn_implementation", "fast")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {**given, "trust_remote_code": True} if self.trust_remote_code else given
+
 
 DEMO = "demo"
 _HUB = re.compile(r"\w[\w.-]*/[\w.-]+")
@@ -86,12 +154,12 @@ def plan(models: Sequence[str], methods: Sequence[str]) -> list[Run]:
         InputError: an unknown name (with the near one), a folder without a checkpoint, or two
             runs of one name.
     """
-    parsed = [(text, parse_method(text)) for text in methods]
+    parsed = [(asked, parse_method(asked)) for asked in methods]
     runs = []
     for model in map(find_model, models):
-        for text, method in parsed:
+        for asked, method in parsed:
             label = "baseline" if method is None else method.label()
-            runs.append(Run(model.name + suffix(method), model, text, label))
+            runs.append(Run(model.name + suffix(method), model, asked, label))
     seen: dict[str, Run] = {}
     for run in runs:
         if run.name.lower() in seen:
@@ -133,6 +201,8 @@ def find_model(text: str) -> Model:
 def _local(name: str, path: Path, text: str) -> Model:
     if not path.is_dir():
         raise InputError(f"model {text!r}: {str(path)!r} is not a folder with a checkpoint.")
+    from vlm_prune_ext.models.checkpoint import read_json
+
     read_json(path / "config.json", f"model {text!r}")
     return Model(name, str(path.resolve()), path.resolve().name, fingerprint(path))
 

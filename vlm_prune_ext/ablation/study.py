@@ -9,13 +9,12 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from datetime import datetime
 from typing import Any
 
-from vlm_prune_ext.ablation.clean import clean
 from vlm_prune_ext.ablation.console import Console, duration
-from vlm_prune_ext.ablation.data import Data, Row
+from vlm_prune_ext.ablation.data import Data, Row, clean
 from vlm_prune_ext.ablation.files import (
     Folder,
     Lines,
@@ -24,7 +23,7 @@ from vlm_prune_ext.ablation.files import (
     predictions_csv,
     write_comparison,
 )
-from vlm_prune_ext.ablation.plan import Run
+from vlm_prune_ext.ablation.plan import AblationSettings, Run
 from vlm_prune_ext.ablation.worker import Work, make_job
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.experiment import grid, metrics
@@ -37,28 +36,6 @@ DONE, FAILED, OPEN = grid.DONE, grid.FAILED, "open"
 PROCESSES = True  # false: runs are done in this process, which saves starting one
 
 
-@dataclass(frozen=True)
-class Options:
-    """How runs are carried out.
-
-    Attributes:
-        batch_size, max_new_tokens: of ``generate``.
-        prompt: as given on the command line, for messages.
-        load: further arguments of :func:`vlm_prune_ext.load`.
-        devices: one process at a time on each; empty: one, on the device that is found.
-        redo: names of runs that start anew.
-        language: of what is printed.
-    """
-
-    batch_size: int = 2
-    max_new_tokens: int = 64
-    prompt: str | None = None
-    load: Mapping[str, Any] = field(default_factory=dict)
-    devices: tuple[str, ...] = ()
-    redo: frozenset[str] = frozenset()
-    language: str = "en"
-
-
 class Study:
     """An ablation.
 
@@ -67,15 +44,24 @@ class Study:
         data: what is described.
         folder: where everything goes.
         options: how.
+        redo: names of runs that start anew.
 
     Raises:
         InputError: the folder cannot be written, or holds predictions that were made with other
             settings (nothing is run then).
     """
 
-    def __init__(self, runs: Sequence[Run], data: Data, folder: Folder, options: Options) -> None:
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        data: Data,
+        folder: Folder,
+        options: AblationSettings,
+        redo: frozenset[str],
+    ) -> None:
         self.runs, self.data, self.folder, self.options = list(runs), data, folder, options
-        self.console = Console(options.language)
+        self.redo, self.load = redo, options.load()
+        self.console = Console(options.lang)
         self.entries: dict[str, dict[str, Any]] = {}
         self._digests = data.digests()
         self._started = time.time()
@@ -94,13 +80,13 @@ class Study:
             "method": run.label,
             "max_new_tokens": self.options.max_new_tokens,
             "prompt": self.options.prompt,
-            "dtype": self.options.load.get("dtype"),
+            "dtype": self.options.dtype,
             "rows": len(self.data.rows),
             **self._digests,
         }
 
     def _check_same(self, run: Run) -> None:
-        if run.name in self.options.redo:
+        if run.name in self.redo:
             return
         lines, record = Lines(self.folder.lines(run.name)), self._record_of(run)
         before = lines.settings() if record is None else record.get("settings")
@@ -147,10 +133,10 @@ class Study:
             self.data.rows,
             self.options.batch_size,
             self.options.max_new_tokens,
-            self.options.load,
-            self.options.devices,
+            self.load,
+            tuple(self.options.device),
         )
-        workers = max(len(self.options.devices), 1) if PROCESSES else 0
+        workers = max(len(self.options.device), 1) if PROCESSES else 0
         lines = grid.run(
             cells,
             make_job,
@@ -168,7 +154,7 @@ class Study:
 
     def _prepare(self, run: Run, tools: Tools) -> grid.Cell | None:
         """What is to be done for a run; ``None``: nothing, it is finished."""
-        if run.name in self.options.redo:
+        if run.name in self.redo:
             self.folder.put_aside(run.name)
         elif (record := self._record_of(run)) is not None:
             self.entries[run.name] = self._entry(run, DONE, record=record)
@@ -245,7 +231,7 @@ class Study:
         scored = metrics.Scored(cleaned, [row["references"] for row in good], tools)
         most = max(len(row["references"]) for row in table)
         write_whole(self.folder.predictions(run.name), predictions_csv(table, most))
-        after = settled_memory(self._memory) if len(self.options.devices) < 2 else None
+        after = settled_memory(self._memory) if len(self.options.device) < 2 else None
         before = self._memory
         record = {
             "model_name": run.name,

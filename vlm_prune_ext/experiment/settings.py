@@ -195,7 +195,7 @@ class Declared:
     def __post_init__(self) -> None:
         for name, one in _declared(self).items():
             kind, value = one.metadata["kind"], getattr(self, name)
-            if value is None and one.default is None:
+            if value is one.default and not value:  # nothing is said
                 continue
             value = kind.read(value)
             if value == []:
