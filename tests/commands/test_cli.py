@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from vlm_prune_ext import cli
-from vlm_prune_ext.commands.common import add_method_arguments, chosen_method
-from vlm_prune_ext.commands.terminal import print_table, track
+from vlm_prune_ext.commands.common import MethodSettings, chosen_method, print_table, track
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.experiment.report import plain_columns
+from vlm_prune_ext.experiment.settings import add_options
 from vlm_prune_ext.methods.fastv import FastV
 from vlm_prune_ext.methods.registry import METHODS
 
@@ -139,8 +139,8 @@ def test_each_parameter_and_config_name_is_listed(capsys):
 # -- what commands share -----------------------------------------------------------------------
 def parse(*words: str):
     parser = cli.Parser(prog="x")
-    add_method_arguments(parser)
-    return chosen_method(parser.parse(words))
+    add_options(parser, ("method", "settings"), MethodSettings)
+    return chosen_method(MethodSettings.of(vars(parser.parse(words))))
 
 
 def test_method_from_short_form_and_settings():

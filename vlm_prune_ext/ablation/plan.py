@@ -14,11 +14,13 @@ from vlm_prune_ext.errors import InputError, unknown_name
 from vlm_prune_ext.experiment.settings import (
     DTYPES,
     FLAG,
+    METHOD_HELP,
     WHOLE,
     Declared,
     many,
     named,
     option,
+    required,
     shared,
     text,
 )
@@ -53,7 +55,7 @@ LANGUAGES = ("en", "ko")
 class AblationSettings(Declared):
     """What a study runs and how; ``models`` and ``preset`` exclude each other."""
 
-    data: str = option("", text("a CSV", "CSV"), "pictures and captions")
+    data: str = option("", required(text("a CSV", "CSV")), "pictures and captions")
     models: Any = option(
         (), many(text("a model", "MODEL")), "default: --preset all", "--model", "--models"
     )
@@ -61,7 +63,7 @@ class AblationSettings(Declared):
     methods: Any = option(
         ("none",),
         many(text("a method", "METHOD")),
-        "none, or a method's short form: fastv:100 (vlm-prune methods lists them)",
+        f"none, or {METHOD_HELP}",
         *("--method", "--methods"),
     )
     output_dir: str = option(

@@ -18,7 +18,6 @@ from types import SimpleNamespace
 
 from vlm_prune_ext.ablation.plan import PRESETS, AblationSettings, plan, to_redo
 from vlm_prune_ext.commands.common import device_for
-from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.experiment.settings import add_options
 
 
@@ -32,8 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check everything, then run the study."""
-    if args.data is None:
-        raise InputError("--data is required: a CSV of pictures and captions.")
     said = AblationSettings.of(vars(args))
     from vlm_prune_ext.ablation.data import read_data
 

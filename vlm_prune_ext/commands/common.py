@@ -1,55 +1,44 @@
-"""Arguments that several commands share: which model, which method."""
+"""What several commands share: which model, which method, how tables and progress are shown."""
 
 from __future__ import annotations
 
-import argparse
 import sys
-from typing import TYPE_CHECKING, Any
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vlm_prune_ext.errors import InputError
-from vlm_prune_ext.experiment.settings import MODEL, add_options
+from vlm_prune_ext.experiment.report import Column, Table, bars
+from vlm_prune_ext.experiment.settings import METHOD_HELP, MODEL, Kind, ModelSettings, option, text
 
 if TYPE_CHECKING:
     import torch
 
     from vlm_prune_ext.methods.base import Method
 
-METHOD_HELP = (
-    "a method's short form: fastv, fastv:100, fastv:0.25,agg_layer=2 (vlm-prune methods lists them)"
-)
+Item = TypeVar("Item")
+
+# Without a terminal, one line of progress at most this often (seconds).
+_PLAIN_PERIOD = 30.0
+
+_KEY_VALUE = Kind("KEY=VALUE", lambda one: "=" in one, {"action": "append", "metavar": "KEY=VALUE"})
 
 
-FRESH_HELP = "start anew; what is there is put aside (default: go on from it)"
-TRUST_HELP = (
-    "load formats that come with code of their own, e.g. OpenGVLab/InternVL2-2B (default: refuse)"
-)
+@dataclass(frozen=True)
+class MethodSettings(ModelSettings):
+    """One model with one method."""
 
-
-def add_method_arguments(
-    parser: argparse.ArgumentParser, group: Any = None, *, required: bool = False
-) -> None:
-    """Declare ``--method`` and ``--set``.
-
-    Args:
-        parser: gets both.
-        group: gets ``--method`` instead, to exclude something else.
-        required: whether ``--method`` must be given.
-    """
-    if group is None:
-        parser.add_argument("--method", metavar="NAME", required=required, help=METHOD_HELP)
-    else:
-        group.add_argument("--method", metavar="NAME", help=METHOD_HELP)
-    parser.add_argument(
+    method: str | None = option(None, text("a method"), METHOD_HELP)
+    settings: Any = option(
+        (),
+        _KEY_VALUE,
+        "a parameter of the method, under its own or its model.config name; may be repeated",
         "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="settings",
-        help="a parameter of the method, under its own or its model.config name; may be repeated",
     )
 
 
-def chosen_method(args: argparse.Namespace) -> Method | None:
+def chosen_method(args: Any) -> Method | None:
     """The method that ``--method`` and ``--set`` ask for; ``None`` for the baseline.
 
     Raises:
@@ -63,18 +52,10 @@ def chosen_method(args: argparse.Namespace) -> Method | None:
                 f"--set {args.settings[0]} needs --method: it is a method's parameter."
             )
         return None
-    for setting in args.settings:
-        if "=" not in setting:
-            raise InputError(f"--set {setting} is not valid: KEY=VALUE.")
     more = ",".join(args.settings)
     if not more:
         return parse_method(args.method)
     return parse_method(f"{args.method}{',' if ':' in args.method else ':'}{more}")
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare which model, on which device, in which precision."""
-    add_options(parser, MODEL)
 
 
 def model_name(args: Any) -> str:
@@ -83,17 +64,11 @@ def model_name(args: Any) -> str:
 
 
 def checkpoint_of(args: Any) -> str:
-    """What is loaded: the demo's checkpoint where nothing is said.
-
-    Raises:
-        InputError: an empty text is (from a shell variable that was not set).
-    """
+    """What is loaded: the demo's checkpoint where nothing is said."""
     from vlm_prune_ext.demo import CHECKPOINT
 
     if args.model_path is None:
         return str(CHECKPOINT)
-    if not args.model_path.strip():
-        raise InputError(f"--model-path {args.model_path!r} is not valid: it is empty.")
     return args.model_path
 
 
@@ -112,20 +87,12 @@ def device_for(args: Any) -> torch.device:
 
 
 def load_model(args: Any) -> tuple[Any, Any]:
-    """``(model, processor)`` as :func:`add_model_arguments`'s arguments say."""
+    """``(model, processor)`` as :class:`ModelSettings` say."""
     from vlm_prune_ext.models import load
 
     quiet_transformers()
-    model, processor = load(
-        checkpoint_of(args),
-        dtype=args.dtype,
-        device=args.device,
-        attn_implementation=args.attn_implementation,
-        fast=args.fast,
-        trust_remote_code=args.trust_remote_code,
-        min_pixels=args.min_pixels,
-        max_pixels=args.max_pixels,
-    )
+    given = {name: getattr(args, name) for name in MODEL[1:]}
+    model, processor = load(checkpoint_of(args), **given)
     return model.eval(), processor
 
 
@@ -136,3 +103,49 @@ def quiet_transformers() -> None:
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+
+
+# -- what is printed -----------------------------------------------------------------------------
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table of texts on standard output; the last column may be long."""
+    made = Table([Column(name, left=True) for name in columns])
+    made.rows.extend([list(map(str, row)) for row in rows])
+    made.show()
+
+
+def track(
+    items: Iterable[Item], title: str, *, done: int = 0, total: int | None = None
+) -> Iterator[Item]:
+    """Go through ``items`` with progress and time left on standard error.
+
+    Args:
+        items: what is to do.
+        title: what is being done.
+        done: how many more were done before this start, counted in what is shown.
+        total: of both; ``None``: as many as ``items`` and ``done``.
+    """
+    if total is None:
+        items = list(items)
+        total = done + len(items)
+    show = _track_rich if sys.stderr.isatty() else _track_plain
+    yield from show(items, title, done, total)
+
+
+def _track_rich(items: Iterable[Item], title: str, done: int, total: int) -> Iterator[Item]:
+    with bars() as progress:
+        task = progress.add_task(title, total=total, completed=done)
+        for item in items:
+            yield item
+            progress.advance(task)
+
+
+def _track_plain(items: Iterable[Item], title: str, done: int, total: int) -> Iterator[Item]:
+    start = last = time.monotonic()
+    for index, item in enumerate(items, done + 1):
+        yield item
+        now = time.monotonic()
+        if now - last < _PLAIN_PERIOD and index < total:
+            continue
+        last = now
+        left = (now - start) / (index - done) * (total - index)
+        print(f"{title}: {index} of {total}, {left:.0f} s left", file=sys.stderr, flush=True)

@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from vlm_prune_ext.commands.common import (
-    add_method_arguments,
-    add_model_arguments,
-    chosen_method,
-    load_model,
-)
+from vlm_prune_ext.commands.common import MethodSettings, chosen_method, load_model
 from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.experiment.settings import (
+    METHOD_HELP,
+    WHOLE,
+    add_options,
+    option,
+    required,
+    text,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,35 +33,38 @@ if TYPE_CHECKING:
     from vlm_prune_ext.methods.base import Method
 
 
+@dataclass(frozen=True)
+class InspectSettings(MethodSettings):
+    """What is drawn, and how it is asked about."""
+
+    question: str = option("", required(text("the text of a question", "TEXT")), "")
+    method: str = option("", required(text("a method")), METHOD_HELP)
+    out: str | None = option(
+        None, text("a file", "FILE.png"), "default: <image>_<method>.png in this folder"
+    )
+    max_new_tokens: int = option(64, WHOLE, "default: 64")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("image", metavar="IMAGE", help="a picture file")
-    parser.add_argument("--question", required=True, metavar="TEXT")
-    add_method_arguments(parser, required=True)
-    add_model_arguments(parser)
-    parser.add_argument(
-        "--out", metavar="FILE.png", help="default: <image>_<method>.png in this folder"
-    )
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    add_options(parser, of=InspectSettings)
 
 
 def run(args: argparse.Namespace) -> int:
     """Answer with and without pruning, and draw."""
-    method = chosen_method(args)
+    said = InspectSettings.of(vars(args))
+    method = chosen_method(said)
     if method is None:
-        raise InputError(f"--method {args.method} drops nothing: name one that does.")
-    if args.max_new_tokens < 1:
-        raise InputError(f"--max-new-tokens {args.max_new_tokens} is not valid: at least 1.")
+        raise InputError(f"--method {said.method} drops nothing: name one that does.")
     # Arguments that are no valid UTF-8 come as lone surrogates, which cannot be printed.
-    question = args.question.encode("utf-8", "replace").decode()
-    if not question.strip():
-        raise InputError("--question is empty: give the text of a question.")
+    question = said.question.encode("utf-8", "replace").decode()
     from vlm_prune_ext.models.images import open_image
 
     image = open_image(args.image)
-    out = check_out(args.out or f"{Path(args.image).stem}_{method.label()}.png")
-    model, processor = load_model(args)
-    seen = look(model, processor, method, image, question, args.max_new_tokens)
+    out = check_out(said.out or f"{Path(args.image).stem}_{method.label()}.png")
+    model, processor = load_model(said)
+    seen = look(model, processor, method, image, question, said.max_new_tokens)
 
     from vlm_prune_ext.commands.patch_figure import draw
 
@@ -72,8 +78,8 @@ def run(args: argparse.Namespace) -> int:
         missing = draw(seen.picture, panels, texts, out)
     except OSError as error:
         raise InputError(f"--out {str(out)!r} cannot be written ({error.strerror}).") from error
-    for label, text in texts:
-        print(f"{label}: {text}")
+    for label, answer in texts:
+        print(f"{label}: {answer}")
     for panel in panels[1:]:
         print(panel.title.replace("\n", " "))
     if missing:

@@ -10,7 +10,7 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
-from vlm_prune_ext.commands.terminal import print_table
+from vlm_prune_ext.commands.common import print_table
 
 if TYPE_CHECKING:
     from vlm_prune_ext.methods.base import Method

@@ -8,7 +8,7 @@ import argparse
 import json
 from typing import Any
 
-from vlm_prune_ext.commands.terminal import print_table
+from vlm_prune_ext.commands.common import print_table
 from vlm_prune_ext.errors import unknown_name
 
 

@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _track(lines: Iterator[Line], total: int, done: int) -> Iterator[Line]:
-    from vlm_prune_ext.commands.terminal import track
+    from vlm_prune_ext.commands.common import track
 
     return track(lines, "cells", total=total, done=done)
 

@@ -20,18 +20,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_prune_ext.commands.common import (
-    add_method_arguments,
-    add_model_arguments,
+    MethodSettings,
     checkpoint_of,
     chosen_method,
     load_model,
     model_name,
+    print_table,
+    track,
 )
-from vlm_prune_ext.commands.terminal import print_table, track
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.experiment.log import Log, lock
 from vlm_prune_ext.experiment.record import changed, digest, weights_fingerprint
 from vlm_prune_ext.experiment.report import terminal_text
+from vlm_prune_ext.experiment.settings import (
+    FLAG,
+    WHOLE,
+    add_options,
+    option,
+    required,
+    shared,
+    text,
+)
 
 if TYPE_CHECKING:
     from vlm_prune_ext.evals.answer import Answerer
@@ -42,25 +51,30 @@ SINGLE_PREDICTION = "Answer with the option's letter from the given choices dire
 LETTERS = "ABCDE"
 
 
+@dataclass(frozen=True)
+class ScienceSettings(MethodSettings):
+    """Which questions, how they are asked, and where answers go."""
+
+    question_file: str = option("", required(text("a file", "FILE.json")), "")
+    image_folder: str = option("", required(text("a folder", "DIR")), "")
+    baseline: bool = option(False, FLAG, "no pruning (the default)")
+    answers_file: str | None = option(
+        None,
+        text("a file", "OUT.jsonl"),
+        "default: outputs/scienceqa/<model>_<method>.jsonl",
+    )
+    limit: int | None = shared("limit", None, "only the first N questions")
+    single_pred_prompt: bool = option(False, FLAG, "ask for the option's letter directly")
+    batch_size: int = option(1, WHOLE, "default: 1")
+    max_new_tokens: int = option(1024, WHOLE, "default: 1024")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("--question-file", required=True, metavar="FILE.json")
-    parser.add_argument("--image-folder", required=True, metavar="DIR")
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument("--baseline", action="store_true", help="no pruning (the default)")
-    add_method_arguments(parser, group)
-    add_model_arguments(parser)
-    parser.add_argument(
-        "--answers-file",
-        metavar="OUT.jsonl",
-        help="default: outputs/scienceqa/<model>_<method>.jsonl",
-    )
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
-    parser.add_argument(
-        "--single-pred-prompt", action="store_true", help="ask for the option's letter directly"
-    )
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N")
-    parser.add_argument("--max-new-tokens", type=int, default=1024, metavar="N")
+    chosen = ("baseline", "method")
+    add_options(parser.add_mutually_exclusive_group(), chosen, ScienceSettings)
+    rest = [one.name for one in fields(ScienceSettings) if one.name not in chosen]
+    add_options(parser, rest, ScienceSettings)
 
 
 @dataclass(frozen=True)
@@ -109,14 +123,16 @@ class Record:
 
 def run(args: argparse.Namespace) -> int:
     """Answer what is not answered yet and print the score."""
-    _check(args)
-    method = chosen_method(args)
+    said = ScienceSettings.of(vars(args))
+    if not Path(said.image_folder).is_dir():
+        raise InputError(f"--image-folder {said.image_folder!r} is not a folder.")
+    method = chosen_method(said)
     questions = read_questions(
-        Path(args.question_file), Path(args.image_folder), args.single_pred_prompt
-    )[: args.limit]
+        Path(said.question_file), Path(said.image_folder), said.single_pred_prompt
+    )[: said.limit]
     label = "baseline" if method is None else method.label()
-    path = Path(args.answers_file or _default_path(model_name(args), label))
-    answers = AnswersFile(path, model_name(args), label, _settings(args))
+    path = Path(said.answers_file or _default_path(model_name(said), label))
+    answers = AnswersFile(path, model_name(said), label, _settings(said))
     answers.check_writable()
     failed: list[str] = []
     with lock(path.parent, path.name):
@@ -127,31 +143,21 @@ def run(args: argparse.Namespace) -> int:
             from vlm_prune_ext.resets import announce
 
             announce(method)
-            answerer = Answerer(*load_model(args), method)
-            done = list(_answer_all(answerer, open_, args, answers, failed, len(known)))
+            answerer = Answerer(*load_model(said), method)
+            done = list(_answer_all(answerer, open_, said, answers, failed, len(known)))
             known |= {record.question_id: record for record in done}
     _report(list(known.values()), len(failed), label, path)
     return 1 if failed else 0
 
 
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
+def _settings(said: ScienceSettings) -> dict[str, Any]:
     from vlm_prune_ext.models.checkpoint import Checkpoint
 
     return {
-        "weights": weights_fingerprint(Checkpoint(checkpoint_of(args)).folder),
-        "dtype": args.dtype,
-        "max_new_tokens": args.max_new_tokens,
+        "weights": weights_fingerprint(Checkpoint(checkpoint_of(said)).folder),
+        "dtype": said.dtype,
+        "max_new_tokens": said.max_new_tokens,
     }
-
-
-def _check(args: argparse.Namespace) -> None:
-    for name in ("limit", "batch_size", "max_new_tokens"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            option = name.replace("_", "-")
-            raise InputError(f"--{option} {value} is not valid: an integer of at least 1.")
-    if not Path(args.image_folder).is_dir():
-        raise InputError(f"--image-folder {args.image_folder!r} is not a folder.")
 
 
 def _default_path(model_path: str, label: str) -> Path:
@@ -323,7 +329,7 @@ class AnswersFile:
 def _answer_all(
     answerer: Answerer,
     questions: list[Question],
-    args: argparse.Namespace,
+    said: ScienceSettings,
     answers: AnswersFile,
     failed: list[str],
     done: int,
@@ -335,10 +341,10 @@ def _answer_all(
 
     def query(question: Question) -> Query:
         pictures = [question.image] if question.image else []
-        return Query(question.text, pictures, max_new_tokens=args.max_new_tokens)
+        return Query(question.text, pictures, max_new_tokens=said.max_new_tokens)
 
     rows = ((question.id, lambda q=question: query(q)) for question in questions)
-    samples = answer_rows(answerer, rows, args.batch_size)
+    samples = answer_rows(answerer, rows, said.batch_size)
     for _, sample in zip(track(questions, "ScienceQA", done=done), samples, strict=True):
         question = by_id[str(sample.index)]
         if sample.failed:

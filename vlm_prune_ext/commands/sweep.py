@@ -14,9 +14,8 @@ import argparse
 import time
 from pathlib import Path
 
-from vlm_prune_ext.commands.common import METHOD_HELP
 from vlm_prune_ext.errors import InputError
-from vlm_prune_ext.experiment.settings import MODEL, add_options
+from vlm_prune_ext.experiment.settings import METHOD_HELP, MODEL, add_options
 
 SHARED = ("data", "limit", "max_new_tokens", "seed", "fresh", *MODEL[1:])
 """Settings that all cells share."""

@@ -14,7 +14,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 MODES = ("all", "infer", "eval")
+METHOD_HELP = (
+    "a method's short form: fastv, fastv:100, fastv:0.25,agg_layer=2 (vlm-prune methods lists them)"
+)
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -114,6 +117,11 @@ def many(kind: Kind, *, none: bool = False) -> Kind:
     said = f"{kind.accepted} or none" if none else kind.accepted
     more = {key: value for key, value in kind.arguments.items() if key != "type"}
     return Kind(said, kind.ok, {**more, "nargs": "+", "action": "extend"}, read)
+
+
+def required(kind: Kind) -> Kind:
+    """A kind of value that must be given."""
+    return replace(kind, arguments={**kind.arguments, "required": True})
 
 
 NAMES = Kind(
@@ -233,19 +241,6 @@ def _refused(flag: str, value: Any, kind: Kind) -> InputError:
     return InputError(f"{flag} {value} is not valid: {kind.accepted}.")
 
 
-MODEL = (
-    "model_path",
-    "device",
-    "dtype",
-    "attn_implementation",
-    "fast",
-    "trust_remote_code",
-    "min_pixels",
-    "max_pixels",
-)
-"""Settings that say which model, where and how it is loaded."""
-
-
 @dataclass(frozen=True)
 class Settings:
     """Everything that decides what a run does.
@@ -330,6 +325,24 @@ class Settings:
         """Plain values, the method as its name and all of its parameters."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "method"}
         return {**plain, "data": list(self.data), "method": method_as_json(self.method)}
+
+
+@dataclass(frozen=True)
+class ModelSettings(Declared):
+    """Which model, where and how it is loaded; commands about one model add theirs."""
+
+    model_path: str | None = shared("model_path")
+    device: str | None = shared("device")
+    dtype: str | None = shared("dtype")
+    attn_implementation: str | None = shared("attn_implementation")
+    fast: bool | None = shared("fast")
+    trust_remote_code: bool = shared("trust_remote_code")
+    min_pixels: int | None = shared("min_pixels")
+    max_pixels: int | None = shared("max_pixels")
+
+
+MODEL = tuple(f.name for f in fields(ModelSettings))
+"""Names of these settings."""
 
 
 def method_as_json(method: Method | None) -> dict[str, Any]:

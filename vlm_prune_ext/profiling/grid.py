@@ -9,6 +9,7 @@ from vlm_prune_ext.errors import InputError, unknown_name
 from vlm_prune_ext.experiment.settings import (
     FLAG,
     METHOD,
+    METHOD_HELP,
     WHOLE,
     Declared,
     Kind,
@@ -133,7 +134,7 @@ class ProfileSettings(Declared):
         many(whole(1, 1 << 20), none=True),
         "text tokens, or none (default: prompts as they are)",
     )
-    method: Any = option((None,), many(METHOD), "none, or a method's short form, as fastv:100")
+    method: Any = option((None,), many(METHOD), f"none, or {METHOD_HELP}")
     cached: Any = option((True,), many(FLAG), "")
     samples: int | None = option(
         None, WHOLE, "examples, the first ones (default: all)", "--limit", "--samples"
