@@ -21,8 +21,7 @@ from vlm_prune_ext.methods.cdpruner import CDPruner
 from vlm_prune_ext.methods.divprune import DivPrune
 from vlm_prune_ext.methods.fastervlm import FasterVLM
 from vlm_prune_ext.methods.holov import HoloV
-from vlm_prune_ext.methods.prumerge import PruMerge
-from vlm_prune_ext.methods.prumerge_plus import PruMergePlus
+from vlm_prune_ext.methods.prumerge import PruMerge, PruMergePlus
 from vlm_prune_ext.methods.scope import SCOPE
 from vlm_prune_ext.methods.visionzip import VisionZip
 from vlm_prune_ext.methods.vispruner import VisPruner

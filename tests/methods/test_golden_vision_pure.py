@@ -20,8 +20,7 @@ from vlm_prune_ext.methods.holov import (
     share_surplus,
     take_runs,
 )
-from vlm_prune_ext.methods.prumerge import prumerge
-from vlm_prune_ext.methods.prumerge_plus import prumerge_plus
+from vlm_prune_ext.methods.prumerge import prumerge, prumerge_plus
 from vlm_prune_ext.methods.scope import coverage_order
 from vlm_prune_ext.methods.visionzip import visionzip
 from vlm_prune_ext.methods.vispruner import vispruner

@@ -1,4 +1,5 @@
-"""LLaVA-PruMerge: attended patches take in the patches that resemble them.
+"""LLaVA-PruMerge: attended patches take in the patches that resemble them; PruMerge+: a uniform
+sample of patches is among those that do.
 
 Paper: Shang et al., "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal
 Models" (arXiv 2403.15388, ICCV 2025). Code: ``42Shawn/LLaVA-PruMerge``.
@@ -6,7 +7,7 @@ Models" (arXiv 2403.15388, ICCV 2025). Code: ``42Shawn/LLaVA-PruMerge``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vlm_prune_ext.lazy import torch
 from vlm_prune_ext.methods.base import Method, register
@@ -18,6 +19,7 @@ from vlm_prune_ext.select import (
     falling,
     first_of_each,
     merge_around,
+    per_image,
     single_head_attention,
 )
 
@@ -89,7 +91,71 @@ class PruMerge(Method):
         assert evidence.last_keys is not None and evidence.last_queries is not None
         keys, cls = evidence.last_keys, int(evidence.cls)
         attention = single_head_attention(keys, evidence.last_queries, evidence.cls)
-        merged = prumerge(
-            evidence.patch_features, keys[:, cls:], attention, self.ratio, self.neighbours
-        )
+        merged = self._merge(evidence.patch_features, keys[:, cls:], attention)
         return NewTokens.after_merging(*merged)
+
+    def _merge(self, *rows: torch.Tensor) -> Merged:
+        return prumerge(*rows, self.ratio, self.neighbours)
+
+
+def prumerge_plus(
+    features: torch.Tensor,
+    keys: torch.Tensor,
+    attention: torch.Tensor,
+    ratio: float | None = None,
+    neighbours: int = 32,
+    stop: int | None = None,
+) -> Merged:
+    """PruMerge's centres, then every g-th patch that is none yet, ``g = int(int(1 / ratio) / 3)``.
+
+    Args:
+        features, keys, attention, ratio, neighbours: as in
+            :func:`prumerge`.
+        stop: the uniform sample ends in front of this place; ``None``: N - 1, as published (so the
+            last patch is never sampled).
+    """
+    n = attention.shape[1]
+    stop = n - 1 if stop is None else stop
+    order, counts = falling(attention), centre_counts(attention, ratio)
+    steps = per_image(attention, ratio, lambda share: max(1, int(int(1 / share) / 3)))
+    place = torch.arange(n, device=attention.device).expand_as(attention)
+    is_centre = torch.zeros_like(order).scatter(1, order, (place < counts[:, None]).long()).bool()
+    sampled = (place % steps[:, None] == 0) & (place < stop) & ~is_centre
+    # Centres in their order, then the sample in rising order, then all others.
+    position = torch.where(sampled, n + place, 2 * n + place)
+    rank = torch.empty_like(order).scatter(1, order, place)
+    order = torch.where(is_centre, rank, position).argsort(dim=1)
+    counts = counts + sampled.sum(dim=1)
+    centres = first_of_each(order, counts)
+    tokens = merge_around(features, keys, attention, centres, counts, neighbours)
+    return Merged(centres, counts, tokens)
+
+
+@register
+@dataclass(frozen=True)
+class PruMergePlus(PruMerge):
+    """PruMerge with an even sample of further patches as centres, before the language model.
+
+    As PruMerge; behind its centres come the places 0, g, 2g, ... that are not centres yet, in grid
+    order, g = int(int(1 / ratio) / 3). Even ``ratio=1`` is not the unpruned input: every token has
+    its neighbours added.
+
+    Deviations from the published code: as PruMerge's; any number of images and patches; g is at
+    least 1 (there: a division by zero); a fixed ratio lists no patch twice. The last patch is never
+    sampled, as there, unless ``stop`` says so.
+    """
+
+    name = "prumerge_plus"
+
+    stop: int | None = option(
+        None,
+        an_integer(0).optional(),
+        "The even sample ends in front of this place, at least 0; None: the last patch.",
+    )
+
+    def feature_stage(self) -> FeatureStage:
+        """As PruMerge's; how many tokens there are depends on the picture."""
+        return replace(super().feature_stage(), left=None)
+
+    def _merge(self, *rows: torch.Tensor) -> Merged:
+        return prumerge_plus(*rows, self.ratio, self.neighbours, self.stop)

@@ -1,7 +1,9 @@
-"""SparseVLM (version 1.0): text rates visual tokens, and part of what it drops is recycled.
+"""SparseVLM: text rates visual tokens. Version 1.0 recycles part of what it drops; version 2.0,
+SparseVLM+, takes the rotary embedding's share out of the ratings.
 
 Paper: Zhang et al., "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model
-Inference" (ICML 2025, arXiv 2410.04417). Code: ``Gumpest/SparseVLMs``, version 1.0.
+Inference" (ICML 2025, arXiv 2410.04417; extended there for version 2.0). Code:
+``Gumpest/SparseVLMs``.
 """
 
 from __future__ import annotations
@@ -12,7 +14,15 @@ from functools import partial
 from typing import Any
 
 from vlm_prune_ext.lazy import torch
-from vlm_prune_ext.methods.base import Budget, Evidence, Method, Stage, register, resolve_budget
+from vlm_prune_ext.methods.base import (
+    Budget,
+    Evidence,
+    Method,
+    Need,
+    Stage,
+    register,
+    resolve_budget,
+)
 from vlm_prune_ext.methods.evidence import Answer, Attention
 from vlm_prune_ext.methods.option import Accepts, option, require, some_stages
 from vlm_prune_ext.select import text_raters, top_k_ascending
@@ -26,6 +36,14 @@ PUBLISHED: dict[int, Stages] = {
     96: ((2, 238), (6, 48), (15, 26)),
     64: ((2, 66), (6, 30), (15, 17)),
 }
+
+PUBLISHED_PLUS: dict[int, Stages] = {
+    192: ((2, 300), (6, 200), (15, 118)),
+    128: ((2, 238), (6, 108), (15, 60)),
+    96: ((2, 246), (6, 54), (15, 28)),
+    64: ((2, 66), (6, 34), (15, 20)),
+}
+HEADS = 14
 
 
 def _some_noise() -> Accepts:
@@ -113,14 +131,14 @@ class SparseVLM(Method):
     @classmethod
     def budget_settings(cls, budget: Any) -> dict[str, Any]:
         """``sparsevlm:192``: the stages that the paper calls so."""
-        known = ", ".join(map(str, PUBLISHED))
-        require(
-            isinstance(budget, int) and budget in PUBLISHED,
-            "stages",
-            budget,
-            f"one of {known}, or pairs by name",
-        )
-        return {} if PUBLISHED[budget] == PUBLISHED[192] else {"stages": PUBLISHED[budget]}
+        return _called(budget, PUBLISHED)
+
+
+def _called(budget: Any, published: dict[int, Stages]) -> dict[str, Any]:
+    known = ", ".join(map(str, published))
+    fits = isinstance(budget, int) and budget in published
+    require(fits, "stages", budget, f"one of {known}, or pairs by name")
+    return {} if published[budget] == published[192] else {"stages": published[budget]}
 
 
 def _raters(evidence: Evidence) -> torch.Tensor:
@@ -202,3 +220,90 @@ def recycled(rows: torch.Tensor, count: int, noise: torch.Tensor | None = None) 
     sums = members.transpose(1, 2) @ exact
     sizes = members.sum(dim=1)[..., None]
     return (sums / (sizes + 1e-6)).to(rows.dtype)
+
+
+# -- SparseVLM+ ------------------------------------------------------------------------------------
+@register
+@dataclass(frozen=True)
+class SparseVLMPlus(Method):
+    """Drop visual tokens behind several layers by the attention of text, corrected for distance.
+
+    Raters are the tokens of the text behind the image whose embeddings have most to do with the
+    image's (:func:`vlm_prune_ext.select.text_raters`). Behind each stage's layer the attention of
+    each rater to each visual token is divided by what the rotary embedding alone would give for
+    their distance (:func:`rotary_share`); the 14 query heads with the largest sums are averaged,
+    then the raters. The highest of each image stay, as many as the stage keeps, with their
+    positions. The divisor crosses zero, so scores may be negative or huge, as published.
+
+    Deviations from the published code, none of which changes a run of one image: every image of
+    every sample decides for itself; models of fewer than 14 query heads average all; a text of one
+    token is its own rater; a stage that keeps more than there is keeps all; attention is recomputed
+    for the raters' rows in the stages' layers only, so fused attention kernels stay in use; ties go
+    to the lower position.
+    """
+
+    name = "sparsevlm_plus"
+    paper = "arXiv 2410.04417"
+    code = "Gumpest/SparseVLMs"
+    budget_field = "stages"
+    published = {"stages": tuple(PUBLISHED_PLUS.values())[1:]}  # the first is the default
+
+    stages: Stages = option(
+        PUBLISHED_PLUS[192],
+        some_stages(),
+        "Pairs of a layer and the visual tokens kept behind it, or their ratio.",
+        tag="",
+        always=True,
+    )
+
+    def plan(self, num_layers: int) -> tuple[Stage, ...]:
+        """One look at the embeddings, and one stage behind each layer."""
+        needs: tuple[Need, ...] = (Attention("chosen", maps=True), "positions", "frequencies")
+        raters = Stage(0, ("hidden", "tail_hidden"), _raters, mode="observe")
+        return raters, *(
+            Stage(layer + 1, needs, partial(_plus_rule, budget=keep), left=partial(_kept, keep))
+            for layer, keep in self.stages
+        )
+
+    @classmethod
+    def budget_settings(cls, budget: Any) -> dict[str, Any]:
+        """``sparsevlm_plus:192``: the stages that the paper calls so."""
+        return _called(budget, PUBLISHED_PLUS)
+
+
+def _kept(budget: Budget, total: int, now: int) -> int:
+    return min(resolve_budget("stages", budget, total), now)
+
+
+def _plus_rule(evidence: Evidence, budget: Budget) -> torch.Tensor:
+    assert evidence.maps is not None and evidence.chosen is not None
+    assert evidence.positions is not None and evidence.tail_positions is not None
+    assert evidence.frequencies is not None
+    keep = resolve_budget("stages", budget, evidence.total)
+    if keep >= evidence.count:
+        return evidence.everything
+    distances = evidence.tail_positions[:, :, None] - evidence.positions[:, None, :]
+    share = rotary_share(distances, evidence.frequencies)
+    rates = evidence.chosen > 0
+    corrected = torch.where(rates[:, None, :, None], evidence.maps / share[:, None], 0.0)
+    by_head = corrected.sum(dim=2)
+    order = by_head.sum(dim=2).sort(dim=1, descending=True, stable=True).indices[:, :HEADS]
+    chosen = by_head.gather(1, order[..., None].expand(-1, -1, by_head.shape[2]))
+    scores = chosen.mean(dim=1) / rates.sum(dim=1, keepdim=True)
+    return top_k_ascending(scores, keep)
+
+
+def rotary_share(distances: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+    """What the rotary embedding alone gives two tokens at a distance, for queries and keys of ones.
+
+    Args:
+        distances: int64, any shape, in positions.
+        frequencies: float32 ``(head_dim / 2,)``, angle per position.
+
+    Returns:
+        float32 of the same shape: ``2 / sqrt(head_dim)`` times the sum of the cosines.
+    """
+    # Few distances occur; each is looked up in a table.
+    low, high = torch.stack(distances.aminmax()).tolist()
+    table = torch.arange(low, high + 1, device=distances.device)[:, None] * frequencies
+    return (2 / (2 * len(frequencies)) ** 0.5) * table.cos().sum(dim=1)[distances - low]
