@@ -17,6 +17,7 @@ from run_vlmeval import main
 from tests import family_makers, makers
 from tests.models import test_families as families
 from vlm_prune_ext.commands import common
+from vlm_prune_ext.experiment.settings import add_options
 from vlm_prune_ext.models import parts_of
 
 FASTV = vp.FastV(agg_layer=2, attention_rank=0.4)
@@ -203,7 +204,7 @@ def test_only_where_the_user_says_so(made: dict[str, Any], tmp_path: Path, capsy
     with pytest.raises(vp.InputError, match="trust_remote_code='yes' is not valid: True or False"):
         vp.load(folder, trust_remote_code="yes")
     parser = argparse.ArgumentParser()
-    common.add_model_arguments(parser)
+    add_options(parser, of=common.MethodSettings)
     words = ["--model-path", str(folder), "--device", "cpu"]
     with pytest.raises(vp.InputError, match=said):
         common.load_model(parser.parse_args(words))

@@ -21,10 +21,14 @@ from vlm_prune_ext.models.base import (
     check_keywords,
 )
 from vlm_prune_ext.models.catalogue import FAMILIES, FamilyLine, check_versions
-from vlm_prune_ext.models.checkpoint import FETCHING, Checkpoint
+from vlm_prune_ext.models.checkpoint import (
+    FETCHING,
+    Checkpoint,
+    check_fields,
+    check_flash_attention,
+)
 from vlm_prune_ext.models.clip_text import joint_space
-from vlm_prune_ext.models.clip_tower import is_clip
-from vlm_prune_ext.models.fields import check_fields, check_flash_attention
+from vlm_prune_ext.models.towers import is_clip
 
 logger = logging.getLogger("vlm_prune_ext")
 
@@ -32,7 +36,7 @@ logger = logging.getLogger("vlm_prune_ext")
 _LIVE = (
     FamilyLine("llava_package", "model of the llava package", home="llava_package"),
     FamilyLine("generic", "any model with image placeholders in a causal decoder", home="generic"),
-    FamilyLine("clip", "CLIP vision tower", home="clip_tower"),
+    FamilyLine("clip", "CLIP vision tower", home="towers"),
     FamilyLine("causal_lm", "bare causal language model", home="generic"),
 )
 

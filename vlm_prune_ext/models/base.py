@@ -17,9 +17,8 @@ from vlm_prune_ext.errors import InputError, unknown_name
 from vlm_prune_ext.models.catalogue import FamilyLine
 from vlm_prune_ext.models.checkpoint import FETCHING, first_line
 from vlm_prune_ext.models.images import ImageLike, open_image
-from vlm_prune_ext.models.prompts import IMAGE, STYLES, Style, Turn
+from vlm_prune_ext.models.prompts import IMAGE, STYLES, Style, Turn, blank_in_front
 from vlm_prune_ext.models.questions import Questions, answers_for
-from vlm_prune_ext.models.sentencepiece import blank_in_front
 
 if TYPE_CHECKING:
     from PIL.Image import Image

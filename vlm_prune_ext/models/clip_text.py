@@ -19,8 +19,8 @@ from vlm_prune_ext.engine.parts import Undo
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.models import questions
 from vlm_prune_ext.models.checkpoint import find_folder, read_json
-from vlm_prune_ext.models.clip_tower import checkpoint_of, clip_body
 from vlm_prune_ext.models.original import KNOWN_TOWERS
+from vlm_prune_ext.models.towers import checkpoint_of, clip_body
 
 Question = str | Sequence[int]
 Reader = Callable[[torch.Tensor], "list[str]"]

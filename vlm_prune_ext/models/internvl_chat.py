@@ -8,7 +8,7 @@ names, so this is exact; its tokenizer is built from ``tokenizer.model``.
 
 It is done only where the user says ``trust_remote_code=True``, as for any checkpoint of that form.
 Where weights or settings are of another kind (InternLM3, Phi-3, a variant with modules of its own)
-the checkpoint's code is run then, if transformers can run it: :mod:`.internvl_remote`.
+the checkpoint's code is run then, if transformers can run it: :func:`load_remote`.
 
 Deviations: answers end at the end-of-turn token, as there; tiles are resized on tensors, as in the
 ``-hf`` checkpoints, which may change a pixel by one step of 255.
@@ -17,10 +17,14 @@ Deviations: answers end at the end-of-turn token, as there; tiles are resized on
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
+from tokenizers.models import BPE
+from torch import nn
 from transformers import (
     GenerationConfig,
     GotOcr2ImageProcessor,
@@ -29,25 +33,29 @@ from transformers import (
     InternVLProcessor,
     InternVLVideoProcessor,
     InternVLVisionConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
 )
+from transformers.convert_slow_tokenizer import SentencePieceExtractor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from vlm_prune_ext.engine.parts import ModelParts, SpanSink, Undo
 from vlm_prune_ext.errors import InputError
-from vlm_prune_ext.models import internvl_remote
 from vlm_prune_ext.models.auto import AutoPrompts
 from vlm_prune_ext.models.base import Family, LoadOptions, PromptProcessor, is_named
 from vlm_prune_ext.models.catalogue import FamilyLine
 from vlm_prune_ext.models.checkpoint import (
     Checkpoint,
     check_trust,
+    explained,
+    first_line,
     read_json,
     read_weights,
 )
-from vlm_prune_ext.models.fields import explained
-from vlm_prune_ext.models.internvl_tokenizer import load_chat_tokenizer
-from vlm_prune_ext.models.loading import token_id
+from vlm_prune_ext.models.generic import decoder_parts, find_decoder
+from vlm_prune_ext.models.loading import load_tokenizer, token_id
 from vlm_prune_ext.models.original import TEXT_FIELDS, check_weights
-from vlm_prune_ext.models.prompts import IMAGE, STYLES, Style, chatml
+from vlm_prune_ext.models.prompts import IMAGE, STYLES, Style, chatml, merges_of
 
 _TOKENS = {
     "start_image_token": "<img>",
@@ -268,8 +276,8 @@ def _load(source: Checkpoint, options: LoadOptions) -> tuple[Any, PromptProcesso
             weights = published_weights(source, config)
         check_weights(InternVLForConditionalGeneration, config, weights, what)
     except InputError as misfit:
-        model = internvl_remote.load_model(source, options, misfit, image)
-        per_tile = internvl_remote.tile_length(model)
+        model = load_remote(source, options, misfit, image)
+        per_tile = tile_length(model)
     else:
         config.image_token_id = image
         with explained(what):
@@ -290,12 +298,194 @@ def _set_ends(model: Any, tokenizer: Any, stop: int) -> None:
         pad_token_id=stop if pad is None else pad,
     )
     model.generation_config = made
-    if internvl_remote.owns(model):  # its language model is who generates
+    if owns(model):  # its language model is who generates
         model.language_model.generation_config = made
 
 
 def family_of(line: FamilyLine) -> Family:
     """Checkpoints of that format, and live models that their own code made."""
-    return Family(
-        line, internvl_remote.owns, internvl_remote.parts, is_named(*line.architectures), _load
+    return Family(line, owns, parts, is_named(*line.architectures), _load)
+
+
+# -- internvl remote -------------------------------------------------------------------------------
+# InternVL by the code that comes with a checkpoint: ``vision_model``, ``mlp1`` and
+# ``language_model``, joined in ``forward`` and ``generate``.
+
+
+WHY_NO_VISION = (
+    "InternVL's tower gives four patches to one token and is not CLIP-like; methods that work in "
+    "the language model apply"
+)
+_PARTS = ("vision_model", "mlp1", "language_model", "extract_feature")
+
+
+def load_remote(
+    source: Checkpoint, options: LoadOptions, misfit: InputError, image_token_id: int
+) -> Any:
+    """Run the checkpoint's own code.
+
+    Args:
+        source: with ``auto_map`` in its ``config.json``.
+        options: that trust it.
+        misfit: why transformers' own modules do not do.
+        image_token_id: the placeholder, which such models are told from outside.
+
+    Raises:
+        InputError: ``misfit`` where there is no code, or that the code does not run here.
+    """
+    from transformers import AutoModel
+
+    named = source.config.get("auto_map") or {}
+    if "AutoModel" not in named:
+        raise misfit
+    arguments = options.from_pretrained_arguments()
+    arguments.pop("revision", None)  # the folder is that revision
+    try:
+        model = AutoModel.from_pretrained(
+            str(source.folder), trust_remote_code=True, output_loading_info=True, **arguments
+        )[0]
+    except Exception as error:  # whatever somebody's code raises
+        said = f"fails under this transformers ({type(error).__name__}: {first_line(error)}"
+        raise _no_way(source, f"{said.rstrip('.')})", misfit) from error
+    if not owns(model) or not hasattr(model.language_model, "generate"):
+        made = f"makes no model with {', '.join(_PARTS)} whose language model has generate()"
+        raise _no_way(source, made, misfit)
+    model.img_context_token_id = image_token_id
+    return model.eval()
+
+
+def _no_way(source: Checkpoint, said: str, misfit: InputError) -> InputError:
+    return InputError(
+        f"checkpoint {source.name!r} does not load: its own code {said}, and transformers' modules "
+        f"do not take it ({str(misfit).rstrip('.')}); a checkpoint in Hugging Face format, whose "
+        "name ends in -hf, would do."
+    )
+
+
+def tile_length(model: Any) -> int:
+    """Visual tokens of one tile."""
+    stated = getattr(model, "num_image_token", None)
+    if stated is not None:
+        return int(stated)
+    config, vision = model.config, model.config.vision_config
+    side = getattr(config, "force_image_size", None) or vision.image_size
+    return int((side // vision.patch_size * config.downsample_ratio) ** 2)
+
+
+def owns(model: Any) -> bool:
+    """Whether a live model has that form."""
+    return all(hasattr(model, name) for name in _PARTS) and hasattr(model, "img_context_token_id")
+
+
+def parts(model: Any) -> ModelParts:
+    """Where its parts are.
+
+    Raises:
+        InputError: a language model that is not built like LLaMA.
+    """
+    decoder = find_decoder(model.language_model)
+    if decoder is None:
+        raise InputError(
+            f"{type(model.language_model).__name__} inside {type(model).__name__} is not built "
+            "like LLaMA (layers with self_attn.q_proj): nothing to prune. vp.load() reads "
+            "published InternVL checkpoints into modules that can be pruned."
+        )
+    return decoder_parts(
+        model,
+        decoder,
+        why_no_vision=WHY_NO_VISION,
+        watch_spans=_watch(model, model.language_model.get_input_embeddings()),
+    )
+
+
+def _watch(model: Any, table: nn.Module) -> Callable[[SpanSink], list[Undo]]:
+    def watch(sink: SpanSink) -> list[Undo]:
+        def see(module: nn.Module, args: tuple) -> None:
+            ids, token = args[0] if args else None, model.img_context_token_id
+            if isinstance(ids, torch.Tensor) and ids.dim() == 2 and ids.shape[1] > 1:
+                sink(ids == (-1 if token is None else token), None)
+
+        return [table.register_forward_pre_hook(see).remove]
+
+    return watch
+
+
+# -- internvl tokenizer ----------------------------------------------------------------------------
+# Tokenizers of InternVL checkpoints in their published format.
+
+
+_BLANK = "▁"
+_FIELDS = ("pad_token", "model_max_length", "clean_up_tokenization_spaces")
+
+
+def load_chat_tokenizer(source: Checkpoint) -> Any:
+    """The tokenizer of a checkpoint; no code of the checkpoint is run.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
+    folder, what = source.folder, f"checkpoint {source.name!r}"
+    path = folder / "tokenizer_config.json"
+    stored = read_json(path, what) if path.is_file() else {}
+    model = folder / "tokenizer.model"
+    name = str(stored.get("tokenizer_class", ""))
+    pairs = all((folder / file).is_file() for file in ("vocab.json", "merges.txt"))
+    try:
+        if name.startswith("InternLM2Tokenizer") and model.is_file():
+            return _internlm2(model, stored, what)
+        if not name.startswith("LlamaTokenizer"):
+            if (folder / "tokenizer.json").is_file():
+                return PreTrainedTokenizerFast.from_pretrained(str(folder))
+            if pairs:
+                return Qwen2Tokenizer.from_pretrained(str(folder))
+    except InputError:
+        raise
+    except Exception as error:  # many kinds, by format and version
+        raise InputError(f"The tokenizer of {what} cannot be read: {first_line(error)}") from error
+    return load_tokenizer(source)
+
+
+def _internlm2(path: Path, stored: Mapping[str, Any], what: str) -> PreTrainedTokenizerFast:
+    extractor = SentencePieceExtractor(str(path))
+    proto = extractor.proto
+    found: Any = extractor.extract(BPE)
+    vocabulary, merges = dict(found["vocab"]), merges_of(proto)
+    added = {
+        int(place): entry["content"] if isinstance(entry, Mapping) else str(entry)
+        for place, entry in (stored.get("added_tokens_decoder") or {}).items()
+    }
+    pieces = {place: piece for piece, place in vocabulary.items()}
+    for place, token in added.items():
+        if place in pieces and pieces[place] != token:
+            del vocabulary[pieces[place]]
+            vocabulary[token] = place
+    prefix = proto.normalizer_spec.add_dummy_prefix
+    unknown, start, end = proto.trainer_spec.unk_piece, "<s>", "</s>"
+    made = Tokenizer(BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    front = [normalizers.Prepend(_BLANK)] if prefix else []
+    made.normalizer = normalizers.Sequence([*front, normalizers.Replace(" ", _BLANK)])
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    made.decoder = decoders.Sequence(
+        [decoders.Replace(_BLANK, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    controls = {place: piece.piece for place, piece in enumerate(proto.pieces) if piece.type == 3}
+    for place, token in sorted({**controls, **added}.items()):
+        made.add_special_tokens([AddedToken(token, normalized=False, special=True)])
+        if made.token_to_id(token) != place:
+            raise InputError(
+                f"added_tokens_decoder of {what} puts {token!r} at {place}, but the vocabulary "
+                f"before it ends at {made.get_vocab_size() - 2}."
+            )
+    if stored.get("add_bos_token", True):
+        made.post_processor = processors.TemplateProcessing(
+            single=f"{start} $A", special_tokens=[(start, made.token_to_id(start))]
+        )
+    more = {name: stored[name] for name in _FIELDS if stored.get(name) is not None}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        unk_token=unknown,
+        bos_token=start,
+        eos_token=end,
+        padding_side="left",
+        **more,
     )

@@ -16,9 +16,9 @@ from vlm_prune_ext.engine.parts import ModelParts, SpanSink, Undo
 from vlm_prune_ext.models import questions
 from vlm_prune_ext.models.base import Family
 from vlm_prune_ext.models.catalogue import FamilyLine
-from vlm_prune_ext.models.clip_tower import is_clip, vision_parts
 from vlm_prune_ext.models.generic import decoder_parts, find_decoder
 from vlm_prune_ext.models.llava import packed_length, read_pinpoints, share_out
+from vlm_prune_ext.models.towers import is_clip, vision_parts
 
 IMAGE_TOKEN_INDEX = -200
 IGNORE_INDEX = -100

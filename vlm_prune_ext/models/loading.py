@@ -9,9 +9,14 @@ from transformers import AutoImageProcessor, AutoTokenizer, LlamaTokenizer
 
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.models.base import LoadOptions
-from vlm_prune_ext.models.checkpoint import WEIGHT_FILES, Checkpoint, first_line, read_json
-from vlm_prune_ext.models.fields import explained
-from vlm_prune_ext.models.sentencepiece import order_merges
+from vlm_prune_ext.models.checkpoint import (
+    WEIGHT_FILES,
+    Checkpoint,
+    explained,
+    first_line,
+    read_json,
+)
+from vlm_prune_ext.models.prompts import order_merges
 
 _PICTURES = ("preprocessor_config.json", "processor_config.json")
 _TOKENIZERS = ("tokenizer.model", "tokenizer.json")

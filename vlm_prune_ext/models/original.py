@@ -31,12 +31,12 @@ from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.models.base import LoadOptions
 from vlm_prune_ext.models.checkpoint import (
     Checkpoint,
+    explained,
     find_folder,
     read_json,
     read_weights,
 )
-from vlm_prune_ext.models.clip_tower import came_from
-from vlm_prune_ext.models.fields import explained
+from vlm_prune_ext.models.towers import came_from
 
 ARCHITECTURES = {
     "LlavaLlamaForCausalLM": LlamaConfig,
