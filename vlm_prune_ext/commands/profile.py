@@ -60,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
         return _report(Path(args.out or ProfileSettings.out))
     file = read_file(args.config, allow_code=args.allow_code) if args.config else {}
     said = ProfileSettings.of(vars(args), file)
-    if said.src_folder is None:
+    source = said.src_folder
+    if source is None:
         raise InputError(
             "--src-folder is needed: a folder with images/ and data.csv (vlm-prune profile-data "
             "makes one)."
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
     quiet_transformers()
     said, out = resolved(said), Path(said.out)
-    folder = read_folder(said.src_folder, said.samples)
+    folder = read_folder(source, said.samples)
     for failure in folder.failures:
         _say(f"Left out: {failure}")
     trust = {"trust_remote_code": said.trust_remote_code, "fresh": said.fresh}
