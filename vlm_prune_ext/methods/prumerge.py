@@ -94,8 +94,8 @@ class PruMerge(Method):
         merged = self._merge(evidence.patch_features, keys[:, cls:], attention)
         return NewTokens.after_merging(*merged)
 
-    def _merge(self, *rows: torch.Tensor) -> Merged:
-        return prumerge(*rows, self.ratio, self.neighbours)
+    def _merge(self, features: torch.Tensor, keys: torch.Tensor, attention: torch.Tensor) -> Merged:
+        return prumerge(features, keys, attention, self.ratio, self.neighbours)
 
 
 def prumerge_plus(
@@ -157,5 +157,5 @@ class PruMergePlus(PruMerge):
         """As PruMerge's; how many tokens there are depends on the picture."""
         return replace(super().feature_stage(), left=None)
 
-    def _merge(self, *rows: torch.Tensor) -> Merged:
-        return prumerge_plus(*rows, self.ratio, self.neighbours, self.stop)
+    def _merge(self, features: torch.Tensor, keys: torch.Tensor, attention: torch.Tensor) -> Merged:
+        return prumerge_plus(features, keys, attention, self.ratio, self.neighbours, self.stop)
