@@ -66,7 +66,9 @@ class Attachment:
             self._session.close()
             self._session = None
         if method is not None:
-            self._session = Session(self._parts, method)
+            session = Session(self._parts, method)
+            session.open()
+            self._session = session
         if self._announced != announcement(method):
             announce(method)
         self._announced = announcement(method)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,9 +24,12 @@ class LayerArguments:
 
     def __init__(self, parts: ModelParts, shift: list[int]) -> None:
         self.parts, self.shift = parts, shift
-        # Hybrid models have layers that see only so many tokens back.
-        config = getattr(parts.decoder, "config", None)
-        self.windows = masks.sliding_windows(config, len(shift))
+
+    @cached_property
+    def windows(self) -> list[int | None]:
+        """Hybrid models have layers that see only so many tokens back."""
+        config = getattr(self.parts.decoder, "config", None)
+        return masks.sliding_windows(config, len(self.shift))
 
     def __call__(self, index: int, hidden: torch.Tensor, kwargs: dict, call: Call) -> dict:
         """The keyword arguments of layer ``index`` for the tokens it holds.

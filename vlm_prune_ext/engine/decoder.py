@@ -96,19 +96,19 @@ class DecoderPruner:
         """Register all hooks; the returned callables take them off."""
         decoder = self.parts.decoder
         assert decoder is not None
+        self._now = _Now()  # nothing is left of a prompt that failed under an earlier attachment
         handles = [
             self.parts.model.register_forward_pre_hook(self._before_model, with_kwargs=True),
             decoder.register_forward_pre_hook(self._enter, with_kwargs=True),
             decoder.register_forward_hook(self._leave, always_call=True),
         ]
+        layers = list(self.parts.layers)
         for index in self._touched_layers():
             hook = _bind(self._before_layer, index)
-            handles.append(
-                self.parts.layers[index].register_forward_pre_hook(hook, with_kwargs=True)
-            )
+            handles.append(layers[index].register_forward_pre_hook(hook, with_kwargs=True))
         for layer, stage in self.stages.items():
             if layer > 0 and reads(stage.needs):
-                attn: Any = self.parts.layers[layer - 1].self_attn
+                attn: Any = layers[layer - 1].self_attn
                 hook = _bind(self._after_attention, layer)
                 handles.append(attn.register_forward_hook(hook, with_kwargs=True))
         if self.num_layers in self.stages:
@@ -142,6 +142,7 @@ class DecoderPruner:
         for cache, state in list(self.states.items()):
             if state.misses_tokens:
                 seal(cache)
+        self.states.clear()
 
     def _touched_layers(self) -> range:
         """Layers whose input may differ from what the decoder hands out."""

@@ -119,6 +119,7 @@ class Watch:
 
     def attach(self) -> list[Undo]:
         """Register all hooks; the returned callables take them off."""
+        self.take()
         handles, projector = self._in_tower(), self.parts.projector
         if projector is not None:
             handles.append(projector.register_forward_hook(self._after_projector))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 from torch import nn
 
@@ -27,8 +26,9 @@ _BUSY: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.Weak
 _BASELINES: weakref.WeakKeyDictionary[nn.Module, Trace] = weakref.WeakKeyDictionary()
 
 
-class Session:
-    """A method attached to a model, until :meth:`close`.
+class Session(AbstractContextManager[Trace]):
+    """A method on a model: planned once, attached inside ``with`` (or from :meth:`open` to
+    :meth:`close`), as often as wanted.
 
     Args:
         parts: where things are in the model.
@@ -36,24 +36,34 @@ class Session:
         visual_span: stated places of visual tokens, or ``None``.
 
     Raises:
-        InputError: the method does not fit the model, or the model is being pruned already.
+        InputError: the method does not fit the model.
     """
 
     def __init__(
         self, parts: ModelParts, method: Method, visual_span: VisualSpan | None = None
     ) -> None:
         self.trace = Trace(backend="hooks")
-        self.method = method
-        self.pruners = pruners = _pruners(parts, method, visual_span, self.trace)
-        self._claimed = [m for m in (parts.decoder, parts.vision and parts.vision.tower) if m]
-        if any(module in _BUSY for module in self._claimed):
+        self.parts, self.method = parts, method
+        self.pruners = _pruners(parts, method, visual_span, self.trace)
+        self._undos: list[Undo] = []
+
+    def open(self) -> Trace:
+        """Attach everything.
+
+        Raises:
+            InputError: the model is being pruned already.
+        """
+        parts, pruners = self.parts, self.pruners
+        claimed = self._claimed()
+        if any(module in _BUSY for module in claimed):
             raise InputError(
                 "This model is being pruned already: leave the first prune() (or turn the attached "
                 "method off) before starting another."
             )
+        self.trace.clear()
         kernels.leave_out_cudnn()
-        self._undos: list[Undo] = [kernels.let_in_cudnn, restore_recorders(parts)]
-        _BUSY.update({module: weakref.ref(self) for module in self._claimed})
+        self._undos = [kernels.let_in_cudnn, restore_recorders(parts)]
+        _BUSY.update({module: weakref.ref(self) for module in claimed})
         try:
             shortens = not all(isinstance(p, DecoderPruner) and p.only_masks for p in pruners)
             self._undos.append(refuse(parts, shortens))
@@ -62,14 +72,28 @@ class Session:
         except BaseException:
             self.close()
             raise
+        return self.trace
 
     def close(self) -> None:
         """Take everything off. A second call does nothing."""
+        if not self._undos:
+            return
         while self._undos:
             self._undos.pop()()
-        for module in self._claimed:
+        for module in self._claimed():
             _BUSY.pop(module, None)
-        self._claimed = []
+
+    def _claimed(self) -> list[nn.Module]:
+        """Modules that one session at a time may have."""
+        vision = self.parts.vision
+        both = (self.parts.decoder, None if vision is None else vision.tower)
+        return [module for module in both if module is not None]
+
+    def __enter__(self) -> Trace:
+        return self.open()
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 def session_on(module: nn.Module) -> Session | None:
@@ -84,34 +108,34 @@ def trace_of(model: nn.Module, decoder: nn.Module) -> Trace | None:
     return session.trace if session is not None else _BASELINES.get(model)
 
 
-@contextmanager
-def baseline(model: nn.Module) -> Iterator[Trace]:
-    """Nothing is attached; the trace says what answered."""
-    before, trace = _BASELINES.get(model), Trace()
-    _BASELINES[model] = trace
-    try:
-        with kernels.steady_attention():
-            yield trace
-    finally:
-        del _BASELINES[model]
-        if before is not None:
-            _BASELINES[model] = before
+class Baseline(AbstractContextManager[Trace]):
+    """Nothing is attached to a model; the trace says what answered."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._before = model, list[Trace | None]()
+
+    def __enter__(self) -> Trace:
+        self._before.append(_BASELINES.get(self._model))
+        trace = _BASELINES[self._model] = Trace()
+        kernels.leave_out_cudnn()
+        return trace
+
+    def __exit__(self, *error: object) -> None:
+        kernels.let_in_cudnn()
+        before = self._before.pop()
+        if before is None:
+            del _BASELINES[self._model]
+        else:
+            _BASELINES[self._model] = before
 
 
-@contextmanager
 def run(
     parts: ModelParts, method: Method | None, visual_span: VisualSpan | None = None
-) -> Iterator[Trace]:
+) -> Session | Baseline:
     """Prune inside a ``with`` block; ``method=None`` attaches nothing at all."""
     if method is None:
-        with baseline(parts.model) as trace:
-            yield trace
-        return
-    session = Session(parts, method, visual_span)
-    try:
-        yield session.trace
-    finally:
-        session.close()
+        return Baseline(parts.model)
+    return Session(parts, method, visual_span)
 
 
 Pruner = DecoderPruner | VisionPruner | FeatureSite

@@ -24,7 +24,7 @@ _SUBMODELS: weakref.WeakKeyDictionary[nn.Module, _Found] = weakref.WeakKeyDictio
 def restore_recorders(parts: ModelParts) -> Undo:
     """Remember which submodels are hooked now; the answer takes off what came since.
 
-    Costs a look at a handful of submodels. All modules are walked only where one was hooked.
+    Costs a look at a handful of submodels; a submodel is walked only where it was hooked.
     """
     before = {id(module) for module in _submodels(parts) if _FLAG in vars(module)}
     first_new: int = RemovableHandle.next_id
@@ -33,13 +33,22 @@ def restore_recorders(parts: ModelParts) -> Undo:
         fresh = [m for m in _submodels(parts) if _FLAG in vars(m) and id(m) not in before]
         for module in fresh:
             delattr(module, _FLAG)
-        for module in parts.model.modules() if fresh else ():
+        for module in _inside(fresh):
             hooks = module._forward_hooks
-            for key in [key for key in hooks if key >= first_new]:
+            for key in [key for key in hooks if key >= first_new] if hooks else ():
                 if _HOOK in getattr(hooks[key], "__qualname__", ""):
                     del hooks[key]
 
     return undo
+
+
+def _inside(modules: list[nn.Module]) -> list[nn.Module]:
+    """These and all that they hold, some of them twice; ``modules()`` would take ten times as
+    long."""
+    found = list(modules)
+    for module in found:  # which grows meanwhile
+        found.extend(child for child in module._modules.values() if child is not None)
+    return found
 
 
 def _submodels(parts: ModelParts) -> list[nn.Module]:

@@ -64,6 +64,13 @@ class Trace:
         for layer, positions in self.positions.items():
             self.positions[layer] = positions[:, :-ahead]
 
+    def clear(self) -> None:
+        """Forget everything: pruning begins anew."""
+        self.clear_decoder()
+        self.merged.clear()
+        self.vision_kept.clear()
+        self.vision_attention = None
+
     def clear_decoder(self) -> None:
         """Forget the last prefill: another begins, and reaches this package's hooks."""
         self.backend = "hooks"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
+from functools import cache
 from inspect import cleandoc
 from numbers import Integral, Real
 from typing import Any
@@ -291,7 +292,7 @@ class Declared:
     @classmethod
     def options(cls) -> dict[str, Option]:
         """Field -> its declaration, in order."""
-        return {f.name: _option_of(f) for f in fields(cls)}  # type: ignore[arg-type]
+        return dict(_options_of(cls))  # type: ignore[arg-type]
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
@@ -303,6 +304,11 @@ def _rebuilt(cls: type, state: dict[str, Any]) -> Any:
     self: Any = object.__new__(cls)
     vars(self).update(state)
     return self
+
+
+@cache
+def _options_of(cls: type[Declared]) -> dict[str, Option]:
+    return {f.name: _option_of(f) for f in fields(cls)}  # type: ignore[arg-type]
 
 
 def _option_of(declared: Any) -> Option:

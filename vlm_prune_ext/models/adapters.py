@@ -6,6 +6,7 @@ import functools
 import importlib
 import logging
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -43,7 +44,11 @@ _LIVE = (
 
 def families() -> tuple[Family, ...]:
     """All families, in the order in which they are asked: the first that owns a model is taken."""
-    return tuple(_made(line) for line in (*FAMILIES.values(), *_LIVE))
+    return tuple(_all())
+
+
+def _all() -> Iterator[Family]:
+    return (_made(line) for line in (*FAMILIES.values(), *_LIVE))
 
 
 @functools.cache
@@ -69,7 +74,7 @@ def parts_of(model: nn.Module) -> ModelParts:
             f"{name} is an encoder-decoder model, whose decoder does not take visual tokens as "
             f"positions: nothing to prune. Accepted: {_titles()}."
         )
-    for family in families():
+    for family in _all():
         if family.owns(model):
             return _with_joint_space(model, family.parts(model))
     raise InputError(f"{name} is not a model that can be pruned. Accepted: {_titles()}.")

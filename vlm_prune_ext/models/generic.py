@@ -10,6 +10,7 @@ positions of one axis or several, sliding windows), and a final norm. A placehol
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm_prune_ext.engine.parts import ModelParts, Present, SpanSink, Undo
+from vlm_prune_ext.engine.parts import ModelParts, Present, SpanSink, Undo, path_to
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.models import questions
 from vlm_prune_ext.models.base import Family
@@ -59,7 +60,7 @@ def _is_decoder(module: nn.Module) -> bool:
     layers = getattr(module, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         return False
-    attentions = [getattr(layer, "self_attn", None) for layer in layers]
+    attentions = (getattr(layer, "self_attn", None) for layer in layers)
     projects = any(
         all(hasattr(attn, name) for name in ("q_proj", "k_proj", "head_dim")) for attn in attentions
     )
@@ -84,14 +85,23 @@ def decoder_parts(model: nn.Module, decoder: Any, **more: Any) -> ModelParts:
     )
 
 
+def _takes(module: nn.Module) -> tuple[str, ...]:
+    """Names of a module's inputs."""
+    return _parameters(type(module).forward)[1:]
+
+
+@functools.cache
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
+
+
 def _turns_plainly(decoder: Any) -> bool:
     """Is there one rotary position per token, the same in all layers, as in LLaMA?"""
     rotary = getattr(decoder, "rotary_emb", None)
     if rotary is None:
         return False
-    kinds = list(inspect.signature(rotary.forward).parameters)  # Gemma's asks for the kind of layer
     scaling = getattr(decoder.config, "rope_parameters", None) or {}
-    return len(kinds) == 2 and "mrope_section" not in scaling
+    return len(_takes(rotary)) == 2 and "mrope_section" not in scaling  # Gemma's asks for a kind
 
 
 def _text_rotary(decoder: Any) -> Callable[[torch.Tensor, torch.Tensor, int], Any] | None:
@@ -101,7 +111,7 @@ def _text_rotary(decoder: Any) -> Callable[[torch.Tensor, torch.Tensor, int], An
     if rotary is None or _turns_plainly(decoder):
         return None
     kinds = getattr(decoder.config, "layer_types", None)
-    if len(inspect.signature(rotary.forward).parameters) > 2:
+    if len(_takes(rotary)) > 2:
         assert kinds is not None
         return lambda hidden, positions, layer: rotary(hidden, positions, kinds[layer])
     # Three axes (time, height, width), which are one and the same for text.
@@ -118,8 +128,7 @@ def _follow(decoder: Any) -> Callable[[Present], list[Undo]] | None:
     name = "_deepstack_process"
     if hasattr(decoder, name):
         return lambda present: [_set(decoder, name, _Deepstack(getattr(decoder, name), present))]
-    takes = inspect.signature(decoder.forward).parameters
-    unknown = [n for n in takes if n.startswith("deepstack") or n == "per_layer_inputs"]
+    unknown = [n for n in _takes(decoder) if n.startswith("deepstack") or n == "per_layer_inputs"]
     if unknown and not _unused(decoder, unknown[0]):
         raise InputError(
             f"{type(decoder).__name__} adds {unknown[0]} between its layers, which would not "
@@ -208,7 +217,7 @@ def _rotate(attn: nn.Module, heads: torch.Tensor, rotary: Any) -> torch.Tensor:
         return heads
     apply = sys.modules[type(attn).__module__].apply_rotary_pos_emb  # type: ignore[attr-defined]
     cos, sin = rotary
-    if len([name for name in inspect.signature(apply).parameters if name in "qkx"]) == 1:
+    if len([name for name in _parameters(apply) if name in "qkx"]) == 1:
         return apply(heads, cos, sin)  # Gemma 4's rotates one tensor at a time, others two
     nothing = heads[:, :0]
     return apply(heads, nothing, cos, sin)[0]
@@ -332,8 +341,7 @@ def token_of(config: Any, kind: str = "image") -> int | None:
 
 def _merging(model: Any, decoder: Any) -> Any:
     """The innermost module around the decoder that puts image features into the prompt."""
-    around = [m for m in model.modules() if any(part is decoder for part in m.modules())]
-    merging = [m for m in around if any(hasattr(m, name) for name in _MERGES)]
+    merging = [m for m in path_to(model, decoder) if any(hasattr(m, name) for name in _MERGES)]
     return merging[-1] if merging else None
 
 
@@ -359,7 +367,7 @@ def parts(model: Any, lengths: Lengths | None = None) -> ModelParts:
         InputError: images reach the decoder in another way.
     """
     decoder, config = find_decoder(model), model.config
-    if any(hasattr(layer, "cross_attn") for layer in decoder.layers):
+    if any("cross_attn" in layer._modules for layer in decoder.layers):
         raise InputError(
             f"{type(model).__name__} shows images to its decoder by cross-attention, not as tokens "
             "of the prompt: nothing to prune."
@@ -397,7 +405,7 @@ def _lengths_of(model: nn.Module) -> Lengths:
 
 
 def _attends(layer: nn.Module) -> bool:
-    return hasattr(getattr(layer, "self_attn", None), "k_proj")
+    return hasattr(layer._modules.get("self_attn"), "k_proj")
 
 
 def _image_length(config: Any) -> int | None:
