@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,10 @@ from run_vlmeval import main
 from tests import vlmeval_files as files
 from tests.makers import photo, tiny_original
 from vlm_prune_ext.evals import vlmeval as wrappers
+from vlm_prune_ext.evals.answer import Answerer
 from vlm_prune_ext.evals.names import model_name
 from vlm_prune_ext.evals.rows import open_table
+from vlm_prune_ext.evals.vlmeval_rows import shares
 from vlm_prune_ext.experiment import metrics
 from vlm_prune_ext.experiment.log import lock
 from vlm_prune_ext.methods.fastv import FastV
@@ -116,14 +120,15 @@ def test_scores_are_those_of_the_answers(
     """Answers that are right score 100, one wrong of four scores 75."""
     put(data, "MMBench_DEV_EN_V11", 4, monkeypatch)
     given = iter("ABCD" + "ABCA")
-    original = wrappers.PrunedVLM.answer
+    original = Answerer.answer
 
-    def known(self: Any, query: Any) -> Any:
-        answer = original(self, query)
-        answer.text = next(given)
-        return answer
+    def known(self: Any, queries: Any) -> Any:
+        answers = original(self, queries)
+        for answer in answers:
+            answer.text = next(given)
+        return answers
 
-    monkeypatch.setattr(wrappers.PrunedVLM, "answer", known)
+    monkeypatch.setattr(Answerer, "answer", known)
     command = ["--model-path", str(checkpoint), "--baseline", "--data", "MMBench_DEV_EN_V11"]
     command += ["--work-dir", str(tmp_path / "out"), *SHORT]
     folder = tmp_path / "out" / "llava-1.5-7b-baseline_MMBench_DEV_EN_V11"
@@ -226,6 +231,71 @@ def test_a_registered_metric_is_in_the_record_and_the_table(
     assert "tok/answer" in said and "4.00" in said
 
 
+# -- batches -------------------------------------------------------------------------------------
+def shuffled_rows(count: int) -> list[files.Row]:
+    """Rows whose four pictures come in no order; one in the middle does not decode."""
+    rows = files.mcq_rows(count)
+    for place, row in enumerate(rows):
+        row["image"] = rows[place % 4]["image"]
+    random.Random(3).shuffle(rows)
+    rows[count // 2]["image"] = "A" * 400
+    return rows
+
+
+def test_batches_of_any_size_give_the_same_files(
+    checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One by one, four at a time and as many as pay; in one go, and ended by SIGTERM and gone on
+    with at another size. Predictions stand in the file's order, and each row is asked once."""
+    rows = shuffled_rows(14)
+    files.write(data, "Mine", rows)
+    command = ["--model-path", str(checkpoint), "--method", "fastv:5", "--data", "Mine", *SHORT]
+    batches: list[list[tuple[str, ...]]] = []
+    original = Answerer.answer
+
+    def noted(self: Any, queries: Any) -> Any:
+        batches.append([query.digests for query in queries])
+        if len(batches) == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        return original(self, queries)
+
+    monkeypatch.setattr(Answerer, "answer", noted)
+    found = {}
+    for size in ("1", "4", "auto", "stopped"):
+        folder = tmp_path / size / "llava-1.5-7b-fastv_rank5_Mine"
+        batches.clear()
+        stop = 3 if size == "stopped" else 0
+        given = ["--work-dir", str(tmp_path / size), "--batch-size"]
+        if size == "stopped":
+            assert main([*command, *given, "2"]) == 2
+            assert sum(answered(folder).values()) in (4, 5)  # the broken row may be one
+            stop = 0
+        assert main([*command, *given, size if size != "stopped" else "4"]) == 1
+        found[size] = predictions(folder)
+        assert list(found[size]) == [row["index"] for row in rows]
+        assert answered(folder) == Counter(row["index"] for row in rows)
+        digests = [one for batch in batches for one in batch]
+        if size in ("1", "4"):  # rows with one picture follow each other
+            assert len(digests) == 13 and len(list(groupby(digests))) == 4
+    assert found["1"] == found["4"] == found["auto"] == found["stopped"]
+    failed = rows[7]["index"]
+    assert [index for index, said in found["1"].items() if "Failed to obtain" in said] == [failed]
+    assert result(tmp_path / "4" / folder.name)["config"]["batch_size"] == 4
+
+
+def test_processes_do_not_share_a_picture() -> None:
+    """Whole pictures go to the process with the fewest open rows; rows with none go anywhere."""
+    pictures = [0, 1, 2, 0, 1, 0, 3, None, None, 0]
+    parts = {n: {"picture": str(p)} if p is not None else {} for n, p in enumerate(pictures)}
+    shared = shares(range(10), parts, set(), 2)
+    assert shared == [[0, 3, 5, 9, 7], [1, 4, 2, 6, 8]]
+    assert shares(range(10), parts, set(), 1) == [[0, 3, 5, 9, 1, 4, 2, 6, 7, 8]]
+    known = shares(range(10), parts, {0, 3, 5}, 2)  # three are answered: their process takes more
+    assert known == [[0, 3, 5, 9, 2, 6, 8], [1, 4, 7]]
+    assert [sorted(a + b) for a, b in (shared, known)] == [list(range(10))] * 2
+
+
 # -- broken rows ---------------------------------------------------------------------------------
 def test_broken_rows_fail_alone(
     checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -266,6 +336,7 @@ def test_broken_rows_fail_alone(
         (["--method", "fastv:5", "--fast-v-image-token-length", "15"], "length 15 contradicts"),
         (["--method", "fastv:5", "--fast-v-sys-length", "3"], "3 contradicts"),
         (["--limit", "0"], "limit=0"),
+        (["--batch-size", "many"], "batch_size='many' is not valid: an integer of at least 1, or"),
         (["--mode", "eval"], "needs predictions"),
         (["--use-fast-v", "--baseline"], "exactly one"),
     ],
@@ -321,13 +392,13 @@ def test_what_is_wrong_is_said_before_anything_heavy_is_imported(words: str, sai
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Texts of the queries that reach the model."""
     texts: list[str] = []
-    original = wrappers.PrunedVLM.answer
+    original = Answerer.answer
 
-    def noted(self: Any, query: Any) -> Any:
-        texts.append(query.text)
-        return original(self, query)
+    def noted(self: Any, queries: Any) -> Any:
+        texts.extend(query.text for query in queries)
+        return original(self, queries)
 
-    monkeypatch.setattr(wrappers.PrunedVLM, "answer", noted)
+    monkeypatch.setattr(Answerer, "answer", noted)
     return texts
 
 
@@ -343,16 +414,16 @@ def test_a_run_goes_on_where_it_stopped(
     files.write(data, "Mine", files.mcq_rows(14))
     command = ["--model-path", str(checkpoint), "--method", "fastv:5", "--data", "Mine"]
     command += ["--work-dir", str(tmp_path / "out"), *SHORT]
-    original = wrappers.PrunedVLM.answer
+    original = Answerer.answer
 
-    def stopping(self: Any, query: Any) -> Any:
+    def stopping(self: Any, queries: Any) -> Any:
         if len(asked) == 4:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)
-        return original(self, query)
+        return original(self, queries)
 
     with monkeypatch.context() as patch:
-        patch.setattr(wrappers.PrunedVLM, "answer", stopping)
+        patch.setattr(Answerer, "answer", stopping)
         assert main(command) == 2
     assert "goes on" in capsys.readouterr().err
     folder = tmp_path / "out" / "llava-1.5-7b-fastv_rank5_Mine"
@@ -482,7 +553,7 @@ def test_killed_then_finished_by_two_processes(
         process.communicate()
     before = answered(folder)
     assert 13 <= len(before) < count
-    done = start([*words, str(tmp_path / "out")], torchrun=True)
+    done = start([*words, str(tmp_path / "out"), "--batch-size", "4"], torchrun=True)
     output = done.communicate(timeout=400)[0].decode()
     assert done.returncode == 0, output
     assert answered(folder) == Counter(range(count))

@@ -335,7 +335,8 @@ def _answer_all(
     done: int,
 ) -> Iterator[Record]:
     """Answer in batches, writing each answer as it comes; ids of bad images go to ``failed``."""
-    from vlm_prune_ext.evals.answer import Query, answer_rows
+    from vlm_prune_ext.evals.answer import Query
+    from vlm_prune_ext.evals.feed import answer_rows
 
     by_id = {question.id: question for question in questions}
 

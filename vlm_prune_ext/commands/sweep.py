@@ -17,7 +17,7 @@ from pathlib import Path
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.experiment.settings import METHOD_HELP, MODEL, add_options
 
-SHARED = ("data", "limit", "max_new_tokens", "seed", "fresh", *MODEL[1:])
+SHARED = ("data", "limit", "batch_size", "max_new_tokens", "seed", "fresh", *MODEL[1:])
 """Settings that all cells share."""
 
 

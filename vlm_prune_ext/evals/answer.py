@@ -7,7 +7,7 @@ it took come with each answer.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,17 +15,17 @@ import torch
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from vlm_prune_ext.engine.trace import Trace
-from vlm_prune_ext.errors import InputError, reason_of
+from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.evals.decoding import RepetitionPenalty
 from vlm_prune_ext.experiment import flops
 from vlm_prune_ext.experiment.flops import tower_images
-from vlm_prune_ext.experiment.measure import TokenClock, now
+from vlm_prune_ext.experiment.measure import TokenClock
 from vlm_prune_ext.experiment.record import Sample
 from vlm_prune_ext.fast.generate import check_method
 from vlm_prune_ext.methods.base import Method
 from vlm_prune_ext.models import parts_of
 from vlm_prune_ext.models.base import starts_with
-from vlm_prune_ext.models.images import ImageLike, open_image
+from vlm_prune_ext.models.images import ImageLike
 from vlm_prune_ext.pruning import prune
 
 logger = logging.getLogger("vlm_prune_ext")
@@ -367,51 +367,3 @@ def sample_of(index: int | str, answer: Answer, **more: Any) -> Sample:
         fast=answer.fast,
         **more,
     )
-
-
-def answer_rows(
-    answerer: Answerer,
-    rows: Iterable[tuple[int | str, Callable[[], Query]]],
-    batch_size: int = 1,
-) -> Iterator[Sample]:
-    """Answer rows in batches. A row whose query cannot be made, or whose picture cannot be opened,
-    fails alone.
-
-    Args:
-        answerer: answers.
-        rows: index, and what makes the query; of one style and equal options.
-        batch_size: samples that are answered together, at most.
-
-    Yields:
-        a sample per row, in order; those of the first batch are marked as warm-up.
-    """
-    sizes = Sizes.of(answerer.model.config)
-    held: list[tuple[int | str, Query | str]] = []
-    warm_up = True
-
-    def flush() -> Iterator[Sample]:
-        nonlocal warm_up
-        queries = [query for _, query in held if isinstance(query, Query)]
-        start = now(answerer.processor.device)
-        answers = iter(answerer.answer(queries))
-        seconds = (now(answerer.processor.device) - start) / max(1, len(queries))
-        for index, query in held:
-            if isinstance(query, str):
-                yield Sample(index, "", failed=query)
-            else:
-                sample = sizes.sample(index, next(answers), warm_up=warm_up)
-                yield replace(sample, seconds=seconds, batch=len(queries))
-        warm_up = warm_up and not queries
-        held.clear()
-
-    for index, make in rows:
-        try:
-            query = make()
-            pictures = [open_image(image) for image in query.images]
-            held.append((index, replace(query, images=pictures)))
-        except Exception as error:  # decoders raise whatever they like on damaged files
-            held.append((index, reason_of(error)))
-        if sum(isinstance(query, Query) for _, query in held) == batch_size:
-            yield from flush()
-    if held:
-        yield from flush()

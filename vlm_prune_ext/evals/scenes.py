@@ -13,7 +13,8 @@ from PIL import Image
 
 from vlm_prune_ext.demo.drawing import COLORS, IMAGE_SIZE, SHAPES, make_scene, render
 from vlm_prune_ext.demo.questions import LETTERS, samples
-from vlm_prune_ext.evals.answer import Answerer, Query, answer_rows
+from vlm_prune_ext.evals.answer import Answerer, Query
+from vlm_prune_ext.evals.feed import answer_rows
 from vlm_prune_ext.experiment.metrics import bleu_words
 from vlm_prune_ext.experiment.record import Sample
 from vlm_prune_ext.experiment.statistics import wilson

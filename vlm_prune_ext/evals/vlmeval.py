@@ -41,7 +41,6 @@ from vlm_prune_ext.methods.registry import (
     standard_method,
 )
 from vlm_prune_ext.models import load
-from vlm_prune_ext.models.images import open_image
 
 LLAVA_MAX_NEW_TOKENS = 2048
 """What VLMEvalKit's ``LLaVA`` allows an answer, whatever the data set."""
@@ -66,7 +65,8 @@ class PrunedVLM(BaseModel):
         parameters: of the method.
 
     Attributes:
-        last: the last answer, with what it cost.
+        answerer: answers with model and method.
+        last: the last answer of :meth:`answer`, with what it cost.
 
     Raises:
         InputError: a checkpoint, parameter or value that is not accepted.
@@ -114,7 +114,7 @@ class PrunedVLM(BaseModel):
         self.method = method
         self.max_new_tokens = max_new_tokens
         self.last: Answer | None = None
-        self._answerer = Answerer(self.model, self.processor, method)
+        self.answerer = Answerer(self.model, self.processor, method)
 
     # -- prompts: VLMEvalKit's own LLaVA makes them --------------------------------------------
     def use_custom_prompt(self, dataset: str) -> bool:
@@ -129,9 +129,9 @@ class PrunedVLM(BaseModel):
         """A message, texts and images in any order, as a question for the model.
 
         Raises:
-            InputError: an image that does not decode.
+            InputError: an image that does not decode, where the family's template opens it.
         """
-        images = [open_image(item["value"]) for item in message if item["type"] == "image"]
+        images = [item["value"] for item in message if item["type"] == "image"]
         # The marker inside a text would be taken for an image.
         clean = [
             {**item, "value": item["value"].replace(IMAGE, "")} if item["type"] == "text" else item
@@ -144,12 +144,7 @@ class PrunedVLM(BaseModel):
         if self.processor.family == "llava_next":
             parts = [f"{IMAGE}\n" if item["type"] == "image" else item["value"] for item in clean]
             return Query("".join(parts), images, max_new_tokens=limit)
-        pictures = iter(images)  # opened already
-        content = [
-            {"type": "image", "image": next(pictures)} if item["type"] == "image" else item
-            for item in clean
-        ]
-        text, images = self.processor.messages([{"role": "user", "content": content}])
+        text, images = self.processor.messages([{"role": "user", "content": clean}])
         return Query(text, images, style="plain", max_new_tokens=limit)
 
     # -- answers -------------------------------------------------------------------------------
@@ -159,7 +154,7 @@ class PrunedVLM(BaseModel):
         Raises:
             InputError: a budget or stated length that does not fit the prompt.
         """
-        self.last = self._answerer.answer([query])[0]
+        self.last = self.answerer.answer([query])[0]
         return self.last
 
     def generate_inner(self, message: list[dict[str, Any]], dataset: str | None = None) -> str:

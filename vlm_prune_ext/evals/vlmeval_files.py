@@ -36,9 +36,9 @@ def own_files() -> Iterator[None]:
     tag = uuid.uuid4().hex
     with own_reading([]), ExitStack() as stack:
         for module in _users_of(vlm.decode_base64_to_image_file):
-            _exchange(stack, module, "decode_base64_to_image_file", whole(module))
+            exchange(stack, module, "decode_base64_to_image_file", whole(module))
         plain = multiple_choice.timestr
-        _exchange(stack, multiple_choice, "timestr", lambda: f"{plain()}_{tag}")
+        exchange(stack, multiple_choice, "timestr", lambda: f"{plain()}_{tag}")
         try:
             yield
         finally:
@@ -54,8 +54,8 @@ def own_reading(bad: list[BadRow]) -> Iterator[None]:
         bad: takes the broken rows of TSV files.
     """
     with ExitStack() as stack:
-        _exchange(stack, reading, "pd", _Pandas(bad))
-        _exchange(stack, pd.DataFrame, "to_excel", _as_text(pd.DataFrame.to_excel))
+        exchange(stack, reading, "pd", _Pandas(bad))
+        exchange(stack, pd.DataFrame, "to_excel", _as_text(pd.DataFrame.to_excel))
         yield
 
 
@@ -105,7 +105,8 @@ def _as_text(write: Callable[..., Any]) -> Callable[..., Any]:
     return to_excel
 
 
-def _exchange(stack: ExitStack, module: Any, name: str, new: Any) -> None:
+def exchange(stack: ExitStack, module: Any, name: str, new: Any) -> None:
+    """Another thing under a module's name, until the stack is left."""
     stack.callback(setattr, module, name, getattr(module, name))
     setattr(module, name, new)
 

@@ -130,6 +130,11 @@ NAMES = Kind(
     {"nargs": "+", "metavar": "NAME"},
 )
 WHOLE = whole(1)
+BATCH = Kind(
+    "an integer of at least 1, or auto",
+    lambda value: value == "auto" or WHOLE.ok(value),
+    {"type": _whole_or_text, "metavar": "N|auto"},
+)
 FLAG = Kind("true or false", lambda value: isinstance(value, bool), {"action": "store_true"})
 SWITCH = Kind(FLAG.accepted, FLAG.ok, {"action": argparse.BooleanOptionalAction})
 METHOD = Kind(
@@ -257,6 +262,8 @@ class Settings:
         verbose: print every answer.
         seed: of torch's generators, and of methods that draw lots.
         dtype, device, attn_implementation: see :func:`vlm_prune_ext.load`.
+        batch_size: rows that are answered together, or ``auto``: as many as pay and fit into
+            memory; ``None``: ``auto`` on a GPU, else 1.
         max_new_tokens: limit of an answer; ``None``: VLMEvalKit's for LLaVA.
         fast, trust_remote_code: see :func:`vlm_prune_ext.load`.
         min_pixels, max_pixels: pixels of an image, of families that take it as large as it is.
@@ -287,6 +294,12 @@ class Settings:
     device: str | None = option(None, text("a text"), "cpu, cuda, cuda:1 (default: as found)")
     attn_implementation: str | None = option(
         None, text("a text"), "eager, sdpa or flash_attention_2"
+    )
+    batch_size: int | str | None = option(
+        None,
+        BATCH,
+        "rows that are answered together; auto: as many as pay and fit (default: auto on a GPU, "
+        "else 1)",
     )
     max_new_tokens: int | None = option(None, WHOLE, "default: VLMEvalKit's for LLaVA, 2048")
     fast: bool | None = option(

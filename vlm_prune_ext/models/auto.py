@@ -33,11 +33,13 @@ from vlm_prune_ext.models.base import (
 )
 from vlm_prune_ext.models.catalogue import FamilyLine
 from vlm_prune_ext.models.checkpoint import Checkpoint, first_line
+from vlm_prune_ext.models.images import ImageLike, open_image
 from vlm_prune_ext.models.loading import check_files, load_model
 from vlm_prune_ext.models.prompts import IMAGE, Style, Turn
 
 Row = dict[str, torch.Tensor]
 _ROOM = 4096  # prompts, the newest
+_PIXELS_A_TOKEN = 28 * 28  # as Qwen has it
 
 
 def family_of(line: FamilyLine) -> Family:
@@ -126,6 +128,11 @@ class AutoPrompts(PromptProcessor):
         self.reserved = {token, *_reserved(processor)}
         if self.tokenizer.pad_token_id in (None, token):
             self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(self.pad_token_id)
+
+    def length(self, text: str, images: Sequence[ImageLike], style: str | None) -> int:
+        """A guess: the processor alone knows, once it has made the pixels."""
+        pixels = (image.width * image.height for image in map(open_image, images))
+        return len(text) // 4 + sum(pixels) // _PIXELS_A_TOKEN
 
     def _encode(self, prompts: list[str], pictures: list[list[Image]]) -> BatchFeature:
         texts = [self._marked(text, own) for text, own in zip(prompts, pictures, strict=True)]

@@ -6,6 +6,8 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from vlm_prune_ext.models.checkpoint import Checkpoint
+
+_TEXTS = 4096  # pieces of prompts whose tokens are remembered
 
 
 @dataclass(frozen=True)
@@ -201,6 +205,8 @@ class PromptProcessor:
         self.styles = styles
         self.pad_token_id = self._choose_pad()
         self._questions = Questions((self.pad_token_id, image_token_id))
+        self._tokens = lru_cache(_TEXTS)(self._tokenized)
+        self._tokenizing = Lock()  # tokenizers are not made for several threads
         answers_for(model, self)
 
     # -- where inputs go ---------------------------------------------------------------------
@@ -342,6 +348,22 @@ class PromptProcessor:
             raise unknown_name("style", name, self.styles)
         return self.styles[name]
 
+    # -- ahead of the model ------------------------------------------------------------------
+    def ready(self, image: ImageLike) -> ImageLike:
+        """A picture with as much of the work done as can be done before its batch is known. Several
+        threads may be in here.
+
+        Raises:
+            InputError: see :func:`open_image`.
+        """
+        return open_image(image)
+
+    def length(self, text: str, images: Sequence[ImageLike], style: str | None) -> int:
+        """Tokens of a prompt, from which batches are put together. Its text's are remembered, so
+        that :meth:`batch` finds them. Several threads may be in here."""
+        prompt = self._style(style).single(text, len(images))
+        return len(self.token_ids(prompt, self.visual_lengths([open_image(i) for i in images])))
+
     def _encode(self, prompts: list[str], pictures: list[list[Image]]) -> BatchFeature:
         flat = [image for own in pictures for image in own]
         pixels = self.pixels(flat) if flat else {}
@@ -388,10 +410,15 @@ class PromptProcessor:
         Raises:
             InputError: the text spells the placeholder's own name.
         """
-        front = blank_in_front(self.tokenizer, text)
-        ids = list(self.tokenizer(front + text, **options).input_ids)
-        if self.image_token_id in ids:
-            raise spelled(self.tokenizer.convert_ids_to_tokens(self.image_token_id))
+        return list(self._tokens(text, len(self.tokenizer), **options))
+
+    def _tokenized(self, text: str, _: int, **options: Any) -> tuple[int, ...]:
+        """The number is of words in the vocabulary: with others, texts are looked at anew."""
+        with self._tokenizing:
+            front = blank_in_front(self.tokenizer, text)
+            ids = tuple(self.tokenizer(front + text, **options).input_ids)
+            if self.image_token_id in ids:
+                raise spelled(self.tokenizer.convert_ids_to_tokens(self.image_token_id))
         return ids
 
     @staticmethod

@@ -9,16 +9,45 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 from PIL import Image, ImageCms, ImageFile
 
 from vlm_prune_ext.errors import InputError
 
-ImageLike: TypeAlias = "Image.Image | str | os.PathLike[str] | bytes"
+if TYPE_CHECKING:
+    import torch
+
 Size = tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class ReadyImage:
+    """An opened picture whose pixels are made: see ``PromptProcessor.ready``.
+
+    Attributes:
+        size: (width, height) of the picture.
+        pixels: what its processor made of it, ``(1, ...)``, in the model's dtype.
+    """
+
+    size: Size
+    pixels: torch.Tensor
+
+    @property
+    def width(self) -> int:
+        """Of the picture."""
+        return self.size[0]
+
+    @property
+    def height(self) -> int:
+        """Of the picture."""
+        return self.size[1]
+
+
+ImageLike: TypeAlias = "Image.Image | str | os.PathLike[str] | bytes | ReadyImage"
 
 
 MAX_PIXELS = 89_478_485
@@ -35,12 +64,15 @@ def open_image(image: Any) -> Image.Image:
     Grey values of more bits are scaled so that white stays white; LAB goes through sRGB's profile.
 
     Args:
-        image: PIL image, path of a file, or the bytes of one.
+        image: PIL image, path of a file, or the bytes of one. What ``PromptProcessor.ready`` made
+            stays as it is.
 
     Raises:
         InputError: missing file, one that does not decode, more than :data:`MAX_PIXELS`, or
             pixels that do not say which value is white (32-bit integers beyond 16 bits, floats).
     """
+    if isinstance(image, ReadyImage):  # of the processor that it was made by, and is for
+        return cast(Image.Image, image)
     name = f"image {_shown(image)}" if isinstance(image, str | os.PathLike) else "image"
     source = image
     if isinstance(image, bytes):

@@ -30,7 +30,15 @@ from vlm_prune_ext.models import generic
 from vlm_prune_ext.models.base import Family, LoadOptions, PromptProcessor, is_a
 from vlm_prune_ext.models.catalogue import FamilyLine
 from vlm_prune_ext.models.checkpoint import Checkpoint, read_json
-from vlm_prune_ext.models.images import Size, best_resolution, pad_square, tiles
+from vlm_prune_ext.models.images import (
+    ImageLike,
+    ReadyImage,
+    Size,
+    best_resolution,
+    open_image,
+    pad_square,
+    tiles,
+)
 from vlm_prune_ext.models.loading import check_files, load_model, load_tokenizer
 from vlm_prune_ext.models.original import OriginalCheckpoint, is_original
 
@@ -76,11 +84,23 @@ class LlavaProcessor(PromptProcessor):
 
     def pixels(self, images: list[Image]) -> dict[str, torch.Tensor]:
         """``pixel_values``, ``(images, 3, side, side)``."""
+        return {"pixel_values": torch.cat([self._pixels_of(image) for image in images])}
+
+    def _pixels_of(self, image: Image | ReadyImage) -> torch.Tensor:
+        if isinstance(image, ReadyImage):
+            return image.pixels.to(self.device, non_blocking=True)
         if self.aspect == "pad":
-            mean = tuple(int(x * 255) for x in self.image_processor.image_mean)
-            images = [pad_square(image, mean) for image in images]
-        made = [self.image_processor(image, return_tensors="pt") for image in images]
-        return {"pixel_values": torch.cat([one["pixel_values"] for one in made])}
+            image = pad_square(image, tuple(int(x * 255) for x in self.image_processor.image_mean))
+        pixels: torch.Tensor = self.image_processor(image, return_tensors="pt")["pixel_values"]
+        return pixels
+
+    def ready(self, image: ImageLike) -> ImageLike:
+        """With its pixels, in memory that a GPU can copy from while it works."""
+        opened = open_image(image)
+        pixels = self._pixels_of(opened).to(self.dtype)
+        return ReadyImage(
+            opened.size, pixels.pin_memory() if self.device.type == "cuda" else pixels
+        )
 
     def visual_lengths(self, images: list[Image]) -> list[int]:
         """The same for every image."""

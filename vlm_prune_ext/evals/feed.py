@@ -1,0 +1,428 @@
+"""Rows in, answers out: what every evaluation feeds its model with.
+
+Threads make queries ahead of the model: rows are read, pictures opened, padded, resized and turned
+into tensors, texts into tokens. Most of that lets go of the interpreter's lock, so threads suffice,
+and they share what processes would have to send each other. Rows with one picture go together
+whatever the order of the file, rows of similar length share a batch, and what is prepared and not
+answered yet is bounded, however many rows there are. A row that cannot be prepared or answered
+fails alone.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+
+from vlm_prune_ext.errors import InputError, reason_of
+from vlm_prune_ext.evals.answer import Answer, Answerer, Query, Sizes
+from vlm_prune_ext.experiment.record import Sample
+from vlm_prune_ext.models.images import ImageLike, ReadyImage, digest_of
+
+T = TypeVar("T")
+
+AUTO = "auto"
+LARGEST = 64
+"""Samples that ``auto`` answers together at most."""
+
+_WINDOW = 4  # batches whose rows are put in order of length together
+_ROOM = 1 << 30  # bytes of prepared pictures from which no further row is prepared
+_PICTURES = 64  # pictures that are kept, the newest
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row to be answered.
+
+    Attributes:
+        index: names it.
+        make: makes its query, in a thread; what it raises is the row's failure.
+    """
+
+    index: Any
+    make: Callable[[], Query]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a row.
+
+    Attributes:
+        index: the row's.
+        answer: ``None``: there is none.
+        error: why.
+        asked: whether the model was asked; otherwise the query could not be made.
+    """
+
+    index: Any
+    answer: Answer | None = None
+    error: BaseException | None = None
+    asked: bool = False
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows that are done. Those that were answered together: ``size``, in ``seconds``, from the
+    moment they were asked for."""
+
+    outcomes: list[Outcome]
+    seconds: float
+    size: int
+
+
+def batch_size_of(name: str, given: Any) -> int | str:
+    """A batch size: an integer of at least 1, or ``auto``.
+
+    Raises:
+        InputError: something else.
+    """
+    if given == AUTO:
+        return AUTO
+    try:
+        size = int(given)
+    except (TypeError, ValueError):
+        size = 0
+    if size < 1 or isinstance(given, bool | float):
+        raise InputError(f"{name}={given!r} is not valid: an integer of at least 1, or auto.")
+    return size
+
+
+class BatchSize:
+    """How many samples are answered together.
+
+    ``auto`` starts with one and grows, fourfold because the fast path records each size, as long as
+    memory allows and throughput rises by a tenth; of what was tried, the fastest stays. (Sizes
+    that run out of memory are halved by :class:`Answerer`, stated or not.)
+
+    Args:
+        asked: a number, or ``auto``; ``None``: ``auto`` on a GPU, else 1.
+        device: of the model.
+        most: of ``auto``.
+
+    Attributes:
+        now: samples.
+    """
+
+    def __init__(self, asked: int | str | None, device: torch.device, most: int = LARGEST) -> None:
+        if asked is None:
+            asked = AUTO if device.type == "cuda" else 1
+        self._device, self._most = device, most
+        self._grows = asked == AUTO
+        self.now = 1 if asked == AUTO else int(asked)
+        self._rates: dict[int, float] = {}
+        self._tries = 0
+        on_gpu = self._grows and device.type == "cuda"
+        self._before = torch.cuda.memory_allocated(device) if on_gpu else 0
+
+    def note(self, count: int, seconds: float, largest: int | None) -> None:
+        """Learn from a batch.
+
+        Args:
+            count: of its samples.
+            seconds: that it took.
+            largest: samples that fit into memory, if it was too small for more.
+        """
+        if largest is not None and largest < self.now:
+            self.now, self._grows = largest, False
+        if not self._grows or count < self.now:
+            return
+        best = max((rate for size, rate in self._rates.items() if size < self.now), default=0.0)
+        self._rates[self.now] = max(count / seconds, self._rates.get(self.now, 0.0))
+        self._tries += 1
+        if self._rates[self.now] > 1.1 * best:
+            larger = next((n for n in (4, 2) if self._allowed(n)), 1)
+            self._grows, self._tries = larger > 1, 0
+            self.now *= larger
+        elif self._tries == 2:  # the first batch of a size pays for its recordings
+            self.now, self._grows = max(self._rates, key=lambda n: self._rates[n]), False
+
+    def _allowed(self, times: int) -> bool:
+        if self.now * times > self._most:
+            return False
+        if self._device.type != "cuda":
+            return True
+        took = torch.cuda.max_memory_allocated(self._device) - self._before
+        free = torch.cuda.mem_get_info(self._device)[0]
+        reserved = torch.cuda.memory_reserved(self._device)
+        return self._before + took * times < 0.9 * (free + reserved)
+
+
+class Pictures:
+    """Pictures by content, each opened and prepared once; the newest stay.
+
+    Args:
+        ready: opens and prepares one.
+    """
+
+    def __init__(self, ready: Callable[[ImageLike], ImageLike]) -> None:
+        self._ready, self._lock = ready, threading.Lock()
+        self._kept: OrderedDict[str, Future[ImageLike]] = OrderedDict()
+
+    def open(self, image: ImageLike) -> tuple[ImageLike, str]:
+        """A prepared picture and its digest. Threads that want one picture wait for the first."""
+        digest = digest_of(image)
+        with self._lock:
+            made = self._kept.get(digest)
+            mine = made is None
+            if made is None:
+                made = self._kept[digest] = Future()
+            self._kept.move_to_end(digest)
+            while len(self._kept) > _PICTURES:
+                self._kept.popitem(last=False)
+        if mine:
+            try:
+                made.set_result(self._ready(image))
+            except BaseException as error:
+                made.set_exception(error)
+        return made.result(), digest
+
+
+@dataclass
+class _Prepared:
+    """A row whose query is made, or why it is not."""
+
+    row: Row
+    query: Query | None = None
+    error: BaseException | None = None
+    length: int = 0
+    size: int = 0  # bytes of its pictures
+    waited: bool = False  # for a full batch, once already
+
+    @property
+    def picture(self) -> Hashable:
+        """The same for rows with one picture."""
+        return (self.query.digests if self.query is not None else ()) or id(self)
+
+    @property
+    def kind(self) -> Hashable:
+        """The same for rows that may share a batch."""
+        query = self.query
+        assert query is not None
+        options = tuple(sorted(query.options.items()))
+        return query.style, query.max_new_tokens, query.until, options
+
+
+class Feeder:
+    """Answers rows.
+
+    Args:
+        answerer: the model and what prunes it.
+        size: of batches.
+        threads: that prepare; ``None``: one per core (16 at most) beside a GPU, two on a CPU, whose
+            cores have the model to run.
+    """
+
+    def __init__(self, answerer: Answerer, size: BatchSize, threads: int | None = None) -> None:
+        self._answerer, self._size = answerer, size
+        self._on_gpu = answerer.processor.device.type == "cuda"
+        self._threads = threads or (_cores() if self._on_gpu else 2)
+        self._pictures = Pictures(answerer.processor.ready)
+
+    def batches(self, rows: Iterable[Row]) -> Iterator[Batch]:
+        """Answer all rows, some at a time. Rows may come in another order than they went in, those
+        of several windows never.
+
+        Raises:
+            Exception: what the model raises, but for :class:`InputError` and a lack of memory,
+                which are the failures of their rows.
+        """
+        waiting, ahead, held = iter(rows), deque[Future[_Prepared]](), list[_Prepared]()
+        falling = False
+        start = time.perf_counter()
+        pool = ThreadPoolExecutor(self._threads, "prepare", self._start_thread)
+        try:
+            while True:
+                self._submit(pool, waiting, ahead, held)
+                found = _window(ahead, self._size.now)
+                if not found and not held:
+                    return
+                lost = [one for one in found if one.query is None]
+                if lost:
+                    outcomes = [Outcome(one.row.index, error=one.error) for one in lost]
+                    yield Batch(outcomes, time.perf_counter() - start, 0)
+                    start = time.perf_counter()
+                window = held + [one for one in found if one.query is not None]
+                size = self._size.now
+                groups, held = _cut(window, size, falling, last=not found)
+                falling = not falling  # so that what waited for a full batch comes first
+                for place, group in enumerate(groups, 1):
+                    self._submit(pool, waiting, ahead, held)
+                    results = self._ask([one.query for one in group if one.query is not None])
+                    seconds = time.perf_counter() - start
+                    self._size.note(len(group), seconds, self._answerer.largest)
+                    outcomes = [
+                        Outcome(one.row.index, result, None, True)
+                        if isinstance(result, Answer)
+                        else Outcome(one.row.index, None, result, True)
+                        for one, result in zip(group, results, strict=True)
+                    ]
+                    yield Batch(outcomes, seconds, len(group))
+                    start = time.perf_counter()
+                    if self._size.now != size:
+                        held = [one for group in groups[place:] for one in group] + held
+                        break
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _start_thread(self) -> None:
+        if self._on_gpu:  # else each would have a team of its own beside the others
+            torch.set_num_threads(1)
+
+    def _submit(
+        self,
+        pool: ThreadPoolExecutor,
+        waiting: Iterator[Row],
+        ahead: deque[Future[_Prepared]],
+        held: Sequence[_Prepared],
+    ) -> None:
+        """Have rows prepared, up to two windows beside the one at work, if memory allows."""
+        room = max(2 * _WINDOW * self._size.now, 2 * self._threads) - len(ahead) - len(held)
+        taken = sum(one.result().size for one in ahead if one.done())
+        if ahead and taken > _ROOM:
+            return
+        ahead.extend(pool.submit(self._prepare, row) for row in islice(waiting, max(0, room)))
+
+    def _prepare(self, row: Row) -> _Prepared:
+        processor = self._answerer.processor
+        try:
+            query = row.make()
+            opened = [self._pictures.open(image) for image in query.images]
+            images = [image for image, _ in opened]
+            query = replace(query, images=images, digests=tuple(digest for _, digest in opened))
+            length = processor.length(query.text, images, query.style)
+            return _Prepared(row, query, None, length, sum(map(_bytes_of, images)))
+        except BaseException as error:  # code of a task, or a decoder, on what nobody has checked
+            return _Prepared(row, error=error.with_traceback(None))
+
+    def _ask(self, queries: list[Query]) -> list[Answer | BaseException]:
+        """Answers, or in their place what is wrong with a query."""
+        try:
+            return list(self._answerer.answer(queries))
+        except (InputError, torch.OutOfMemoryError) as error:
+            if len(queries) == 1:
+                return [error.with_traceback(None)]
+        return [one for query in queries for one in self._ask([query])]
+
+
+def _window(ahead: deque[Future[_Prepared]], size: int) -> list[_Prepared]:
+    """The next rows, some batches of them, up to the last one of a picture if that is near."""
+    count = size * (_WINDOW if size > 1 else 1)
+    found = [ahead.popleft().result() for _ in range(min(count, len(ahead)))]
+    while ahead and size > 1 and len(found) < 2 * count:
+        if ahead[0].result().picture != found[-1].picture:
+            break
+        found.append(ahead.popleft().result())
+    return found
+
+
+def _cut(
+    window: list[_Prepared], size: int, falling: bool, last: bool
+) -> tuple[list[list[_Prepared]], list[_Prepared]]:
+    """Batches of rows that may go together, in order of length, those with one picture side by
+    side; and rows that wait for a full batch, once."""
+    kinds: dict[Hashable, list[_Prepared]] = {}
+    for one in window:
+        kinds.setdefault(one.kind, []).append(one)
+    batches, held = [], list[_Prepared]()
+    for mine in kinds.values():
+        if size > 1:
+            runs: dict[Hashable, list[_Prepared]] = {}
+            for one in mine:
+                runs.setdefault(one.picture, []).append(one)
+            longest = {key: max(one.length for one in run) for key, run in runs.items()}
+            order = sorted(runs, key=lambda key: longest[key], reverse=falling)
+            mine = [one for key in order for one in runs[key]]
+        cut = [mine[start : start + size] for start in range(0, len(mine), size)]
+        if len(cut[-1]) < size and not last and not any(one.waited for one in cut[-1]):
+            held += cut.pop()
+        batches += cut
+    for one in held:
+        one.waited = True
+    return batches, held
+
+
+def _bytes_of(image: Any) -> int:
+    if isinstance(image, ReadyImage):
+        return image.pixels.nbytes
+    return int(image.width * image.height * 3)
+
+
+def _cores() -> int:
+    """That this process may use, of several on one machine its share."""
+    every = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(16, (every or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+# -- orders of rows --------------------------------------------------------------------------------
+def by_picture(
+    rows: Iterable[T], picture: Callable[[T], Hashable], reach: int | None = None
+) -> Iterator[T]:
+    """Rows with one picture one after the other, pictures in the order of their first rows.
+
+    Args:
+        rows: in the file's order.
+        picture: the same for rows with one picture; ``None``: not known.
+        reach: rows that are looked at together; ``None``: all.
+    """
+    rows = iter(rows)
+    while some := list(islice(rows, reach)):
+        groups: dict[Hashable, list[T]] = {}
+        for row in some:
+            key = picture(row)
+            groups.setdefault(object() if key is None else key, []).append(row)
+        for group in groups.values():
+            yield from group
+
+
+def answer_rows(
+    answerer: Answerer,
+    rows: Iterable[tuple[int | str, Callable[[], Query]]],
+    batch_size: int | str | None = 1,
+) -> Iterator[Sample]:
+    """Answer rows in batches. A row whose query cannot be made, or whose picture cannot be opened,
+    fails alone.
+
+    Args:
+        answerer: answers.
+        rows: index, and what makes the query.
+        batch_size: see :class:`BatchSize`.
+
+    Yields:
+        a sample per row, in order; those of the first batch are marked as warm-up.
+
+    Raises:
+        InputError, torch.OutOfMemoryError: a row cannot be answered.
+    """
+    sizes, indices = Sizes.of(answerer.model.config), list[int | str]()
+    feeder = Feeder(answerer, BatchSize(batch_size, answerer.processor.device))
+
+    def placed() -> Iterator[Row]:
+        for place, (index, make) in enumerate(rows):
+            indices.append(index)
+            yield Row(place, make)
+
+    done: dict[int, Sample] = {}
+    given, warm_up = 0, True
+    for batch in feeder.batches(placed()):
+        for one in batch.outcomes:
+            index = indices[one.index]
+            if one.answer is not None:
+                sample = sizes.sample(index, one.answer, warm_up=warm_up)
+                share = batch.seconds / batch.size
+                done[one.index] = replace(sample, seconds=share, batch=batch.size)
+            elif one.asked and one.error is not None:
+                raise one.error
+            else:
+                done[one.index] = Sample(index, "", failed=reason_of(one.error))
+        warm_up = warm_up and not batch.size
+        while given in done:
+            yield done.pop(given)
+            given += 1
