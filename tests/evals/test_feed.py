@@ -243,7 +243,6 @@ def test_no_row_waits_for_long(loaded: tuple[Any, Any]) -> None:
 def test_rows_with_one_picture_stand_together() -> None:
     found = list(by_picture(range(10), lambda row: None if row == 4 else row % 3))
     assert found == [0, 3, 6, 9, 1, 7, 2, 5, 8, 4]
-    assert list(by_picture(range(6), lambda row: row % 2, reach=4)) == [0, 2, 1, 3, 4, 5]
 
 
 # -- how many ------------------------------------------------------------------------------------

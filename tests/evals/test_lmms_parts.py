@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -152,49 +153,25 @@ def test_labels_tell_configurations_apart() -> None:
 # -- batches on demand -----------------------------------------------------------------------------
 
 
-class Log:
-    """Answers places with their number, and remembers the batches."""
+def test_lazy_answers_are_made_on_demand_in_any_order() -> None:
+    """Whatever the order in which they are made; twins are not made."""
+    made: list[int] = []
 
-    def __init__(self) -> None:
-        self.batches: list[list[int]] = []
+    def answers() -> Iterator[tuple[int, str]]:
+        for place in (2, 0, 4, 1):
+            made.append(place)
+            yield place, str(place)
+        made.append(-1)
 
-    def __call__(self, places: list[int]) -> list[str]:
-        self.batches.append(places)
-        return [str(place) for place in places]
-
-
-def test_lazy_answers_fill_batches_with_what_may_go_together() -> None:
-    log = Log()
-    answers = LazyAnswers(["a", "b", "a", "a", "b", "a"], 3, log)
-    assert len(answers) == 6
-    assert log.batches == []
-    assert answers[0] == "0"
-    assert log.batches == [[0, 2, 3]]
-    assert list(answers) == ["0", "1", "2", "3", "4", "5"]
-    assert log.batches == [[0, 2, 3], [1, 4], [5]]
-    assert answers[-1] == "5"
-    assert answers[1:3] == ["1", "2"]
+    lazy = LazyAnswers(5, answers(), twins={3: 1})
+    assert len(lazy) == 5 and made == []
+    assert lazy[0] == "0" and made == [2, 0]
+    assert [lazy[2], lazy[-1]] == ["2", "4"] and made == [2, 0, 4]
+    assert list(lazy) == ["0", "1", "2", "1", "4"]
+    assert made == [2, 0, 4, 1, -1]  # what follows the last one is done, too
+    assert lazy[1:3] == ["1", "2"]
     with pytest.raises(IndexError):
-        answers[6]
-
-
-def test_lazy_answers_lose_only_the_batch_at_work() -> None:
-    log, ends = Log(), []
-    answers = LazyAnswers(["a"] * 5, 2, log, done=lambda: ends.append(1))
-    taken = [answer for answer, _ in zip(answers, range(3), strict=False)]
-    assert taken == ["0", "1", "2"]
-    assert log.batches == [[0, 1], [2, 3]]
-    assert not ends
-    assert list(answers) == ["0", "1", "2", "3", "4"]
-    assert log.batches == [[0, 1], [2, 3], [4]]
-    assert ends == [1]
-
-
-def test_lazy_answers_do_not_compute_twins() -> None:
-    log = Log()
-    answers = LazyAnswers(["a"] * 4, 8, log, twins={2: 1, 3: 1})
-    assert list(answers) == ["0", "1", "1", "1"]
-    assert log.batches == [[0, 1]]
+        lazy[5]
 
 
 # -- run_lmms.sh -----------------------------------------------------------------------------------

@@ -362,24 +362,19 @@ def _cores() -> int:
 
 
 # -- orders of rows --------------------------------------------------------------------------------
-def by_picture(
-    rows: Iterable[T], picture: Callable[[T], Hashable], reach: int | None = None
-) -> Iterator[T]:
+def by_picture(rows: Iterable[T], picture: Callable[[T], Hashable]) -> Iterator[T]:
     """Rows with one picture one after the other, pictures in the order of their first rows.
 
     Args:
         rows: in the file's order.
         picture: the same for rows with one picture; ``None``: not known.
-        reach: rows that are looked at together; ``None``: all.
     """
-    rows = iter(rows)
-    while some := list(islice(rows, reach)):
-        groups: dict[Hashable, list[T]] = {}
-        for row in some:
-            key = picture(row)
-            groups.setdefault(object() if key is None else key, []).append(row)
-        for group in groups.values():
-            yield from group
+    groups: dict[Hashable, list[T]] = {}
+    for row in rows:
+        key = picture(row)
+        groups.setdefault(object() if key is None else key, []).append(row)
+    for group in groups.values():
+        yield from group
 
 
 def answer_rows(

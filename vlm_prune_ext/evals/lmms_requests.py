@@ -7,12 +7,16 @@ with its images, made by the same templates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
-from vlm_prune_ext.errors import InputError
-from vlm_prune_ext.models.images import open_image
+from lmms_eval.api.instance import Instance
+
+from vlm_prune_ext.errors import InputError, reason_of
+from vlm_prune_ext.evals.answer import Query
+from vlm_prune_ext.evals.decoding import Decoding, decoding_of
+from vlm_prune_ext.models.images import digest_of, open_image
 
 IMAGE = "<image>"
 Messages = list[dict[str, Any]]
@@ -151,12 +155,7 @@ def or_fault(make: Callable[[], Prompt]) -> Prompt:
     try:
         return make()
     except Exception as error:
-        said = str(error).strip() or "no message"
-        return Prompt(fault=said if isinstance(error, InputError) else f"{_kind(error)}: {said}")
-
-
-def _kind(error: Exception) -> str:
-    return type(error).__name__
+        return Prompt(fault=reason_of(error))
 
 
 def _has_text(message: Mapping[str, Any]) -> bool:
@@ -168,3 +167,230 @@ def _refuse_other_media(messages: Sequence[Mapping[str, Any]]) -> None:
         for item in _items(message):
             if _kind_of(item) in ("video", "audio"):
                 raise InputError(f"{_kind_of(item)} is not supported: text and images are.")
+
+
+# -- requests --------------------------------------------------------------------------------------
+@dataclass
+class Task:
+    """One request.
+
+    Attributes:
+        source: where it comes from.
+        decoding: how it is answered.
+        prompt: makes its prompt.
+    """
+
+    source: Source
+    decoding: Decoding
+    prompt: Callable[[], Prompt]
+
+    def query(self) -> Query:
+        """It as a question.
+
+        Raises:
+            Exception: whatever the task's code raises on a broken row.
+        """
+        prompt = self.prompt()
+        if prompt.fault:
+            raise InputError(prompt.fault)
+        return Query(
+            prompt.text,
+            prompt.images,
+            style="plain",
+            max_new_tokens=self.decoding.max_new_tokens,
+            until=self.decoding.until,
+            options=dict(self.decoding.options),
+        )
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a task says to the answers so far.
+
+    Attributes:
+        prompt: makes the next prompt; ``None``: it was the last round.
+        answers: the answers as the task wants them kept; ``None``: as they are.
+        info: what the task wants to be handed back.
+    """
+
+    prompt: Callable[[], Prompt] | None
+    answers: Sequence[str] | None = None
+    info: Any = None
+
+
+Follow: TypeAlias = "Callable[[int, list[str], Any], Step]"
+"""``follow(round, answers, info)``: what comes after ``round`` rounds."""
+
+
+@dataclass
+class Talk(Task):
+    """A request on its way through several rounds, whose ``prompt`` is that of the round to come.
+
+    Attributes:
+        follow: asks the task what comes next.
+        answers: one per round.
+        over: whether the task has ended it.
+    """
+
+    follow: Follow
+    answers: list[str] = field(default_factory=list)
+    over: bool = False
+    _rounds: int = 0
+    _info: Any = None
+
+    def advance(self, answer: str) -> None:
+        """Take the answer of this round and ask the task for the next. A task that fails here
+        fails the run: its code, not the sample, decides what comes next."""
+        self.answers.append(answer)
+        self._rounds += 1
+        step = self.follow(self._rounds, list(self.answers), self._info)
+        self._info = step.info
+        if step.answers is not None:
+            self.answers = [str(one) for one in step.answers]
+        if step.prompt is None:
+            self.over = True
+        else:
+            self.prompt = step.prompt
+
+
+class Reader:
+    """What lmms-eval's requests ask for.
+
+    Args:
+        model: the lmms-eval model; its ``task_dict`` and ``is_simple`` are read at each call.
+        processor: makes prompts.
+        style: conversation template; ``None``: the family's own.
+    """
+
+    def __init__(self, model: Any, processor: Any, style: str | None) -> None:
+        self._model, self._processor, self._style = model, processor, style
+
+    def task(self, request: Instance) -> Task:
+        """A request for one answer."""
+        if self._model.is_simple:
+            text, given, to_visual, doc, task, split = request.args
+            source = Source(task, split, doc)
+            return Task(source, decoding_of(given), self._simple(source, text, to_visual))
+        _, to_messages, given, doc, task, split = request.args
+        source = Source(task, split, doc)
+        return Task(source, decoding_of(given), self._chat(source, to_messages))
+
+    def pictures(self, sources: Sequence[Source]) -> list[Hashable]:
+        """The same for samples with the same pictures, as far as their data set stores pictures as
+        such; ``None``: not known."""
+        found: dict[Source, Hashable] = {}
+        sets: dict[tuple[str, str], list[Source]] = {}
+        for source in sources:
+            sets.setdefault((source.task, source.split), []).append(source)
+        for (task, split), mine in sets.items():
+            docs = [source.doc for source in mine]
+            for start in range(0, len(docs), _AT_ONCE):
+                digests = _digests(self._data[task][split], docs[start : start + _AT_ONCE])
+                found.update(zip(mine[start : start + _AT_ONCE], digests, strict=False))
+        return [found.get(source) for source in sources]
+
+    @property
+    def _data(self) -> Dataset:
+        data: Dataset = self._model.task_dict
+        return data
+
+    def _simple(
+        self, source: Source, text: Any, to_visual: Callable[[Any], Any] | None
+    ) -> Callable[[], Prompt]:
+        def make() -> Prompt:
+            row = fetch(self._data, source)
+            visuals = to_visual(row) if to_visual is not None else None
+            return simple_prompt(text, visuals, self._processor, self._style)
+
+        return make
+
+    def _chat(self, source: Source, to_messages: Callable[[Any], Any]) -> Callable[[], Prompt]:
+        def make() -> Prompt:
+            messages = to_messages(fetch(self._data, source))
+            return chat_prompt(messages, self._processor, self._style)
+
+        return make
+
+    def likelihood(self, request: Instance) -> tuple[Source, Callable[[], Prompt], str]:
+        """Source, prompt and continuation of a request for a likelihood."""
+        if len(request.args) == 2:  # likelihood of a continuation without its question
+            text, continuation = request.args
+            source = Source(request.task_name, "", request.doc_id)
+            return source, lambda: self._bare(text), continuation
+        text, target, to_visual, doc, task, split = request.args
+        source = Source(task, split, doc)
+        if not isinstance(target, str):
+            target = str(target(fetch(self._data, source)))
+        return source, self._simple(source, text, to_visual), target
+
+    def _bare(self, text: str) -> Prompt:
+        chat = [{"role": "user", "content": text}]
+        prompt, _ = self._processor.messages(chat, style=self._style)
+        return Prompt(prompt)
+
+    def talk(self, request: Instance) -> Talk:
+        """A request for answers in rounds."""
+        if self._model.is_simple:
+            text, given, to_visual, to_text, doc, task, split = request.args
+            source = Source(task, split, doc)
+            first = self._simple(source, text, to_visual)
+            follow = self._simple_follow(source, to_text)
+        else:
+            _, to_messages, given, doc, task, split = request.args
+            source = Source(task, split, doc)
+            first = self._chat(source, to_messages)
+            follow = self._chat_follow(source, to_messages)
+        return Talk(source, decoding_of(given), first, follow)
+
+    def _simple_follow(self, source: Source, to_text: Callable[..., Any]) -> Follow:
+        def follow(number: int, answers: list[str], info: Any) -> Step:
+            row = fetch(self._data, source)
+            said = to_text(row, previous_output=answers, round_idx=number, previous_round_info=info)
+            if not (isinstance(said, tuple) and len(said) == 5):
+                return Step(None)
+            visuals, text, terminal, answers, info = said
+            if terminal:
+                return Step(None, answers, info)
+            make = self._simple(source, text, lambda _: visuals)
+            return Step(make, answers, info)
+
+        return follow
+
+    def _chat_follow(self, source: Source, to_messages: Callable[..., Any]) -> Follow:
+        def follow(number: int, answers: list[str], info: Any) -> Step:
+            row = fetch(self._data, source)
+            said = to_messages(
+                row, round_idx=number, previous_output=answers, previous_round_info=info
+            )
+            if not (isinstance(said, tuple) and len(said) == 4):
+                return Step(None)
+            messages, terminal, _, info = said
+            if terminal:
+                return Step(None, None, info)
+            return Step(self._chat(source, lambda _: messages), None, info)
+
+        return follow
+
+
+_AT_ONCE = 256  # samples whose pictures are read together
+
+
+def _digests(dataset: Any, docs: list[Any]) -> list[Hashable]:
+    """Digests of the stored pictures of some samples; nothing where there are none."""
+    names = [
+        name
+        for name, kind in (getattr(dataset, "features", None) or {}).items()
+        if type(kind).__name__ == "Image"
+    ]
+    if not names:
+        return []
+    from datasets import Image
+
+    stored = dataset.select_columns(names)
+    for name in names:
+        stored = stored.cast_column(name, Image(decode=False))
+    rows = stored[docs]
+    return [
+        tuple(digest_of(one["bytes"]) if one and one["bytes"] else str(one) for one in own)
+        for own in zip(*(rows[name] for name in names), strict=True)
+    ]

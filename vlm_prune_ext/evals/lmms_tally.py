@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,24 +19,6 @@ from vlm_prune_ext.experiment.measure import EnergyMeter, peak_memory
 
 SHOWN = 10
 """Samples without an image that are named one by one; the rest is counted."""
-
-
-@dataclass
-class Batch:
-    """One batch: seconds from the reading of its images to its last answer, and its answers."""
-
-    seconds: float = 0.0
-    samples: int = 0
-    answers: list[Answer] = field(default_factory=list)
-
-    def take(self, answers: Sequence[Answer]) -> None:
-        """Note the answers of the batch."""
-        self.answers += answers
-        self.samples += len(answers)
-
-    def count(self, samples: int) -> None:
-        """Note samples that were scored rather than answered."""
-        self.samples += samples
 
 
 @dataclass
@@ -92,33 +72,32 @@ class Tally:
         self._sizes = Sizes.of(model.config)
         self._device = device
         self._sums = Sums()
-        self._first: Batch | None = None
-        self._batches = 0
+        self._first: Sequence[Answer] | None = None
         self._energy: EnergyMeter | None = None
         self._faults: Counter[str] = Counter()
         self._example = ""
 
-    @contextmanager
-    def batch(self) -> Iterator[Batch]:
-        """Measure one batch. Nothing is counted if it fails."""
+    def start(self) -> None:
+        """Begin to count energy, if that has not begun."""
         if self._energy is None:
             self._energy = EnergyMeter(self._device, None)
-        batch, start = Batch(), time.perf_counter()
-        yield batch
-        batch.seconds = time.perf_counter() - start
-        self._add(batch)
 
-    def _add(self, batch: Batch) -> None:
-        self._batches += 1
-        sums = self._sums
-        sums.samples += batch.samples
-        sums.seconds += batch.seconds
-        for answer in batch.answers:
+    def add(self, seconds: float, answers: Sequence[Answer] = (), samples: int = 0) -> None:
+        """Count a batch.
+
+        Args:
+            seconds: that it took.
+            answers: in it.
+            samples: in it that were scored rather than answered.
+        """
+        self._sums.samples += len(answers) + samples
+        self._sums.seconds += seconds
+        for answer in answers:
             self._add_answer(answer)
-        if self._batches == 1:
-            self._first = batch
+        if self._first is None and (answers or samples):
+            self._first = answers
         else:
-            _add_times(sums, batch.answers)
+            _add_times(self._sums, answers)
 
     def _add_answer(self, answer: Answer) -> None:
         sums = self._sums
@@ -153,7 +132,7 @@ class Tally:
         """
         sums = self._sums
         if not sums.timed and self._first is not None:
-            _add_times(sums, self._first.answers)
+            _add_times(sums, self._first)
         sums.peak = peak_memory(self._device)
         sums.joules = self._energy.joules() if self._energy is not None else None
         everyone = _gather((sums, self._example), processes)
