@@ -67,6 +67,11 @@ class Outcome:
     error: BaseException | None = None
     asked: bool = False
 
+    @property
+    def why(self) -> str:
+        """The error, in one line."""
+        return reason_of(self.error) if self.error is not None else ""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -416,7 +421,7 @@ def answer_rows(
             elif one.asked and one.error is not None:
                 raise one.error
             else:
-                done[one.index] = Sample(index, "", failed=reason_of(one.error))
+                done[one.index] = Sample(index, "", failed=one.why)
         warm_up = warm_up and not batch.size
         while given in done:
             yield done.pop(given)

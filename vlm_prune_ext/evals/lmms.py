@@ -23,7 +23,7 @@ from loguru import logger
 from tqdm import tqdm
 
 from vlm_prune_ext.demo import CHECKPOINT
-from vlm_prune_ext.errors import InputError, reason_of
+from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.evals.answer import Answerer
 from vlm_prune_ext.evals.feed import (
     AUTO,
@@ -222,7 +222,7 @@ class PruneModel(lmms):
     def _result(self, source: Source, outcome: Outcome) -> GenerationResult:
         answer = outcome.answer
         if answer is None:
-            self._tally.fault(source, reason_of(outcome.error))
+            self._tally.fault(source, outcome.why)
             return GenerationResult(text="")
         if not answer.visual_tokens:
             self._tally.without_image(source)

@@ -145,7 +145,7 @@ def make_plan(words: Sequence[str]) -> Plan:
     evaluation = ["--model", model, "--tasks", ",".join(tasks)]
     evaluation += ["--model_args", ",".join(f"{k}={v}" for k, v in settings.items())]
     evaluation += ["--output_path", str(output), "--log_samples"]
-    evaluation += _option_words({"batch_size": "1", **options})
+    evaluation += _option_words({"batch_size": "1" if cpu else "auto", **options})
     command = [sys.executable, "-m", "accelerate.commands.launch", *launch_words(launch, cpu)]
     environment = _environment(launch, cpu)
     if "data" in given:

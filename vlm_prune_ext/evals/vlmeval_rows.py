@@ -27,7 +27,7 @@ from vlmeval import inference
 from vlmeval.inference import FAIL_MSG
 from vlmeval.vlm.base import BaseModel
 
-from vlm_prune_ext.errors import InputError, reason_of
+from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.evals.answer import Query, Sizes
 from vlm_prune_ext.evals.feed import Batch, BatchSize, Feeder, Outcome, Row, by_picture
 from vlm_prune_ext.evals.vlmeval import PrunedVLM
@@ -184,8 +184,7 @@ class RowModel(BaseModel):
         return one.error if isinstance(one.error, Exception) else None
 
     def _failed(self, index: int | str, one: Outcome) -> Sample:
-        assert one.error is not None
-        reason = reason_of(one.error)
+        reason = one.why
         if isinstance(one.error, torch.OutOfMemoryError):
             reason = "it does not fit into the memory of the device"
         print(f"Row {index} failed: {reason}", file=sys.stderr)
