@@ -134,6 +134,7 @@ BATCH = Kind(
     "an integer of at least 1, or auto",
     lambda value: value == "auto" or WHOLE.ok(value),
     {"type": _whole_or_text, "metavar": "N|auto"},
+    _whole_or_text,
 )
 FLAG = Kind("true or false", lambda value: isinstance(value, bool), {"action": "store_true"})
 SWITCH = Kind(FLAG.accepted, FLAG.ok, {"action": argparse.BooleanOptionalAction})
