@@ -22,6 +22,8 @@ from vlm_prune_ext.errors import InputError, unknown_name
 COMMANDS = {
     "eval": "score a model with VLMEvalKit, pruned or not",
     "sweep": "methods x budgets x models x data in one table, with plots",
+    "show": "tables and plots of a sweep again, from its files alone",
+    "status": "where a sweep stands, from another terminal",
     "methods": "pruning methods with their parameters, defaults and papers",
     "models": "models with a short name, and what each supports",
     "inspect": "draw which patches of a picture a method drops, layer by layer",

@@ -133,7 +133,7 @@ def test_eval(
     monkeypatch.setenv("LMUData", str(data))
     vlmeval_files.write(data, "Mine", vlmeval_files.mcq_rows(2))
     words = ["--model", str(model), "--method", "none", "fastv:5", "--data", "Mine"]
-    words += ["--max-new-tokens", "3", "--device", "cpu", "--out", str(out)]
+    words += ["--no-controls", "--max-new-tokens", "3", "--device", "cpu", "--out", str(out)]
     assert cli.main(["sweep", *words]) == 0
     names = {form: f"sweep.{form}" for form in ("md", "html", "csv")}
     check(out, capsys.readouterr().out, {**names, "record": "sweep.json", "log": sweep.LOG}, 2)

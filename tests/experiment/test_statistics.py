@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
+import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, norm
+from scipy.stats import bootstrap as scipys
 
-from vlm_prune_ext.experiment.statistics import bootstrap, holm, mcnemar, wilson
+from vlm_prune_ext.experiment.metrics import bleu_of, bleu_parts, bleu_words
+from vlm_prune_ext.experiment.statistics import (
+    bootstrap,
+    holm,
+    mcnemar,
+    paired_interval,
+    wilson,
+)
 
 
 @pytest.mark.parametrize("count", [1, 7, 50, 500])
@@ -47,17 +57,45 @@ def test_holm() -> None:
     assert holm([]) == []
 
 
-def test_bootstrap_covers_a_difference_and_repeats() -> None:
-    draw = random.Random(1)
-    first = [float(draw.random() < 0.5) for _ in range(300)]
-    second = [1.0 if draw.random() < 0.3 else a for a in first]
+@pytest.mark.parametrize("gained", [0, 3, 40])
+def test_paired_interval_is_the_closed_form(gained: int) -> None:
+    """Agresti and Min (2005): Wald's interval of the table with half a row more in each cell."""
+    lost, count = 11, 90
+    low, high = paired_interval(gained, lost, count)
+    b, c, n = lost + 0.5, gained + 0.5, count + 2
+    error = norm.ppf(0.975) * ((b + c) - (c - b) ** 2 / n) ** 0.5 / n
+    assert (low, high) == pytest.approx(((c - b) / n - error, (c - b) / n + error))
+    assert paired_interval(0, 0, 5).low < 0 < paired_interval(0, 0, 5).high
+    with pytest.raises(ValueError, match="4 gained and 3 lost of 6"):
+        paired_interval(4, 3, 6)
 
-    def mean(rows: object) -> float:
-        values = list(rows)  # type: ignore[call-overload]
-        return sum(values) / len(values)
 
-    found = bootstrap(first, second, mean, seed=3)
-    assert found == bootstrap(first, second, mean, seed=3)
-    assert found.low < mean(second) - mean(first) < found.high
-    assert found.low > 0
-    assert bootstrap(first, first, mean) == (0.0, 0.0)
+def mean(sums: Any) -> Any:
+    return sums[:, 0] / sums[:, 1]
+
+
+def test_bootstrap_is_scipys() -> None:
+    draw = np.random.default_rng(1)
+    first = draw.random(200)
+    second = np.clip(first + draw.normal(0.05, 0.2, 200), 0, 1)
+    rows = [np.stack([values, np.ones(200)], axis=1) for values in (first, second)]
+    found = bootstrap(*rows, mean, draws=4000, seed=3)
+    assert found == bootstrap(*rows, mean, draws=4000, seed=3)
+    want = scipys(
+        (second - first,), np.mean, n_resamples=4000, method="percentile", random_state=1
+    ).confidence_interval
+    assert found == pytest.approx((want.low, want.high), abs=0.003)
+    assert found.low < np.mean(second - first) < found.high
+    assert bootstrap(rows[0], rows[0], mean) == (0.0, 0.0)
+    with pytest.raises(ValueError, match="no interval"):
+        bootstrap(rows[0], rows[1][:5], mean)
+
+
+def test_a_score_of_sums_is_bootstrapped_as_of_rows() -> None:
+    """BLEU-4 of drawn rows is that of their sums."""
+    said = ["a red ring left of a blue cross", "two shapes and a line", "one green star here"]
+    right = ["a red ring left of a cross", "two shapes and a line", "one blue star here now"]
+    parts = np.array([bleu_parts(a, b) for a, b in zip(said, right, strict=True)])
+    for drawn in ([0, 1, 2], [1, 1, 0], [2, 0, 0, 0]):
+        want = bleu_words([said[i] for i in drawn], [[right[i]] for i in drawn])
+        assert bleu_of(parts[drawn].sum(axis=0).tolist()) == pytest.approx(want)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,8 +19,9 @@ from tests import vlmeval_files as files
 from tests.makers import tiny_original
 from vlm_prune_ext import cli
 from vlm_prune_ext.errors import InputError
-from vlm_prune_ext.evals.sweep import choices_of
+from vlm_prune_ext.evals.choices import choices_of
 from vlm_prune_ext.experiment.report import plain_cell
+from vlm_prune_ext.experiment.results import read
 from vlm_prune_ext.methods.fastv import FastV
 from vlm_prune_ext.methods.random_drop import RandomDrop
 
@@ -40,7 +42,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def words(place: Path, out: Path, *more: str) -> list[str]:
     models = [str(place / "llava-v1.5-7b"), str(place / "other")]
     line = ["sweep", "--model", *models, "--method", "fastv", "random:3", "himap:99"]
-    line += ["--budget", "5", "0.25", "17", "--data", "Mine", "--max-new-tokens", "3"]
+    line += ["--budget", "5", "0.25", "17", "--no-controls"]
+    line += ["--data", "Mine", "--max-new-tokens", "3"]
     return [*line, "--out", str(out), "--device", "cpu", *more]
 
 
@@ -112,6 +115,57 @@ def test_killed_and_gone_on_with_is_the_same_as_in_one_go(place: Path, tmp_path:
     by_name = dict(zip(header, map(plain_cell, table[0]), strict=True))
     assert by_name["status"] == "done" and float(by_name["flops_ratio"]) == 1.0
     assert (out / "sweep.png").stat().st_size > 10_000
+    rows_and_files_again(out, tmp_path / "copy")
+
+
+def rows_and_files_again(out: Path, copy: Path) -> None:
+    """Result files alone give all tables again; and what each setting said to each row."""
+    shutil.copytree(out, copy)
+    for path in copy.glob("sweep*.*"):
+        if path.suffix != ".jsonl":
+            path.unlink()
+    assert cli.main(["show", str(copy)]) == 0
+    for ending in ("md", "csv", "json", "tex"):
+        for path in out.glob(f"sweep*.{ending}"):
+            assert path.read_bytes() == (copy / path.name).read_bytes(), path.name
+    assert (copy / "sweep.pdf").read_bytes().startswith(b"%PDF")
+    results = read(copy)
+    asked = results.questions("Mine")
+    assert asked["1"].question == "Which letter is number 1?" and asked["1"].options["B"] == "two"
+    assert asked["1"].category == "counting" and Path(asked["1"].pictures[0]).is_file()
+    for run in results.done:
+        assert set(run.answers) == set(asked) == set(run.scores)
+        right = sum(run.scores.values()) / 6 * 100
+        assert run.record is not None and run.record.score is not None
+        assert run.record.score.value == pytest.approx(right)
+        for answer in run.answers.values():
+            for layer, count in answer.sample.visual_kept.items():
+                if int(layer) in answer.kept:
+                    assert len(answer.kept[int(layer)]) == count
+    (fastv,) = (
+        r for r in results.done if r.setting == "fastv_rank5" and r.model == results.models[0]
+    )
+    assert all(len(answer.kept[3]) == 5 for answer in fastv.answers.values())
+    (random,) = (r for r in results.done if r.method == "random" and r.model == results.models[0])
+    assert all(len(answer.kept[0]) == 3 for answer in random.answers.values())
+
+
+def test_status_reads_the_log_alone(place: Path, tmp_path: Path) -> None:
+    """While a sweep is at work, and once it was ended."""
+    out = tmp_path / "out"
+    work = start(place, out, "--workers", "1")
+    while len(answered(out)) < 3:
+        assert work.poll() is None, work.communicate()
+        time.sleep(0.02)
+    status = [sys.executable, "-m", "vlm_prune_ext.cli", "status", str(out)]
+    said = subprocess.run(status, env=environment(place), capture_output=True, text=True)
+    assert "of 12 cells done" in said.stdout and "running: " in said.stdout, said
+    assert "4 skipped" in said.stdout and "rows/s" in said.stdout
+    work.send_signal(signal.SIGKILL)
+    work.communicate()
+    time.sleep(1.0)
+    said = subprocess.run(status, env=environment(place), capture_output=True, text=True)
+    assert "stopped: the same command goes on" in said.stdout and "running" not in said.stdout
 
 
 def test_methods_at_budgets() -> None:
@@ -130,10 +184,28 @@ def test_methods_at_budgets() -> None:
         "saint",
         "pdrop:0.5",
     ]
-    with pytest.raises(InputError, match="'fastv'"):
-        choices_of(["random:9", "fastvv"], ["5"])
+    with pytest.raises(InputError, match=r"'fastv'.*\n.*'himap'"):  # all of them in one go
+        choices_of(["random:9", "fastvv", "himapp"], ["5"])
     with pytest.raises(InputError, match="attention_rank=0"):
         choices_of(["fastv:0"], ["5"])
+
+
+def test_controls_and_seeds_come_along() -> None:
+    made = choices_of(["none", "fastv", "pdrop:0.5"], ["8"], controls=True, seeds=[0, 4])
+    found = {(one.text, getattr(one.method, "seed", None)): one.budget for one in made}
+    assert found == {
+        ("none", None): "",
+        ("fastv:8", None): "8",
+        ("pdrop:0.5", None): "0.5",
+        ("random:8", 0): "8",
+        ("random:8", 4): "8",
+        ("downsample:8", None): "8",
+        ("random:0.5", 0): "0.5",
+        ("random:0.5", 4): "0.5",
+        ("downsample:0.5", None): "0.5",
+    }
+    custom = choices_of(["custom", "custom:8,method=random"], ["8"], seeds=[1, 2])
+    assert len(custom) == 3  # attention draws no lots
 
 
 @pytest.mark.parametrize(
@@ -144,6 +216,7 @@ def test_methods_at_budgets() -> None:
         (["--model", "no/where/at/all"], "no/where/at/all"),
         (["--limit", "0"], "limit=0"),
         (["--workers", "0"], "--workers 0"),
+        (["--budget-by", "means"], "'means'"),
         (["--buget", "5"], "'--budget'"),
     ],
 )

@@ -60,7 +60,16 @@ def words_of(command: str, out: Path, captions: Path) -> list[str]:
         chosen = ["--data", "Shapes_VQA", "--method", "random:32"]
         return ["eval", *chosen, *short, "--work-dir", str(out)]
     if command == "sweep":
-        chosen = ["--data", "Shapes_VQA", "--method", "random", "--budget", "32", "64"]
+        chosen = [
+            "--data",
+            "Shapes_VQA",
+            "--method",
+            "random",
+            "--budget",
+            "32",
+            "64",
+            "--no-controls",
+        ]
         return ["sweep", *chosen, *short, "--workers", "1", "--out", str(out)]
     chosen = ["--data", str(captions), "--models", "demo", "--methods", "none", "random:32"]
     return ["ablate", *chosen, *short, "--output-dir", str(out)]

@@ -6,6 +6,7 @@ it took come with each answer.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,7 @@ from vlm_prune_ext.evals.decoding import RepetitionPenalty
 from vlm_prune_ext.experiment import flops
 from vlm_prune_ext.experiment.flops import tower_images
 from vlm_prune_ext.experiment.measure import TokenClock
-from vlm_prune_ext.experiment.record import Sample
+from vlm_prune_ext.experiment.record import Sample, ranges
 from vlm_prune_ext.fast.generate import check_method
 from vlm_prune_ext.methods.base import Method
 from vlm_prune_ext.models import parts_of
@@ -79,6 +80,9 @@ class Answer:
         tower_images: images (or tiles) that went through the vision tower; padding does not.
         patches_kept: tower layer -> patches of each image left by the drop in it.
         fast: on the fast path.
+        kept: decoder layer -> places, among the visual tokens that entered layer 0, of those that
+            enter it; where a rule chose. Tokens that a rule added are not among them.
+        patches: tower layer (-1: behind it) -> patches that stay, of the first tile.
     """
 
     text: str
@@ -93,6 +97,8 @@ class Answer:
     tower_images: float = 0.0
     patches_kept: dict[int, int] = field(default_factory=dict)
     fast: bool = False
+    kept: dict[int, list[int]] = field(default_factory=dict)
+    patches: dict[int, list[int]] = field(default_factory=dict)
 
 
 class Answerer:
@@ -228,6 +234,7 @@ def _costs(
     prompts = inputs["attention_mask"].sum(dim=1).tolist()
     towers = tower_images(who.model.config, inputs, images)
     patches = {layer: kept.shape[1] for layer, kept in sorted(trace.vision_kept.items())}
+    tiles = [0, *itertools.accumulate(int(count) for count in towers)]
     answers = []
     for row in range(batch):
         counts = {layer: kept[row] for layer, kept in sorted(trace.visual_tokens.items())}
@@ -246,9 +253,30 @@ def _costs(
                 tower_images=towers[row],
                 patches_kept=patches,
                 fast=trace.backend == "graphs",
+                kept=_places(trace, row, inputs, who.processor.image_token_id),
+                patches={
+                    layer: [place for place in found[tiles[row]].tolist() if place >= 0]
+                    for layer, found in trace.vision_kept.items()
+                    if tiles[row] < len(found)
+                },
             )
         )
     return answers
+
+
+def _places(trace: Trace, row: int, inputs: Any, image_token: int) -> dict[int, list[int]]:
+    """``Answer.kept`` of a row. Where the tower left fewer tokens than the prompt has places, the
+    places of one picture still begin where the prompt's do."""
+    visual = (inputs["input_ids"][row] == image_token).nonzero().flatten().tolist()
+    if not trace.kept or not visual:
+        return {}
+    if trace.vision_kept:
+        visual = list(range(visual[0], visual[0] + trace.visual_tokens[0][row]))
+    number = {place: n for n, place in enumerate(visual)}
+    return {
+        layer: sorted(number[place] for place in kept[row].tolist() if place in number)
+        for layer, kept in trace.kept.items()
+    }
 
 
 class _Ends(StoppingCriteria):
@@ -365,5 +393,7 @@ def sample_of(index: int | str, answer: Answer, **more: Any) -> Sample:
         prefill_seconds=answer.prefill_seconds,
         decode_seconds=answer.decode_seconds,
         fast=answer.fast,
+        kept={str(layer): ranges(places) for layer, places in answer.kept.items()},
+        patches={str(layer): ranges(places) for layer, places in answer.patches.items()},
         **more,
     )

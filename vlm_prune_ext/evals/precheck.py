@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from vlm_prune_ext.methods.base import Method
 from vlm_prune_ext.methods.option import require
 
 if TYPE_CHECKING:
+    from vlm_prune_ext.experiment.budgets import Prompt
     from vlm_prune_ext.models.checkpoint import Checkpoint
 
 
@@ -76,6 +78,39 @@ def check_config(config: Any, method: Method) -> None:
     for name in method.budgets():
         value = getattr(method, name)
         require(not isinstance(value, int) or value <= total, name, value, accepted)
+
+
+def prompt_of(source: Checkpoint) -> Prompt:
+    """What budgets are worked out for on a checkpoint: its decoder, and the visual tokens of a
+    picture, where all have as many.
+
+    Raises:
+        InputError: a decoder of another build.
+    """
+    from vlm_prune_ext.experiment.budgets import Prompt
+    from vlm_prune_ext.experiment.flops import DecoderShape
+
+    config = _config(source)
+    vision: Any = getattr(config, "vision_config", None)
+    fixed = getattr(vision, "model_type", None) == "clip_vision_model"
+    if fixed and not hasattr(config, "image_grid_pinpoints"):
+        return Prompt(
+            DecoderShape.from_config(config), (vision.image_size // vision.patch_size) ** 2
+        )
+    return Prompt(DecoderShape.from_config(config), _SOME_TOKENS, fixed=False)
+
+
+def decoder_of(source: Checkpoint) -> dict[str, Any] | None:
+    """Sizes of the decoder as plain values; ``None`` where it is of another build."""
+    from vlm_prune_ext.experiment.flops import DecoderShape
+
+    try:
+        return asdict(DecoderShape.from_config(_config(source)))
+    except ValueError:
+        return None
+
+
+_SOME_TOKENS = 1000  # of a picture, where it depends on the picture: ratios are worked out
 
 
 def _check_text_tower(method: Method, tower: str | None) -> None:

@@ -54,6 +54,7 @@ class RowModel(BaseModel):
         log: takes the lines.
         batch_size: see :class:`BatchSize`.
         on_sample: called after every row.
+        keep_positions: how many of the first rows say which tokens they kept.
     """
 
     INTERLEAVE = True
@@ -66,8 +67,10 @@ class RowModel(BaseModel):
         log: SampleLog,
         batch_size: int | str | None = 1,
         on_sample: Callable[[], None] | None = None,
+        keep_positions: int = 0,
     ) -> None:
         super().__init__()
+        self._keep_positions = keep_positions
         self._load, self._parts = load, parts
         self.dataset, self.log, self.on_sample = dataset, log, on_sample
         self.answered, self._batch_size = 0, batch_size
@@ -155,6 +158,8 @@ class RowModel(BaseModel):
                 sample = self.sizes.sample(index, one.answer, warm_up=warm_up)
                 share = batch.seconds / batch.size
                 sample = replace(sample, seconds=share, batch=batch.size)
+                if one.index >= self._keep_positions:
+                    sample = replace(sample, kept={}, patches={})
             elif (error := self._everybodys(index, one)) is not None:
                 wrong.append(error)
                 continue

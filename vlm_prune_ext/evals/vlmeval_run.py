@@ -22,7 +22,8 @@ from vlmeval.inference import infer_data_job
 from vlm_prune_ext.demo import CHECKPOINT
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.evals.interrupt import terminable
-from vlm_prune_ext.evals.precheck import check_fit, is_untrained
+from vlm_prune_ext.evals.precheck import check_fit, decoder_of, is_untrained
+from vlm_prune_ext.evals.row_file import row_scores, what_is_asked, write_rows
 from vlm_prune_ext.evals.rows import Table, open_table
 from vlm_prune_ext.evals.vlmeval import PrunedVLM
 from vlm_prune_ext.evals.vlmeval_files import own_files
@@ -172,7 +173,10 @@ def run_dataset(
         parts = row_parts(table.dataset)
         config = run_config(settings, models, parts)
         if ranks.world == 1 and (known := finished(settings, files, config, parts)) is not None:
+            if not files.ours("rows.jsonl").is_file():  # of a version that did not write it
+                write_row_file(files, what_is_asked(table.dataset))
             return known
+        asked = what_is_asked(table.dataset) if ranks.rank == 0 else []
         if settings.mode != "eval":
             if ranks.rank == 0:
                 start_files(files, config, parts, reuse=settings.reuse, fresh=settings.fresh)
@@ -182,6 +186,7 @@ def run_dataset(
         if ranks.rank != 0:
             return None
         made = finish(settings, files, table, models, config)
+        write_row_file(files, asked)
         made.write(files.ours("results.json"))
         return made
 
@@ -252,7 +257,9 @@ def predict(
         limit = settings.max_new_tokens
         return PrunedVLM(loaded=models.loaded, method=settings.method, max_new_tokens=limit)
 
-    rows = RowModel(model, table.dataset, parts, log, settings.batch_size, on_sample)
+    rows = RowModel(
+        model, table.dataset, parts, log, settings.batch_size, on_sample, settings.keep_positions
+    )
     shown = shown_in_order(rows, known, ranks.rank, ranks.world)
     try:
         with terminable(), own_files(), _written(files.folder), shown:
@@ -305,7 +312,7 @@ def finish(
         score=headline(table.dataset, files.dataset, scores, len(samples)),
         scores=scores,
         without_image=table.without_image,
-        config=config,
+        config={**config, "decoder": decoder_of(models.source)},
         versions=host.versions(),
         commit=host.commit(),
         note=" ".join(notes) or None,
@@ -313,6 +320,11 @@ def finish(
         missing=missing,
         **{**measured, "failed": bad + measured["failed"]},
     )
+
+
+def write_row_file(files: Files, asked: Sequence[dict[str, Any]]) -> None:
+    """What was asked, and how each answer was scored."""
+    write_rows(files.ours("rows.jsonl"), asked, row_scores(files.scoring_files()))
 
 
 def _references(dataset: Any, samples: Sequence[Sample]) -> list[list[str]] | None:

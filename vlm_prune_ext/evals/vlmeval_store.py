@@ -63,8 +63,8 @@ class Files:
 
     def scoring_files(self) -> list[Path]:
         """What VLMEvalKit's scoring left behind, and would take for its own again."""
-        mine = {self.predictions, self.ours("results.json"), self.ours("config.json")}
-        mine |= {log.path for log in self.logs()}
+        ours = ("results.json", "config.json", "rows.jsonl")
+        mine = {self.predictions, *map(self.ours, ours), *(log.path for log in self.logs())}
         return [p for p in self.folder.glob(f"{self.stem}*") if p.is_file() and p not in mine]
 
 

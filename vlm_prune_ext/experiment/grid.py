@@ -166,6 +166,12 @@ def slot() -> int:
     return _slot
 
 
+def take_slot(number: int) -> None:
+    """Say which worker this process is, where somebody else started it."""
+    global _slot
+    _slot = number
+
+
 def do(cell: Cell, job: Job, *, tell: bool = False) -> Line:
     """Do one cell; whatever goes wrong with it is in the line, and where it did is told on standard
     error if that is a file."""
@@ -342,7 +348,7 @@ def _pooled(
                     idle.append(_Worker(next(numbers), free, make_job, arguments, output))
                     workers.append(idle[-1])
                 worker = idle.pop()
-                worker.give(waiting.pop(_best(waiting, worker.group)))
+                worker.give(waiting.pop(next_cell(waiting, worker.group)))
             busy = [worker for worker in workers if worker.cell is not None]
             watch([worker.cell for worker in busy if worker.cell is not None])
             for worker in _ready(busy, None if watch is _unseen else _POLL):
@@ -375,7 +381,7 @@ def _ready(workers: Sequence[_Worker], timeout: float | None) -> list[_Worker]:
     return list({id(w): w for w in (signs[id(sign)] for sign in ready)}.values())
 
 
-def _best(waiting: Sequence[Cell], group: str | None) -> int:
+def next_cell(waiting: Sequence[Cell], group: str | None) -> int:
     """The next cell of the group that a worker holds; else the first there is."""
     mine = (i for i, cell in enumerate(waiting) if cell.group == group)
     return next(mine, 0)

@@ -280,22 +280,44 @@ def _bleu4_words(scored: Scored) -> float:
 def bleu_words(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Corpus BLEU-4 in percent over lower-case words without punctuation, not smoothed, of the
     first reference each: what the demo model's figures are in."""
-    hits, total = [0] * 4, [0] * 4
-    made = wanted = 0
-    for said, right in zip(predictions, references, strict=True):
-        mine, its = (
-            re.findall(r"[a-z0-9]+", said.lower()),
-            re.findall(r"[a-z0-9]+", right[0].lower()),
-        )
-        made, wanted = made + len(mine), wanted + len(its)
-        for n in range(1, 5):
-            grams = _n_grams(mine, n)
-            hits[n - 1] += sum((grams & _n_grams(its, n)).values())
-            total[n - 1] += sum(grams.values())
+    pairs = zip(predictions, references, strict=True)
+    rows = [bleu_parts(said, right[0]) for said, right in pairs]
+    return bleu_of([sum(column) for column in zip(*rows, strict=True)])
+
+
+def bleu_parts(said: str, right: str) -> list[int]:
+    """What a row adds to :func:`bleu_words`: hits and n-grams for each n, and both lengths."""
+    mine, its = (re.findall(r"[a-z0-9]+", text.lower()) for text in (said, right))
+    hits, total = [], []
+    for n in range(1, 5):
+        grams = _n_grams(mine, n)
+        hits.append(sum((grams & _n_grams(its, n)).values()))
+        total.append(sum(grams.values()))
+    return [*hits, *total, len(mine), len(its)]
+
+
+def bleu_of(sums: Sequence[float]) -> float:
+    """BLEU-4 in percent of sums of :func:`bleu_parts`."""
+    hits, total, (made, wanted) = sums[:4], sums[4:8], sums[8:]
     if not all(hits):
         return 0.0
     precision = sum(math.log(hit / of) for hit, of in zip(hits, total, strict=True)) / 4
     return 100 * math.exp(precision + min(0.0, 1 - wanted / made))
+
+
+def cider_rows(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    """CIDEr of each row times 100, words weighed by all of these references; their mean is what
+    VLMEvalKit states (blanks between words, no PTB tokenizer).
+
+    Raises:
+        Unavailable: pycocoevalcap is not installed.
+    """
+    needs_pycocoevalcap()
+    from pycocoevalcap.cider.cider import Cider
+
+    right = {place: list(own) for place, own in enumerate(references)}
+    _, rows = Cider().compute_score(right, {i: [said] for i, said in enumerate(predictions)})
+    return [100.0 * float(row) for row in rows]
 
 
 def _n_grams(words: list[str], n: int) -> Counter[tuple[str, ...]]:

@@ -105,6 +105,9 @@ class Sample:
         seconds: all that the row took, its share of its batch (0: only the parts were timed).
         batch: samples that were answered together.
         row: part of the row -> digest, for each part that the answer depends on.
+        kept: decoder layer -> places of the visual tokens that enter it, among those that entered
+            layer 0, as :func:`ranges` writes them; where a rule chose, of the first rows only.
+        patches: tower layer (-1: behind the tower) -> the same of its patches, the first tile's.
     """
 
     index: int | str
@@ -128,6 +131,25 @@ class Sample:
     seconds: float = 0.0
     batch: int = 1
     row: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+    patches: dict[str, str] = field(default_factory=dict)
+
+
+def ranges(places: Iterable[int]) -> str:
+    """Whole numbers, ascending, in short: ``0-3,7``."""
+    found: list[list[int]] = []
+    for place in places:
+        if found and found[-1][1] == place - 1:
+            found[-1][1] = place
+        else:
+            found.append([place, place])
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in found)
+
+
+def places(text: str) -> list[int]:
+    """What :func:`ranges` was given."""
+    ends = [part.partition("-") for part in text.split(",") if part]
+    return [n for low, _, high in ends for n in range(int(low), int(high or low) + 1)]
 
 
 @dataclass(frozen=True)

@@ -375,6 +375,7 @@ class Line:
         style: matplotlib's format.
         color: number of a colour; lines of one number share it.
         low, high: a band around it, per point.
+        bars: whether the band is drawn as error bars.
     """
 
     name: str
@@ -383,6 +384,7 @@ class Line:
     color: int = 0
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
+    bars: bool = False
 
 
 def line_plot(
@@ -395,6 +397,7 @@ def line_plot(
     ticks: Sequence[float] | None = None,
     limits: tuple[float, float] | None = None,
     title: str = "",
+    share_y: bool = True,
 ) -> None:
     """Lines, a panel per entry, one legend beside the last.
 
@@ -407,6 +410,7 @@ def line_plot(
         ticks: places on the x axis that are marked.
         limits: of the y axis.
         title: above all.
+        share_y: whether the panels have one y axis.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -414,7 +418,7 @@ def line_plot(
     colors = mpl.color_sequences["tab10"]
     size = (3.4 + 3.8 * len(panels), 4.2)
     figure = Figure(figsize=size, dpi=130, layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=y is not None, squeeze=False)[0]
+    axes = figure.subplots(1, len(panels), sharey=y is not None and share_y, squeeze=False)[0]
     for axis, (name, lines) in zip(axes, panels.items(), strict=True):
         for line in lines:
             order = sorted(range(len(line.points)), key=lambda i: line.points[i])
@@ -423,7 +427,11 @@ def line_plot(
             axis.plot(xs, ys, line.style, color=color, label=_plain(line.name) or None)
             if line.low is not None and line.high is not None:
                 band = ([line.low[i] for i in order], [line.high[i] for i in order])
-                axis.fill_between(xs, *band, alpha=0.15, color=color)
+                if line.bars:
+                    sides = [[abs(y - e) for y, e in zip(ys, ends, strict=True)] for ends in band]
+                    axis.errorbar(xs, ys, sides, fmt="none", color=color, alpha=0.5, capsize=2)
+                else:
+                    axis.fill_between(xs, *band, alpha=0.15, color=color)
         if log_x:
             axis.set_xscale("log", base=2)
         if ticks:

@@ -38,6 +38,8 @@ MODES = ("all", "infer", "eval")
 METHOD_HELP = (
     "a method's short form: fastv, fastv:100, fastv:0.25,agg_layer=2 (vlm-prune methods lists them)"
 )
+CONVENTIONS = ("ours", "fastv", "sparsevlm", "macs")
+"""How FLOPs are counted, see :mod:`vlm_prune_ext.experiment.conventions`."""
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -266,6 +268,7 @@ class Settings:
         batch_size: rows that are answered together, or ``auto``: as many as pay and fit into
             memory; ``None``: ``auto`` on a GPU, else 1.
         max_new_tokens: limit of an answer; ``None``: VLMEvalKit's for LLaVA.
+        keep_positions: how many of the first rows say in the log which tokens were kept.
         fast, trust_remote_code: see :func:`vlm_prune_ext.load`.
         min_pixels, max_pixels: pixels of an image, of families that take it as large as it is.
     """
@@ -303,6 +306,9 @@ class Settings:
         "else 1)",
     )
     max_new_tokens: int | None = option(None, WHOLE, "default: VLMEvalKit's for LLaVA, 2048")
+    keep_positions: int = option(
+        200, WHOLE, "first rows whose kept tokens are logged, for pages (default: 200)"
+    )
     fast: bool | None = option(
         None,
         SWITCH,
