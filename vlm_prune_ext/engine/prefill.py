@@ -111,6 +111,7 @@ class Prefill:
         hidden_keys: first layer -> bool ``(batch, n)``, tokens hidden as keys (mask mode), or
             ``(batch, queries, n)`` where each of several queries has a choice of its own.
         created: per sample, rows that rules added so far.
+        images: as they were at layer 0.
         ahead: tokens at the end that are candidates for the answer, not part of the prompt: rules
             do not look at them.
     """
@@ -124,6 +125,7 @@ class Prefill:
     segments: dict[int, Layout] = field(default_factory=dict)
     hidden_keys: dict[int, torch.Tensor] = field(default_factory=dict)
     created: list[int] = field(default_factory=list)
+    images: list[Image] = field(default_factory=list)
     ahead: int = 0
     _tail: Tail | None = None
 
@@ -144,6 +146,7 @@ class Prefill:
             real,
             segments={0: layout},
             created=[0] * batch,
+            images=images,
         )
 
     def move(self, device: torch.device) -> None:

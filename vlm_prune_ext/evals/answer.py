@@ -18,6 +18,7 @@ from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteria
 from vlm_prune_ext.engine.trace import Trace
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.evals.decoding import RepetitionPenalty
+from vlm_prune_ext.evals.sharing import Plan, Sharing
 from vlm_prune_ext.experiment import flops
 from vlm_prune_ext.experiment.flops import tower_images
 from vlm_prune_ext.experiment.measure import TokenClock
@@ -107,6 +108,7 @@ class Answerer:
     Args:
         model, processor: as :func:`vlm_prune_ext.load` returns them.
         method: what prunes; ``None`` is the baseline, which attaches nothing.
+        share: compute what prompts about one picture have in common once.
 
     Attributes:
         largest: samples that go together at most, once a batch did not fit into memory.
@@ -116,8 +118,11 @@ class Answerer:
             or a model loaded with ``fast=True`` and a method that has no fast path.
     """
 
-    def __init__(self, model: Any, processor: Any, method: Method | None = None) -> None:
+    def __init__(
+        self, model: Any, processor: Any, method: Method | None = None, *, share: bool = True
+    ) -> None:
         self.model, self.processor, self.method = model, processor, method
+        self._sharing = Sharing(model, processor, method) if share else None
         self.largest: int | None = None
         self._num_layers = _count_layers(model, method)
         check_method(model, method)
@@ -160,9 +165,20 @@ class Answerer:
                 torch.cuda.empty_cache()  # outside of `except`, which still holds the tensors
         return answers
 
-    @torch.inference_mode()
     def _generate(self, queries: Sequence[Query]) -> list[Answer]:
-        inputs = self._inputs(queries)
+        if self._sharing is None:
+            return self._together(queries, None)
+        answers: list[Answer | None] = [None] * len(queries)
+        for rows, plan in self._sharing.plan(queries):
+            some = [queries[row] for row in rows]
+            for row, answer in zip(rows, self._together(some, plan), strict=True):
+                answers[row] = answer
+        return [answer for answer in answers if answer is not None]
+
+    @torch.inference_mode()
+    def _together(self, queries: Sequence[Query], plan: Plan | None) -> list[Answer]:
+        """Answer queries in one run; ``plan``: what they share."""
+        inputs = self._inputs(queries) if plan is None else plan.inputs(self.processor)
         clock = TokenClock(self.processor.device)
         options = _options(queries)
         stops = stop_ids(self.model, self.processor)
@@ -174,19 +190,24 @@ class Answerer:
             mask = inputs["attention_mask"]
             processors.append(RepetitionPenalty(penalty, mask, self.processor.image_token_id))
             options["repetition_penalty"] = 1.0  # or transformers' own would come on top
+        options |= {
+            "use_cache": True,
+            "max_new_tokens": max(query.max_new_tokens for query in queries),
+            "pad_token_id": self.processor.pad_token_id,
+            "logits_processor": processors,
+            "stopping_criteria": StoppingCriteriaList([] if beams else [ends]),
+        }
         with prune(self.model, self.method) as trace:
-            output = self.model.generate(
-                **inputs,
-                **options,
-                use_cache=True,
-                max_new_tokens=max(query.max_new_tokens for query in queries),
-                pad_token_id=self.processor.pad_token_id,
-                logits_processor=processors,
-                stopping_criteria=StoppingCriteriaList([] if beams else [ends]),
-            )
+            if plan is None:
+                output = self.model.generate(**inputs, **options)
+            else:
+                output = plan.answer(inputs, options)
             clock.stop()
-            images = [len(query.images) for query in queries]
-            costs = _costs(self, inputs, images, trace, clock)
+            if output is not None:
+                towers = self._tiles(inputs, queries) if plan is None else plan.tiles()
+                costs = _costs(self, inputs, towers, trace, clock)
+        if output is None:  # why is said where it was found out
+            return self._together(queries, None)
         if starts_with(output, inputs["input_ids"]):
             output = output[:, inputs["input_ids"].shape[1] :]
         counts = lengths_until(output, stops) if beams else ends.counts()
@@ -194,6 +215,10 @@ class Answerer:
             replace(cost, text=self._text(output[row], count, query), new_tokens=count)
             for row, (cost, count, query) in enumerate(zip(costs, counts, queries, strict=True))
         ]
+
+    def _tiles(self, inputs: Any, queries: Sequence[Query]) -> list[float]:
+        images = [len(query.images) for query in queries]
+        return tower_images(self.model.config, inputs, images)
 
     def _inputs(self, queries: Sequence[Query]) -> Any:
         styles = {query.style for query in queries}
@@ -226,13 +251,12 @@ def _count_layers(model: Any, method: Method | None) -> int:
 
 
 def _costs(
-    who: Answerer, inputs: Any, images: Sequence[int], trace: Trace, clock: TokenClock
+    who: Answerer, inputs: Any, towers: Sequence[float], trace: Trace, clock: TokenClock
 ) -> list[Answer]:
     """Answers that have everything but what was said."""
     batch = inputs["input_ids"].shape[0]
     visual = who.processor.count_visual_tokens(inputs)
     prompts = inputs["attention_mask"].sum(dim=1).tolist()
-    towers = tower_images(who.model.config, inputs, images)
     patches = {layer: kept.shape[1] for layer, kept in sorted(trace.vision_kept.items())}
     tiles = [0, *itertools.accumulate(int(count) for count in towers)]
     answers = []

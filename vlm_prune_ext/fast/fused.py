@@ -139,7 +139,7 @@ def _attention(
     held = past_key_values.buffers(module.layer_idx)
     rotary = tuple(part.expand(batch, count, dim).contiguous() for part in position_embeddings)
     kernels.rotate_and_keep(states, heads, rotary, held, past_key_values.slot)
-    keys, values = past_key_values.seen(held, count)
+    keys, values = past_key_values.seen(held)
     output, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](
         module,
         states[..., : heads * dim].view(batch, count, heads, dim).transpose(1, 2),

@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import replace
 from types import MethodType
 from typing import Any
 
 import torch
 
+from vlm_prune_ext.engine.call import Call
 from vlm_prune_ext.engine.decoder import DecoderPruner
 from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.engine.prune import Session, session_on, trace_of
@@ -32,7 +33,17 @@ from vlm_prune_ext.fast.possible import (
 )
 from vlm_prune_ext.fast.reach import reach
 from vlm_prune_ext.fast.rules import RecordedRules
-from vlm_prune_ext.fast.run import Run, start
+from vlm_prune_ext.fast.run import Prompt, Run, start
+from vlm_prune_ext.fast.shared import (
+    Asked,
+    Prefix,
+    Prefixes,
+    in_front,
+    start_shared,
+    take_prefixes,
+    version_of,
+    why_not_shared,
+)
 from vlm_prune_ext.fast.tower import RecordedTower, drops_inside, site_of
 from vlm_prune_ext.fast.unchanged import Unchanged
 from vlm_prune_ext.methods.base import Method
@@ -80,6 +91,9 @@ class FastGenerate:
         vision = self._parts.vision
         self._tower = RecordedTower(vision.tower, self.pieces.recorder) if vision else None
         self._rules = RecordedRules(self.pieces.recorder)
+        layers = {id(p) for layer in self._parts.layers for p in layer.parameters()}
+        self._front = [p for p in model.parameters() if id(p) not in layers]
+        self.prefixes = Prefixes()
         self._unchanged = Unchanged(model, self._parts.layers)
 
     @property
@@ -112,7 +126,7 @@ class FastGenerate:
         reason = self._why_not_this_call(model, session, inputs, kwargs)
         if reason is None:
             try:
-                answer = self._answer(model, session, kwargs)
+                answer = self._recorded(lambda: self._generate(model, session, kwargs))
                 if trace is not None:
                     trace.backend = "graphs"
                 return answer
@@ -120,13 +134,16 @@ class FastGenerate:
                 reason = str(not_here)
         if trace is not None and session is None:
             trace.backend = "transformers"
-        if reason not in self._said:
-            self._said.add(reason)
-            logger.warning("The fast path is not taken: %s.", reason)
+        self._say(f"The fast path is not taken: {reason}.")
         return type(model).generate(model, inputs, **kwargs)
 
-    def _answer(self, model: Any, session: Session | None, kwargs: Mapping[str, Any]) -> Any:
-        """On recordings of the model as it is now.
+    def _say(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            logger.warning(line)
+
+    def _recorded(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Work on recordings of the model as it is now.
 
         Raises:
             _NotHere: transformers has to.
@@ -136,7 +153,7 @@ class FastGenerate:
         for _ in range(2):
             try:
                 with torch.inference_mode():
-                    ids = self._generate(model, session, kwargs)
+                    ids = work()
             except _Changed:
                 self._prepare(self._capture)
                 continue
@@ -192,13 +209,19 @@ class FastGenerate:
         real = mask.bool()
         if not bool((real[:, -1] & (real[:, 1:] >= real[:, :-1]).all(dim=1)).all()):
             return "attention_mask hides tokens inside or behind a prompt"
+        return self._why_not_now(model, kwargs)
+
+    def _why_not_now(self, model: Any, kwargs: Mapping[str, Any]) -> str | None:
+        """What of the model as it is now, or of the options, is in the way."""
+        if self._broken is not None:
+            return self._broken
         if model.training:
             return "the model is in training mode"
         if self._capture and next(model.parameters()).device.type != "cuda":
             if self.pieces.recorder.capture:
                 self._prepare(capture=False)  # the GPU's memory is let go of
             return "the model is not on a GPU any more"
-        if torch.is_autocast_enabled(mask.device.type):
+        if torch.is_autocast_enabled(next(model.parameters()).device.type):
             return "autocast is on"
         if self._unchanged.hooked():
             return "the model has hooks, which recordings would not call"
@@ -209,7 +232,9 @@ class FastGenerate:
         self, model: Any, session: Session | None, kwargs: Mapping[str, Any]
     ) -> torch.Tensor:
         limit = token_limit(model, kwargs)
-        run = self._prefill(model, session, kwargs, limit)
+        return self._decode(model, self._prefill(model, session, kwargs, limit), kwargs, limit)
+
+    def _decode(self, model: Any, run: Run, kwargs: Mapping[str, Any], limit: int) -> torch.Tensor:
         # Asked while the device works: hundreds of modules take a fifth of a millisecond.
         if not self._unchanged.holds():
             raise _Changed
@@ -237,20 +262,30 @@ class FastGenerate:
         return ids
 
     def _prefill(self, model: Any, session: Session | None, kwargs: Any, limit: int) -> Run:
-        inputs = {name: kwargs[name] for name in INPUTS if kwargs.get(name) is not None}
+        prompt, call, pruner = self._enter(model, session, kwargs)
+        return start(self.pieces, prompt, limit, pruner, call)
+
+    def _enter(
+        self, model: Any, session: Session | None, given: Mapping[str, Any]
+    ) -> tuple[Prompt, Call | None, DecoderPruner | None]:
+        """A prompt as it enters the decoder, through the recorded tower and rules."""
+        inputs = {name: given[name] for name in INPUTS if given.get(name) is not None}
         mask = inputs["attention_mask"]
         positions = (mask.long().cumsum(dim=1) - 1).masked_fill(mask == 0, 0)
-        site = site_of(session)
+        site, pruner = site_of(session), _pruner_of(session)
         if self._tower is not None and not drops_inside(session):
             self._tower.take_over(site.watch if site is not None else None)
         try:
             with self._rules.take_over(site):
-                return self.prefill(
-                    lambda: model(**inputs, position_ids=positions, use_cache=False), limit
+                prompt, call = reach(
+                    self._decoder(),  # type: ignore[arg-type]
+                    lambda: model(**inputs, position_ids=positions, use_cache=False),
+                    pruner,
                 )
         finally:
             if self._tower is not None:
                 self._tower.step_back()
+        return prompt, call, pruner
 
     def prefill(self, forward: Callable[[], Any], max_new_tokens: int) -> Run:
         """Prefill alone.
@@ -264,11 +299,114 @@ class FastGenerate:
             the first token's logits, and what decodes on.
         """
         decoder: Any = self._decoder()
-        session = session_on(decoder)
-        pruners = session.pruners if session is not None else []
-        pruner = next((p for p in pruners if isinstance(p, DecoderPruner)), None)
+        pruner = _pruner_of(session_on(decoder))
         prompt, call = reach(decoder, forward, pruner)
         return start(self.pieces, prompt, max_new_tokens, pruner, call)
+
+    # -- questions about one picture ----------------------------------------------------------
+    def why_not_shared(self, method: Method | None) -> str | None:
+        """Why questions about one picture are answered one by one; ``None``: they are not."""
+        reason = why_not_shared(method, len(self._parts.layers))
+        return reason or why_not_now(self.pieces.parts, method if self._capture else None)
+
+    def known(self, keys: Iterable[Hashable], method: Method | None) -> list[bool]:
+        """Which prefixes are there already."""
+        return [key in self.prefixes for key in self._keys(keys, method)]
+
+    def _keys(self, keys: Iterable[Hashable], method: Method | None) -> list[Hashable]:
+        """With all else that prefixes depend on."""
+        works, versions = in_front(method, len(self._parts.layers)), self._versions()
+        looks = method is not None  # else nobody asks where a picture's tokens are
+        return [(key, works, looks, versions) for key in keys]
+
+    def _versions(self) -> Hashable:
+        """Changes when anything in front of the layers is moved or written to (not by way of
+        ``.data``, which leaves no mark)."""
+        return hash(tuple(number for p in self._front for number in (p.data_ptr(), version_of(p))))
+
+    def shared(self, asked: Asked, **kwargs: Any) -> torch.Tensor | None:
+        """Answer questions about a few pictures; what their prompts share is computed once.
+
+        Args:
+            asked: the questions.
+            **kwargs: as for ``generate``: ``input_ids`` and ``attention_mask`` of the whole
+                prompts, filled up in front, and options.
+
+        Returns:
+            as ``generate``; ``None``: it cannot be done, which is said once.
+        """
+        model: Any = self._model()
+        with self._lock:
+            self._owner = threading.get_ident()
+            try:
+                return self._answer_shared(model, asked, kwargs)
+            finally:
+                self._owner = 0
+
+    def _answer_shared(
+        self, model: Any, asked: Asked, kwargs: Mapping[str, Any]
+    ) -> torch.Tensor | None:
+        decoder: Any = self._decoder()
+        session, trace = session_on(decoder), trace_of(model, decoder)
+        reason = self.why_not_shared(None if session is None else session.method)
+        reason = reason or self._why_not_now(model, kwargs)
+        if reason is None:
+
+            def work() -> torch.Tensor:
+                limit = token_limit(model, kwargs)
+                prefixes = self._prefixes(model, session, asked)
+                run = start_shared(self.pieces, prefixes, asked, limit, _pruner_of(session))
+                return self._decode(model, run, kwargs, limit)
+
+            try:
+                ids = self._recorded(work)
+                if trace is not None and self._capture:
+                    trace.backend = "graphs"
+                return ids
+            except _NotHere as not_here:
+                reason = str(not_here)
+        self._say(f"Questions about one picture share nothing: {reason}.")
+        return None
+
+    def _prefixes(self, model: Any, session: Session | None, asked: Asked) -> list[Prefix]:
+        """What the questions share, out of memory or made now."""
+        keys = self._keys(asked.keys, None if session is None else session.method)
+        found = {key: self.prefixes.get(key) for key in keys}
+        missing = [index for index, key in enumerate(keys) if found[key] is None]
+        if missing:
+            inputs, tiles = asked.make(missing)
+            prompt, call, _ = self._enter(model, session, inputs)
+            lengths = [asked.lengths[index] for index in missing]
+            trace = None if session is None else session.trace
+            for index, prefix in zip(
+                missing, take_prefixes(prompt, call, lengths, tiles, trace), strict=True
+            ):
+                found[keys[index]] = prefix
+                self.prefixes.put(keys[index], prefix)
+        asked.found[:] = [one for key in keys if (one := found[key]) is not None]
+        return asked.found
+
+
+_SHARING: weakref.WeakKeyDictionary[Any, FastGenerate] = weakref.WeakKeyDictionary()
+
+
+def sharing_of(model: Any, find_parts: Callable[[Any], ModelParts]) -> FastGenerate | None:
+    """What answers questions about one picture for a model: its fast path, or the same pieces
+    without being recorded; ``None``: its layers are not known well enough.
+
+    Args:
+        model: a whole model.
+        find_parts: says where its parts are.
+    """
+    own = model.generate
+    if isinstance(own, FastGenerate):
+        return own
+    if model not in _SHARING:
+        try:
+            _SHARING[model] = FastGenerate(model, find_parts(model), capture=False)
+        except InputError:
+            return None
+    return _SHARING[model]
 
 
 def turn_on_fast(model: Any, parts: ModelParts, *, forced: bool = True) -> None:
@@ -306,6 +444,11 @@ class _NotHere(Exception):
 
 class _Changed(Exception):
     """The model is not what was recorded."""
+
+
+def _pruner_of(session: Session | None) -> DecoderPruner | None:
+    pruners = session.pruners if session is not None else []
+    return next((p for p in pruners if isinstance(p, DecoderPruner)), None)
 
 
 class _Head:

@@ -14,7 +14,7 @@ import gc
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any, Generic, TypeVar
@@ -61,7 +61,8 @@ class Recorder:
 
 
 class Recorded:
-    """One piece of work, recorded when it is first called.
+    """One piece of work, recorded when it is called for the second time: what comes only once (an
+    odd length of prompt) runs as it is, with the same kernels, which takes half as long.
 
     It never holds the work, whose owner holds it: in a circle, both would keep their memory until
     Python's collector comes by.
@@ -74,22 +75,26 @@ class Recorded:
         self.recorder = recorder
         self.graph: Any = None
         self.output: Any = None
+        self._met = False
 
-    def __call__(self, work: Callable[[], Any], reset: Callable[[], None] | None = None) -> Any:
+    def __call__(self, work: Callable[[], Any], changes: Sequence[torch.Tensor] = ()) -> Any:
         """Do the work. What it returns is overwritten by the next call.
 
         Args:
             work: always the same; takes nothing, returns tensors; shapes, and every Python value
                 in it, are fixed.
-            reset: puts buffers that ``work`` itself changes back as they were.
+            changes: buffers that ``work`` itself changes.
         """
         if not self.recorder.capture:
             self._count()
             return self._run(work)
+        if not self._met:
+            self._met = True
+            return self._run(work)
         if self.graph is None:
             try:
                 with _recording:
-                    self._record(work, reset)
+                    self._record(work, changes)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
@@ -110,14 +115,15 @@ class Recorded:
         with fixed_shape_attention(), self.recorder.around():
             return work()
 
-    def _record(self, work: Callable[[], Any], reset: Callable[[], None] | None) -> None:
+    def _record(self, work: Callable[[], Any], changes: Sequence[torch.Tensor]) -> None:
         device, aside = self.recorder.device, _side_stream(self.recorder.device)
         began = time.perf_counter()
+        before = [buffer.clone() for buffer in changes]
         aside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(aside):
             self._run(work)  # libraries allocate, and choose kernels, in the first run
-            if reset is not None:
-                reset()
+            for buffer, value in zip(changes, before, strict=True):
+                buffer.copy_(value)
         torch.cuda.current_stream(device).wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         # Other threads (of a data loader, say) may use the device meanwhile.

@@ -10,13 +10,15 @@ import torch
 
 from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.fast.arena import Arena
+from vlm_prune_ext.fast.follow import Follow
 from vlm_prune_ext.fast.fused import FusedLayers
 from vlm_prune_ext.fast.graphs import LRU, Recorder
-from vlm_prune_ext.fast.segments import Activations, Head, Segment, SegmentCache, Step, widen
+from vlm_prune_ext.fast.segments import Activations, Head, Part, Segment, SegmentCache, Step, widen
 
 PROMPT_STEP = 4  # what a piece holds is filled up to a multiple; fillers stay to the last layer
 CACHE_STEP = 128  # likewise caches, so that many lengths share one decode step
-CACHES, SEGMENTS, STEPS = 48, 128, 24  # kept at a time
+QUESTION_STEP = 8  # likewise questions about one picture
+CACHES, SEGMENTS, FOLLOWS, STEPS = 48, 128, 32, 24  # kept at a time
 
 
 class _Recent:
@@ -25,25 +27,31 @@ class _Recent:
 
     def __init__(self) -> None:
         segments: LRU[Segment] = LRU(SEGMENTS)
+        follows: LRU[Follow] = LRU(FOLLOWS)
         steps: LRU[Step] = LRU(STEPS)
 
         def forget(cache: SegmentCache) -> None:
             """A cache goes, and with it what was recorded on its memory."""
             segments.drop_where(lambda segment: segment.cache is cache)
+            follows.drop_where(lambda follow: cache in follow.caches)
             steps.drop_where(lambda step: cache in step.caches)
 
-        self.segments, self.steps = segments, steps
+        self.segments, self.follows, self.steps = segments, follows, steps
         self.caches: LRU[SegmentCache] = LRU(CACHES, forget)
 
     def let_go(self, block: Hashable) -> None:
         """A block of memory goes, and with it what was recorded on it."""
         if isinstance(block, tuple):
-            self.caches.drop_where(lambda cache: cache.first <= block[1] < cache.stop)
-            self.steps.drop_where(
-                lambda step: any(cache.first <= block[1] < cache.stop for cache in step.caches)
-            )
+
+            def touched(cache: SegmentCache) -> bool:
+                return cache.first <= block[1] < cache.stop
+
+            self.caches.drop_where(touched)
+            self.follows.drop_where(lambda follow: any(map(touched, follow.caches)))
+            self.steps.drop_where(lambda step: any(map(touched, step.caches)))
         else:
             self.segments.drop_where(lambda segment: True)
+            self.follows.drop_where(lambda follow: True)
 
 
 class Pieces:
@@ -68,8 +76,8 @@ class Pieces:
     def segment(self, first: int, stop: int, hidden: torch.Tensor, room: int) -> Segment:
         """The layers ``first`` ... ``stop - 1`` for prompts of up to a bucket's length, with
         ``room`` for decoded tokens."""
-        batch, tokens = hidden.shape[0], _round_up(hidden.shape[1], PROMPT_STEP)
-        key = (first, stop, batch, _round_up(tokens + room, CACHE_STEP))
+        batch, tokens = hidden.shape[0], round_up(hidden.shape[1], PROMPT_STEP)
+        key = (first, stop, batch, round_up(tokens + room, CACHE_STEP))
         segment = self.recent.segments.get((*key, tokens), lambda: self._make(key, tokens))
         self.recent.caches.get(key, lambda: segment.cache)  # used just now
         return segment
@@ -85,20 +93,42 @@ class Pieces:
             key, lambda: SegmentCache(self.arena, config, *key, self.dtype)
         )
 
+    def follow(self, held: list[Part], together: int, length: int, rows: int) -> Follow:
+        """``together`` questions of up to a bucket's length behind each prompt of some caches, for
+        ``rows`` answers; with its last places in :attr:`Follow.starts`."""
+        caches = [part.cache for part in held]
+        starts = [round_up(part.start, QUESTION_STEP) for part in held]
+        key = (together, length, rows, *starts, *(id(cache) for cache in caches))
+
+        def make() -> Follow:
+            config = self.parts.decoder.config  # type: ignore[union-attr]
+            tokens = together * length
+            memory = Activations.of(self.arena, config, caches[0].batch, tokens, self.dtype)
+            recorder = self.recorder
+            return Follow(self.parts, self.head, caches, starts, memory, together, rows, recorder)
+
+        return self.recent.follows.get(key, make)
+
     def wider(self, old: SegmentCache, more: int) -> SegmentCache:
         """A cache with the same content and at least ``more`` places beside."""
-        width = _round_up(old.width + more, CACHE_STEP)
+        width = round_up(old.width + more, CACHE_STEP)
         new = self._cache((old.first, old.stop, old.batch, width))
         widen(old, new)
         return new
 
-    def step(self, caches: list[SegmentCache], *, counted: bool) -> Step:
-        """One decode step over these caches; ``counted``: see :class:`Step`."""
-        key = (counted, *(id(cache) for cache in caches))
-        return self.recent.steps.get(
-            key, lambda: Step(self.parts, self.head, caches, self.recorder, counted=counted)
-        )
+    def step(self, held: list[Part], rows: int, *, counted: bool) -> Step:
+        """One decode step of ``rows`` over these caches; ``counted``: see :class:`Step`."""
+        caches, together = [part.cache for part in held], [part.together for part in held]
+        key = (counted, rows, *together, *(id(cache) for cache in caches))
+
+        def make() -> Step:
+            return Step(
+                self.parts, self.head, caches, rows, together, self.recorder, counted=counted
+            )
+
+        return self.recent.steps.get(key, make)
 
 
-def _round_up(number: int, step: int) -> int:
+def round_up(number: int, step: int) -> int:
+    """The next multiple."""
     return -(-number // step) * step

@@ -19,7 +19,7 @@ from vlm_prune_ext.engine.evidence import AttentionReader, Looker, Seen, reads
 from vlm_prune_ext.engine.layout import Layout, iota, sent, take
 from vlm_prune_ext.engine.prefill import Prefill
 from vlm_prune_ext.fast.pieces import Pieces
-from vlm_prune_ext.fast.segments import Segment, SegmentCache, Step
+from vlm_prune_ext.fast.segments import Bundle, Part, Segment, Step
 from vlm_prune_ext.methods.evidence import Stage, attention_needs
 
 ROOM = 128  # for decoded tokens at first: limits are high, answers short
@@ -41,7 +41,7 @@ class Prompt:
 
 
 @dataclass
-class _Aligned:
+class Aligned:
     """The prompt with its padding moved behind it.
 
     ``order``: int64 ``(batch, n)``, place in the prompt of each token there; ``counts``: int64
@@ -53,13 +53,14 @@ class _Aligned:
     padded: bool
 
     @staticmethod
-    def of(prompt: Prompt) -> _Aligned:
+    def of(prompt: Prompt) -> Aligned:
+        """Real tokens first, in order."""
         batch, count = prompt.embeds.shape[:2]
         if prompt.real is None:
             order = iota(count, prompt.embeds.device).expand(batch, count)
-            return _Aligned(order, torch.full_like(order[:, 0], count), padded=False)
+            return Aligned(order, torch.full_like(order[:, 0], count), padded=False)
         order = (~prompt.real).int().argsort(dim=1, stable=True)
-        return _Aligned(order, prompt.real.sum(dim=1), padded=True)
+        return Aligned(order, prompt.real.sum(dim=1), padded=True)
 
     def __call__(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
         """A tensor of the prompt in this order, tokens along the negative ``dim``."""
@@ -120,6 +121,34 @@ class _Note:
     merged: int
 
 
+@dataclass
+class Behind:
+    """What a stage may see of the layer in front of it.
+
+    Attributes:
+        layer: which one.
+        attended: ``(batch, n, hidden)``, what its attention received.
+        keys: ``(batch, kv_heads, n, head_dim)``.
+        rotary: cosines and sines, ``(batch, n, head_dim)``.
+    """
+
+    layer: int
+    attended: torch.Tensor
+    keys: torch.Tensor
+    rotary: tuple[torch.Tensor, ...]
+
+    @staticmethod
+    def of(segment: Segment, count: int) -> Behind:
+        """A segment's last layer, with so many tokens; overwritten by the next segment."""
+        layer, memory = segment.cache.stop - 1, segment.memory
+        return Behind(
+            layer,
+            memory.attended[:, :count],
+            segment.cache.keys[layer][:, :, :count],
+            (memory.cosines[:, :count], memory.sines[:, :count]),
+        )
+
+
 class Run:
     """One prompt, and what is decoded after it.
 
@@ -128,41 +157,59 @@ class Run:
     """
 
     def __init__(
-        self, pieces: Pieces, aligned: _Aligned, state: Prefill, max_new_tokens: int
+        self, pieces: Pieces, aligned: Aligned, state: Prefill, max_new_tokens: int
     ) -> None:
         self.pieces, self.aligned, self.state = pieces, aligned, state
         self.limit = max_new_tokens
         self.done = 0  # tokens that were decoded
-        self.caches: list[SegmentCache] = []
-        self.segments: list[Segment] = []
-        self.real: list[torch.Tensor] = []  # by segment, tokens that each sample holds
-        self.next: list[torch.Tensor] = []  # by segment, position of the first decoded token
+        self.held: list[Part] = []  # by segment
+        self.behind: Behind | None = None  # the last layer that ran
         self.notes: list[_Note] = []
+        self.bundle: Bundle | None = None
         self.logits: torch.Tensor
         self._step: Step | None = None
 
     def prefill(
-        self, hidden: torch.Tensor, positions: torch.Tensor, stages: dict[int, Stage]
-    ) -> None:
-        """All segments, and the drops between them."""
+        self,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        stages: dict[int, Stage],
+        layers: range | None = None,
+        room: int = 0,
+    ) -> torch.Tensor:
+        """All segments, and the drops between them.
+
+        Args:
+            hidden: ``(batch, n, hidden)``, what enters the first of these layers.
+            positions: int64 ``(batch or 1, n)``, rotary positions.
+            stages: by layer.
+            layers: to run; ``None``: all.
+            room: places that the caches have besides those for decoded tokens.
+
+        Returns:
+            what the last segment gave, see :meth:`Segment.run`.
+        """
+        layers = range(len(self.pieces.parts.layers)) if layers is None else layers
         counts = self.aligned.counts[:, None]
         whole = positions.expand(len(counts), -1)
         behind = whole.gather(1, counts - 1) + 1
-        starts = sorted({0, *stages})
-        stops = [*starts[1:], len(self.pieces.parts.layers)]
-        for first, stop in zip(starts, stops, strict=True):
+        room = room or min(self.limit, ROOM)
+        starts = sorted({layers.start, *(layer for layer in stages if layer in layers)})
+        for first, stop in zip(starts, [*starts[1:], layers.stop], strict=True):
             if first in stages:
-                hidden = self._select(stages[first], hidden, positions)
+                hidden = self.choose(stages[first], hidden, positions)
                 positions = self._positions(whole)
-            segment = self.pieces.segment(first, stop, hidden, min(self.limit, ROOM))
+            segment = self.pieces.segment(first, stop, hidden, room)
             real = self._real_tokens()
             segment.fill(hidden, positions, real - 1)
-            self.segments.append(segment)
-            self.real.append(real)
-            self.next.append(behind if self.state.layout.positions is None else real[:, None])
+            seen = iota(segment.tokens, hidden.device) < real[:, None, None]
+            after = behind if self.state.layout.positions is None else real[:, None]
+            self.held.append(Part(segment.cache, seen, after))
             output = segment.run()
+            self.behind = Behind.of(segment, hidden.shape[1])
             hidden = output if segment.is_last else output[:, : hidden.shape[1]]
         self.logits = hidden
+        return hidden
 
     def _lost(self, held: list[int]) -> list[int]:
         """How many tokens each sample has lost where it holds so many."""
@@ -180,7 +227,7 @@ class Run:
         layout = self.state.layout
         return take(whole, layout.slots, -1) if layout.positions is None else layout.positions
 
-    def _select(self, stage: Stage, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def choose(self, stage: Stage, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Let a stage choose; what stays goes on, in order, at the left."""
         state = self.state
         look = self._looker(stage, hidden, positions)
@@ -224,13 +271,10 @@ class Run:
 
     def _before(self, stage: Stage) -> Seen:
         """What a stage wants to see of the layer in front of it."""
-        segment, count = self.segments[-1], self.state.layout.count
-        layer, memory = segment.cache.stop - 1, segment.memory
-        rotary = (memory.cosines[:, :count], memory.sines[:, :count])
-        keys = segment.cache.keys[layer][:, :, :count]
-        return self._reader(layer, memory.attended[:, :count], keys, rotary).read(
-            stage.needs, "before"
-        )
+        behind = self.behind
+        assert behind is not None
+        reader = self._reader(behind.layer, behind.attended, behind.keys, behind.rotary)
+        return reader.read(stage.needs, "before")
 
     def _coming(self, stage: Stage, hidden: torch.Tensor, positions: torch.Tensor) -> Seen:
         """What a stage wants to see of the layer behind it, if nothing were dropped."""
@@ -288,22 +332,21 @@ class Run:
 
     def _room(self) -> int:
         """Decoded tokens that fit the caches."""
-        pairs = zip(self.caches, self.segments, strict=True)
-        return min(cache.width - segment.tokens for cache, segment in pairs)
+        return min(part.room for part in self.held)
 
     def _make_room(self) -> None:
         """Decode from now on in the prompt's own caches, or in wider ones."""
-        if not self.caches:
-            self.caches = [segment.cache for segment in self.segments]
         if self.done == self._room():  # as much again, but never past the limit
-            more = min(self.done, self.limit - self.done)
-            self.caches = [self.pieces.wider(cache, more) for cache in self.caches]
-        counted = any(position is not self.next[0] for position in self.next)
-        self._step = self.pieces.step(self.caches, counted=counted)
-        room = [[segment.tokens] for segment in self.segments]
-        real = torch.stack(self.real)[..., None]
-        positions = torch.stack(self.next if counted else self.next[:1])
-        self._step.start(positions + self.done, real, sent(room, real.device), self.done)
+            more = max(1, min(self.done, self.limit - self.done))
+            self.held = [
+                replace(part, cache=self.pieces.wider(part.cache, more * part.together))
+                for part in self.held
+            ]
+        after = [part.next for part in self.held]
+        counted = any(position is not after[0] for position in after)
+        self._step = self.pieces.step(self.held, len(after[0]), counted=counted)
+        positions = torch.stack(after if counted else after[:1])
+        self._step.start(self.held, positions + self.done, self.done, self.bundle)
 
 
 def start(
@@ -321,7 +364,7 @@ def start(
         max_new_tokens: how many tokens will be decoded at most.
         pruner, call: the method that is attached, and what it made of the prompt so far.
     """
-    aligned = _Aligned.of(prompt)
+    aligned = Aligned.of(prompt)
     stages: dict[int, Stage] = {}
     state = aligned.prefill(None if call is None else call.state.prefill)
     if pruner is not None and call is not None:

@@ -8,12 +8,15 @@ rotary position with them, so where they stand does not matter.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from vlm_prune_ext.engine.layout import sent
 from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.fast.arena import Arena
 from vlm_prune_ext.fast.graphs import Recorded, Recorder
@@ -67,29 +70,25 @@ def widen(old: SegmentCache, new: SegmentCache) -> None:
             after[layer][:, :, : old.width].copy_(before[layer].clone())
 
 
-class _Writer:
+class Writer:
     """Stands where layers expect a KV cache. Keeps keys and values of new tokens, from a slot on.
 
     Args:
         cache: of the layers.
         slot: int64 ``(1,)``, where the first new token goes.
-        alone: the new tokens attend to themselves alone (a prompt, at slot 0), not to all places.
+        width: places that the new tokens attend to (of a prompt at slot 0: itself); ``None``: all.
     """
 
-    def __init__(self, cache: SegmentCache, slot: torch.Tensor, *, alone: bool) -> None:
-        self.cache, self.slot, self.alone = cache, slot, alone
+    def __init__(self, cache: SegmentCache, slot: torch.Tensor, width: int | None = None) -> None:
+        self.cache, self.slot, self.width = cache, slot, width
 
     def buffers(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The layer's part of the cache."""
         return self.cache.keys[layer], self.cache.values[layer]
 
-    def seen(
-        self, held: tuple[torch.Tensor, torch.Tensor], count: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the layer's part, what ``count`` new tokens attend to."""
-        if not self.alone:
-            return held
-        return held[0][:, :, :count], held[1][:, :, :count]
+    def seen(self, held: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the layer's part, what the new tokens attend to."""
+        return held[0][:, :, : self.width], held[1][:, :, : self.width]
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any
@@ -99,7 +98,7 @@ class _Writer:
         places = self.slot + torch.arange(keys.shape[2], device=keys.device)
         held[0].index_copy_(2, places, keys)
         held[1].index_copy_(2, places, values)
-        return self.seen(held, keys.shape[2])
+        return self.seen(held)
 
 
 @dataclass
@@ -135,6 +134,32 @@ class Activations:
         positions = arena.view("positions", (batch, tokens), torch.int64)
         last = arena.view("last", (batch,), torch.int64)
         return Activations(hidden, output, attended, cosines, sines, positions, last)
+
+    def turn(self, decoder: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rotary embedding of :attr:`positions`, which is kept here."""
+        rotary = self.cosines, self.sines
+        made = decoder.rotary_emb(hidden, position_ids=self.positions)
+        for part, one in zip(rotary, made, strict=True):
+            part.copy_(one)
+        return rotary
+
+    @contextmanager
+    def attending(self, parts: ModelParts, layer: int | None) -> Iterator[None]:
+        """Keep what the attention of a layer receives; ``None``: of none."""
+        if layer is None:
+            yield
+            return
+
+        def see(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            given = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            self.attended.copy_(given)
+
+        attn: Any = parts.layers[layer].self_attn
+        handle = attn.register_forward_pre_hook(see, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 class Segment:
@@ -183,46 +208,76 @@ class Segment:
         memory.last.copy_(last)
 
     def _work(self) -> torch.Tensor:
-        decoder: Any = self.parts.decoder
         hidden, memory = self.memory.hidden, self.memory
-        rotary = memory.cosines, memory.sines
-        for part, made in zip(
-            rotary, decoder.rotary_emb(hidden, position_ids=memory.positions), strict=True
-        ):
-            part.copy_(made)
-        writer = _Writer(self.cache, self.slot, alone=True)
-        watch = self.parts.layers[self.cache.stop - 1].self_attn.register_forward_pre_hook(  # type: ignore[union-attr,operator]
-            self._see, with_kwargs=True
-        )
-        try:
+        rotary = memory.turn(self.parts.decoder, hidden)
+        writer = Writer(self.cache, self.slot, self.tokens)
+        with memory.attending(self.parts, None if self.is_last else self.cache.stop - 1):
             for layer in self.parts.layers[self.cache.first : self.cache.stop]:
                 hidden = run_layer(layer, hidden, rotary, None, writer)
-        finally:
-            watch.remove()
         if not self.is_last:
             return memory.output.copy_(hidden)
         assert self.parts.final_norm is not None
         return self.head(self.parts.final_norm(hidden[self.rows, memory.last]))
 
-    def _see(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if not self.is_last:
-            self.memory.attended.copy_(
-                kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            )
+
+@dataclass
+class Part:
+    """What decoding needs to know of one cache.
+
+    Attributes:
+        cache: of some layers.
+        seen: bool ``(cache.batch, n, start)``, what rows see of the prompt: one of them, or the
+            ``n`` that share a place of the batch (questions about one picture).
+        next: int64 ``(rows, 1)``, rotary position of the first decoded token.
+    """
+
+    cache: SegmentCache
+    seen: torch.Tensor
+    next: torch.Tensor
+
+    @property
+    def start(self) -> int:
+        """Place from which on decoded tokens go."""
+        return self.seen.shape[2]
+
+    @property
+    def together(self) -> int:
+        """Rows that share a place of the batch."""
+        return self.seen.shape[1]
+
+    @property
+    def room(self) -> int:
+        """Tokens that can be decoded."""
+        return (self.cache.width - self.start) // self.together
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Rows that share places of a batch, ``n`` of them in each.
+
+    Attributes:
+        pack: int64 ``(batch * n,)``, the row at each place; where a place has fewer, any.
+        unpack: int64 ``(rows,)``, where each row is among these.
+    """
+
+    pack: torch.Tensor
+    unpack: torch.Tensor
 
 
 class Step:
-    """One decoded token per sample through all layers.
+    """One decoded token per row through all layers.
 
     Args:
         parts: where things are in the model.
         head: see :data:`Head`.
-        caches: one per segment, ascending.
+        caches: one per segment, ascending; those whose rows share places come first.
+        rows: of the batch.
+        together: per cache, see :class:`Part`.
         recorder: shared by the model's recordings.
         counted: segments count rotary positions by what they hold themselves.
 
     Attributes:
-        token: int64 ``(batch, 1)``, to be filled before each run.
+        token: int64 ``(rows, 1)``, to be filled before each run.
     """
 
     def __init__(
@@ -230,64 +285,91 @@ class Step:
         parts: ModelParts,
         head: Head,
         caches: list[SegmentCache],
+        rows: int,
+        together: list[int],
         recorder: Recorder,
         *,
         counted: bool,
     ) -> None:
-        self.parts, self.head, self.caches = parts, head, caches
-        batch, device = caches[0].batch, recorder.device
-        self.token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-        self._positions = self.token.new_zeros(len(caches) if counted else 1, batch, 1)
-        self._real = self.token.new_zeros(len(caches), batch, 1)
+        self.parts, self.head, self.caches, self.together = parts, head, caches, together
+        device = recorder.device
+        self.token = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+        self._positions = self.token.new_zeros(len(caches) if counted else 1, rows, 1)
         self._room = self.token.new_zeros(len(caches), 1)
         self._count = self.token.new_zeros(1)
+        self._seen = [
+            torch.zeros(cache.batch, n, cache.width, dtype=torch.bool, device=device)
+            for cache, n in zip(caches, together, strict=True)
+        ]
+        self._pack = self.token.new_zeros(caches[0].batch * together[0])
+        self._unpack = self.token.new_zeros(rows)
         self._places = [torch.arange(cache.width, device=device) for cache in caches]
-        self._start: tuple[torch.Tensor, ...] | None = None
         self._recorded = Recorded(recorder)
 
-    def start(
-        self, positions: torch.Tensor, real: torch.Tensor, room: torch.Tensor, done: int
-    ) -> None:
+    def start(self, held: list[Part], positions: torch.Tensor, done: int, bundle: Any) -> None:
         """After a prefill, or where other caches took over.
 
         Args:
-            positions: int64 ``(segments or 1, batch, 1)``, rotary position of the next token.
-            real: int64 ``(segments, batch, 1)``, tokens of the prompt that each segment holds.
-            room: int64 ``(segments, 1)``, where decoded tokens go from.
-            done: how many are there already.
+            held: by cache.
+            positions: int64 ``(segments or 1, rows, 1)``, rotary position of the next token.
+            done: tokens that were decoded already.
+            bundle: how rows share places, see :class:`Bundle`; ``None``: they do not.
         """
-        self._start = (positions, real, room, torch.full_like(self._count, done))
-        self._reset()
+        self._positions.copy_(positions)
+        starts = [[part.start] for part in held]
+        self._room.copy_(sent(starts, self._room.device))
+        self._count.fill_(done)
+        for seen, part in zip(self._seen, held, strict=True):
+            seen[..., : part.start].copy_(part.seen)
+            seen[..., part.start :] = False
+        if bundle is not None:
+            self._pack.copy_(bundle.pack)
+            self._unpack.copy_(bundle.unpack)
 
     def run(self) -> torch.Tensor:
-        """Logits ``(batch, vocabulary)``, overwritten by the next run."""
-        return self._recorded(self._work, self._reset)
-
-    def _reset(self) -> None:
-        assert self._start is not None
-        buffers = (self._positions, self._real, self._room, self._count)
-        for buffer, value in zip(buffers, self._start, strict=True):
-            buffer.copy_(value)
+        """Logits ``(rows, vocabulary)``, overwritten by the next run."""
+        return self._recorded(self._work, (self._positions, self._count))
 
     def _work(self) -> torch.Tensor:
         decoder: Any = self.parts.decoder
         hidden = decoder.get_input_embeddings()(self.token)
         rotaries = [decoder.rotary_emb(hidden, position_ids=own) for own in self._positions]
-        for index, cache in enumerate(self.caches):
+        packed = False
+        for index, (cache, n) in enumerate(zip(self.caches, self.together, strict=True)):
             rotary = rotaries[index % len(rotaries)]
-            places, room = self._places[index], self._room[index]
-            slot = room + self._count
-            seen = (places < self._real[index]) | ((places >= room) & (places <= slot))
+            if n > 1:
+                shape = (cache.batch, n, -1)
+                rotary = tuple(part[self._pack, 0].view(shape) for part in rotary)
+                hidden = hidden if packed else hidden[self._pack, 0].view(shape)
+                packed = True
+            elif packed:
+                hidden, packed = self._unpacked(hidden), False
             # Added to scores as it is: made once, where every layer would make its own of a bool.
-            mask = hidden.new_zeros(seen.shape).masked_fill(~seen, float("-inf"))
-            writer = _Writer(cache, slot, alone=False)
+            mask = hidden.new_zeros(self._seen[index].shape)
+            mask = mask.masked_fill(~self._visible(index), float("-inf"))[:, None]
+            writer = Writer(cache, self._room[index] + self._count * n)
             for layer in self.parts.layers[cache.first : cache.stop]:
-                hidden = run_layer(layer, hidden, rotary, mask[:, None, None], writer)
+                hidden = run_layer(layer, hidden, rotary, mask, writer)
         assert self.parts.final_norm is not None
+        hidden = self._unpacked(hidden) if packed else hidden
         logits = self.head(self.parts.final_norm(hidden[:, -1]))
         self._positions += 1
         self._count += 1
         return logits
+
+    def _unpacked(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden.flatten(0, 1)[self._unpack][:, None]
+
+    def _visible(self, index: int) -> torch.Tensor:
+        """Of each place of a cache, whether rows see it, ``(batch, n, width)``: what they see of
+        the prompt, and what was decoded of their own answers."""
+        n = self.together[index]
+        behind = self._places[index] - self._room[index]
+        decoded = (behind >= 0) & (behind < (self._count + 1) * n)
+        if n > 1:
+            turns = torch.arange(n, device=behind.device)[:, None]
+            decoded = decoded & (behind % n == turns)
+        return self._seen[index] | decoded
 
 
 def run_layer(

@@ -26,6 +26,7 @@ from vlm_prune_ext.methods.evidence import (  # noqa: F401 - a method's file imp
     Rule,
     Stage,
     VisionStage,
+    speaks_of_text,
 )
 from vlm_prune_ext.methods.option import PUBLISHED_DEPTH, Declared, Option, document, require
 
@@ -156,6 +157,20 @@ class Method(Declared):
     def working_sites(self) -> tuple[Site, ...]:
         """Those of ``sites`` at which this configuration does something."""
         return self.sites
+
+    def first_by_question(self, num_layers: int) -> int | None:
+        """The layer in front of which a choice first depends on the question, by what its rule
+        sees; -1: in front of all layers; ``None``: none does. Up to there, questions
+        about one picture can share what is computed of it."""
+        between = self.feature_stage()
+        if between is not None and any(map(speaks_of_text, between.needs)):
+            return -1
+        stages = self.decoder_stages(num_layers)
+        if not any(speaks_of_text(need) for stage in stages for need in stage.needs):
+            return None
+        # What a stage in front of the first of these leaves is not worth telling apart.
+        first = min(stage.layer for stage in stages if stage.mode != "observe" or stage.layer)
+        return first or -1
 
     @property
     def stated_span(self) -> tuple[int | None, int | None]:

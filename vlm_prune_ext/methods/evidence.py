@@ -62,6 +62,16 @@ def attention_needs(needs: Sequence[Need], layer: str) -> list[Attention]:
     return found
 
 
+def speaks_of_text(need: Need | FeatureNeed) -> bool:
+    """Does a need show a rule anything of the text behind the images, so that the choice may depend
+    on the question? Causal attention keeps the question from all that stands in front of it."""
+    if isinstance(need, str) and need.startswith("attention:"):
+        return need != "attention:visual"
+    if isinstance(need, Attention):
+        return need.rows != "visual"
+    return need == "joint" or need.startswith("tail_")
+
+
 @dataclass
 class Evidence:
     """What a rule sees: one group of images (a batch) with equally many visual tokens each.

@@ -134,6 +134,12 @@ class AutoPrompts(PromptProcessor):
         pixels = (image.width * image.height for image in map(open_image, images))
         return len(text) // 4 + sum(pixels) // _PIXELS_A_TOKEN
 
+    def ids_of(
+        self, text: str, images: Sequence[ImageLike], *, style: str | None = None
+    ) -> list[int] | None:
+        """``None``: how many tokens an image becomes, the processor says with its pixels."""
+        return None
+
     def _encode(self, prompts: list[str], pictures: list[list[Image]]) -> BatchFeature:
         texts = [self._marked(text, own) for text, own in zip(prompts, pictures, strict=True)]
         # Processors take a batch whose samples all have images, or none that has.

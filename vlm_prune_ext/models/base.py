@@ -361,8 +361,24 @@ class PromptProcessor:
     def length(self, text: str, images: Sequence[ImageLike], style: str | None) -> int:
         """Tokens of a prompt, from which batches are put together. Its text's are remembered, so
         that :meth:`batch` finds them. Several threads may be in here."""
+        return len(self.ids_of(text, images, style=style) or ())
+
+    def ids_of(
+        self, text: str, images: Sequence[ImageLike], *, style: str | None = None
+    ) -> list[int] | None:
+        """Token ids of one question's prompt, without making the pixels of its images; ``None``:
+        they are not known before that.
+
+        Args:
+            text, images, style: as in :meth:`prompt`.
+        """
         prompt = self._style(style).single(text, len(images))
-        return len(self.token_ids(prompt, self.visual_lengths([open_image(i) for i in images])))
+        return self.token_ids(prompt, self.visual_lengths([open_image(i) for i in images]))
+
+    def picture_settings(self) -> str:
+        """What pixels depend on besides the picture."""
+        plain = {n: v for n, v in vars(self).items() if isinstance(v, int | str | list | None)}
+        return repr((sorted(plain.items()), sorted(vars(self.image_processor).items())))
 
     def _encode(self, prompts: list[str], pictures: list[list[Image]]) -> BatchFeature:
         flat = [image for own in pictures for image in own]

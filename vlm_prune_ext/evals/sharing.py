@@ -1,0 +1,191 @@
+"""Which questions of a batch share the beginning of their prompts, and with it their pictures."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from transformers import BatchFeature
+
+from vlm_prune_ext.experiment.flops import tower_images
+from vlm_prune_ext.fast.generate import FastGenerate, sharing_of
+from vlm_prune_ext.fast.shared import Asked
+from vlm_prune_ext.methods.base import Method, say_once
+from vlm_prune_ext.models import parts_of
+from vlm_prune_ext.models.images import digest_of
+
+logger = logging.getLogger("vlm_prune_ext")
+
+_REMEMBERED = 4096  # pictures that were asked about, the newest
+_FULL = 0.75  # of the places of a run that questions fill, at least
+
+
+class Question(Protocol):
+    """What is looked at of a query, see :class:`vlm_prune_ext.evals.answer.Query`."""
+
+    text: str
+    images: Sequence[Any]
+    style: str | None
+    digests: tuple[str, ...]
+
+
+@dataclass
+class _Group:
+    """Rows with one prefix. ``ids``: by row, of the whole prompt; ``length``: of the prefix."""
+
+    key: Hashable
+    length: int
+    rows: list[int]
+    ids: list[list[int]]
+
+
+class Sharing:
+    """Finds what can be shared.
+
+    Args:
+        model, processor, method: as of the :class:`~vlm_prune_ext.evals.answer.Answerer`.
+    """
+
+    def __init__(self, model: Any, processor: Any, method: Method | None) -> None:
+        self.model, self.processor, self.method = model, processor, method
+        self._met: OrderedDict[Hashable, None] = OrderedDict()
+
+    def plan(self, queries: Sequence[Question]) -> list[tuple[list[int], Plan | None]]:
+        """Runs: rows, and how they are answered together (``None``: with whole prompts)."""
+        runs: list[tuple[list[int], Plan | None]] = []
+        engine = self._engine() if any(query.images for query in queries) else None
+        if engine is not None:
+            for groups in _even(self._groups(engine, queries)):
+                rows = [row for group in groups for row in group.rows]
+                runs.append((rows, Plan(self, engine, groups, [queries[row] for row in rows])))
+        taken = {row for rows, _ in runs for row in rows}
+        rest = [row for row in range(len(queries)) if row not in taken]
+        return [*runs, (rest, None)] if rest else runs
+
+    def _engine(self) -> FastGenerate | None:
+        if getattr(self.model.config, "is_encoder_decoder", False):
+            return None
+        engine = sharing_of(self.model, parts_of)
+        reason = None if engine is None else engine.why_not_shared(self.method)
+        if reason is not None:
+            say_once(f"Questions about one picture share nothing: {reason}.")
+            return None
+        return engine
+
+    def _groups(self, engine: FastGenerate, queries: Sequence[Question]) -> list[_Group]:
+        """Rows that share something with another, or with one that was answered before."""
+        found: dict[Hashable, _Group] = {}
+        settings = self.processor.picture_settings()
+        known = [query for query in queries if query.digests]
+        for row, query in enumerate(queries):
+            if not query.images or (len(queries) == 1 and not known):
+                continue
+            digests = query.digests or tuple(map(digest_of, query.images))
+            ids = self.processor.ids_of(query.text, query.images, style=query.style)
+            if ids is None:
+                return []
+            token = self.processor.image_token_id
+            length = len(ids) - ids[::-1].index(token) if token in ids else 0
+            if not 0 < length < len(ids):
+                continue
+            key: Hashable = (digests, tuple(ids[:length]), settings)
+            group = found.setdefault(key, _Group(key, length, [], []))
+            group.rows.append(row)
+            group.ids.append(ids)
+        there = engine.known(found, self.method)
+        shared = [
+            group
+            for (key, group), is_there in zip(found.items(), there, strict=True)
+            if len(group.rows) > 1 or is_there or key in self._met
+        ]
+        for key in found:
+            self._met[key] = None
+            self._met.move_to_end(key)
+        while len(self._met) > _REMEMBERED:
+            self._met.popitem(last=False)
+        return shared
+
+
+def _even(groups: list[_Group]) -> list[list[_Group]]:
+    """Groups of similar size together: pictures with fewer questions leave places empty."""
+    runs: list[list[_Group]] = []
+    for group in sorted(groups, key=lambda group: -len(group.rows)):
+        run = runs[-1] if runs else []
+        places = len(run[0].rows) * (len(run) + 1) if run else 0
+        asked = sum(len(other.rows) for other in run) + len(group.rows)
+        if run and asked >= _FULL * places:
+            run.append(group)
+        else:
+            runs.append([group])
+    return runs
+
+
+class Plan:
+    """Rows that are answered together, those with one prefix side by side.
+
+    Args:
+        sharing: whose plan it is.
+        engine: answers.
+        groups: of the rows; queries: all of them, in order.
+    """
+
+    def __init__(
+        self,
+        sharing: Sharing,
+        engine: FastGenerate,
+        groups: list[_Group],
+        queries: list[Question],
+    ) -> None:
+        self._sharing, self._engine, self.groups = sharing, engine, groups
+        self._queries = queries
+        self._asked = Asked(
+            [index for index, group in enumerate(groups) for _ in group.rows],
+            [ids[group.length :] for group in groups for ids in group.ids],
+            [group.length for group in groups],
+            [group.key for group in groups],
+            self._make,
+        )
+
+    def inputs(self, processor: Any) -> BatchFeature:
+        """The whole prompts, without pixels."""
+        made = processor._pad([ids for group in self.groups for ids in group.ids])
+        return BatchFeature({name: value.to(processor.device) for name, value in made.items()})
+
+    def answer(self, inputs: Any, options: Mapping[str, Any]) -> torch.Tensor | None:
+        """As ``generate``; ``None``: nothing can be shared in such a call."""
+        return self._engine.shared(self._asked, **inputs, **options)
+
+    def tiles(self) -> list[float]:
+        """Of each row, what its pictures are for the tower."""
+        return [float(self._asked.found[index].tiles) for index in self._asked.owner]
+
+    def _make(self, indices: list[int]) -> tuple[dict[str, torch.Tensor], list[int]]:
+        firsts = [self._queries[self._asked.owner.index(index)] for index in indices]
+        processor = self._sharing.processor
+        images = [list(query.images) for query in firsts]
+        whole = processor.batch([query.text for query in firsts], images, style=firsts[0].style)
+        counts = tower_images(self._sharing.model.config, whole, list(map(len, images)))
+        prompts = [len(self.groups[index].ids[0]) for index in indices]
+        lengths = [self.groups[index].length + 1 for index in indices]
+        return _cut(whole, prompts, lengths), [int(count) for count in counts]
+
+
+def _cut(
+    whole: Mapping[str, torch.Tensor], prompts: list[int], lengths: list[int]
+) -> dict[str, torch.Tensor]:
+    """The first ``lengths`` tokens of prompts, filled up in front to equal lengths."""
+    shape, width = whole["input_ids"].shape[:2], max(lengths)
+    made: dict[str, torch.Tensor] = {}
+    for name, value in whole.items():
+        if value.shape[:2] != shape or value.dim() != 2:
+            made[name] = value
+            continue
+        made[name] = value.new_zeros(len(lengths), width)
+        for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+            first = shape[1] - prompt
+            made[name][row, width - length :] = value[row, first : first + length]
+    return made
