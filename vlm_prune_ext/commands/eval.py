@@ -116,6 +116,7 @@ def _run(settings: Settings) -> int:
         SHAPES,
         check_by_sight,
         import_quietly,
+        is_ours,
         keep_out_of_lmudata,
     )
     from vlm_prune_ext.evals.precheck import check_fit, check_stated
@@ -130,7 +131,7 @@ def _run(settings: Settings) -> int:
     _check_source(settings)
     if not settings.data:
         settings = replace(settings, data=SHAPES)
-    if set(settings.data) <= set(SHAPES):
+    if all(map(is_ours, settings.data)):
         keep_out_of_lmudata()
     import_quietly()
     from vlm_prune_ext.evals.rows import check_name

@@ -84,13 +84,13 @@ def run(args: argparse.Namespace) -> int:
 
     from vlm_prune_ext.evals import sweep
     from vlm_prune_ext.evals.choices import choices_of
-    from vlm_prune_ext.evals.names import SHAPES, keep_out_of_lmudata
+    from vlm_prune_ext.evals.names import SHAPES, is_ours, keep_out_of_lmudata
     from vlm_prune_ext.evals.precheck import prompt_of
     from vlm_prune_ext.experiment.budgets import solve
     from vlm_prune_ext.experiment.settings import Settings
 
     data = tuple(dict.fromkeys(args.data or SHAPES))
-    if set(data) <= set(SHAPES):
+    if all(map(is_ours, data)):
         keep_out_of_lmudata()
     stated = {name: getattr(args, name) for name in SHARED}
     stated = {name: value for name, value in stated.items() if value is not None}

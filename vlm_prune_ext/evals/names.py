@@ -49,8 +49,49 @@ def import_quietly() -> None:
 
 
 def own_table(name: str) -> Path:
-    """Where a data set of one's own would be."""
-    return data_root() / f"{name}.tsv"
+    """Where a data set of one's own would be, or is, where :func:`table_name` was told its path."""
+    return _TABLES.get(name) or data_root() / f"{name}.tsv"
+
+
+_TABLES: dict[str, Path] = {}
+"""Name -> table that was named by its path."""
+
+
+def is_by_path(name: str) -> bool:
+    """Whether a data set's table was named by its path."""
+    return name in _TABLES
+
+
+def is_ours(data: str) -> bool:
+    """Whether a data set has nothing to do with VLMEvalKit's data folder: one of the demo's, or a
+    table that is named by its path."""
+    return data in SHAPES or is_by_path(table_name(data))
+
+
+def table_name(data: str) -> str:
+    """The name of a data set. A table (``path.tsv``, ``path.csv``) is known by its stem from here
+    on, in this process; other texts are names already.
+
+    Raises:
+        InputError: no such file, a stem that is a data set of VLMEvalKit's, or that another table
+            of this process has.
+    """
+    path = Path(data).expanduser()
+    if path.suffix.lower() not in (".tsv", ".csv"):
+        if path.is_dir() and any(path.glob("*.yaml")):
+            raise InputError(f"data={data!r} is a folder of a task of lmms-eval: {_BY_LMMS}.")
+        return data
+    if not path.is_file():
+        raise InputError(f"data={data!r} does not exist: a table (.tsv, .csv) is accepted.")
+    name = label_text(path.stem)
+    if name in SHAPES or name in _spelled()[0]:
+        raise InputError(f"data={data!r} has the name of a benchmark: rename the file.")
+    if (other := _TABLES.setdefault(name, path.resolve())) != path.resolve():
+        raise InputError(f"data={data!r} has the name of {str(other)!r}: rename one of them.")
+    return name
+
+
+_BY_LMMS = "./run_lmms.sh evaluates these, with include_path=FOLDER for one's own"
 
 
 def check_by_sight(name: str) -> None:
@@ -62,6 +103,7 @@ def check_by_sight(name: str) -> None:
     Raises:
         InputError: with the near name.
     """
+    name = table_name(name)
     if name in SHAPES or own_table(name).is_file():
         return
     words, starts = _spelled()
@@ -71,11 +113,20 @@ def check_by_sight(name: str) -> None:
 
 def unknown_dataset(name: str, known: set[str]) -> InputError:
     """The error for a name that no data set has."""
+    if _is_lmms_task(name):
+        return InputError(f"data={name!r} is a task of lmms-eval: {_BY_LMMS}.")
     short = str(unknown_name("dataset", name, {*known, *SHAPES})).split(" Accepted: ")[0]
     return InputError(
-        f"{short} Accepted: VLMEvalKit's data sets, {', '.join(SHAPES)}, or a TSV of your own at "
-        f"{str(own_table(name))!r}."
+        f"{short} Accepted: VLMEvalKit's data sets, {', '.join(SHAPES)}, a table by its path "
+        f"(.tsv, .csv), or a TSV of your own at {str(own_table(name))!r}."
     )
+
+
+def _is_lmms_task(name: str) -> bool:
+    """Whether lmms-eval has a task of this name, by the names of its files."""
+    found = importlib.util.find_spec("lmms_eval") if re.fullmatch(r"[\w.-]+", name) else None
+    folders = (found.submodule_search_locations or []) if found else []
+    return any(next(Path(f, "tasks").rglob(f"{name}.yaml"), None) for f in folders)
 
 
 def _spelled() -> tuple[set[str], set[str]]:

@@ -21,14 +21,29 @@ import vlmeval.dataset
 from vlmeval.dataset.image_base import ImageBaseDataset
 
 from vlm_prune_ext.errors import InputError, reason_of
-from vlm_prune_ext.evals.names import data_root, own_table, unknown_dataset
+from vlm_prune_ext.evals.names import (
+    data_root,
+    is_by_path,
+    own_table,
+    table_name,
+    unknown_dataset,
+)
 from vlm_prune_ext.evals.pictures import unpack
 from vlm_prune_ext.evals.vlmeval_files import own_reading
 from vlm_prune_ext.tables import BadRow, read_header, read_leniently
 
 # A cell of the image column that is shorter refers to the row that has the image.
 _REFERENCE = 64
-_OWN = (vlmeval.dataset.CustomMCQDataset, vlmeval.dataset.CustomVQADataset)
+
+
+class OwnVQA(vlmeval.dataset.CustomVQADataset):
+    """A table of one's own with questions and right answers, without options, which VLMEvalKit asks
+    but does not score. Here its VQA score does, that of its own benchmarks of short answers."""
+
+    evaluate = vlmeval.dataset.ImageVQADataset.evaluate_heuristic
+
+
+_OWN = (vlmeval.dataset.CustomMCQDataset, vlmeval.dataset.CustomVQADataset, OwnVQA)
 
 
 @dataclass
@@ -58,12 +73,17 @@ def class_of(name: str) -> type:
     path = own_table(name)
     if not path.is_file():
         raise unknown_dataset(name, _all_names())
-    header = set(read_header(path))
+    header = set(read_header(path, _separator(path)))
     if not {"A", "B"} <= header:
-        return vlmeval.dataset.CustomVQADataset
+        scored = is_by_path(name) and "answer" in header
+        return OwnVQA if scored else vlmeval.dataset.CustomVQADataset
     if header & {"image", "image_path"}:
         return vlmeval.dataset.CustomMCQDataset
     return vlmeval.dataset.CustomTextMCQDataset
+
+
+def _separator(path: Path) -> str:
+    return "," if path.suffix.lower() == ".csv" else "\t"
 
 
 def _all_names() -> set[str]:
@@ -78,6 +98,7 @@ def check_name(name: str, mode: str) -> None:
         InputError: an unknown data set, one of another kind than images with questions, or one
             that VLMEvalKit cannot score.
     """
+    name = table_name(name)
     cls = class_of(name)
     if cls is vlmeval.dataset.CustomVQADataset and mode != "infer":
         raise InputError(
@@ -136,12 +157,18 @@ class _Screening:
     def load_data(self, dataset: str) -> pd.DataFrame:
         """As in the class, without rows that it could not use."""
         if self.own:  # the class would cut a file above 1 GB up once, and never look at it again
-            data, broken = read_leniently(data_root() / f"{dataset}.tsv")
+            path = own_table(dataset)
+            data, broken = read_leniently(path, _separator(path))
             self.bad_rows += broken
+            if is_by_path(dataset) and "index" not in data:
+                data.insert(0, "index", range(len(data)))
         else:
             data = super().load_data(dataset)  # type: ignore[misc]
         folder = Path(self.img_root) if self.own else None  # type: ignore[attr-defined]
-        kept, bad, self.without_image = screen(data, folder)
+        root = None
+        if is_by_path(dataset):
+            folder = root = own_table(dataset).parent
+        kept, bad, self.without_image = screen(data, folder, root)
         self.bad_rows += bad
         return kept
 
@@ -160,7 +187,7 @@ class _Screening:
 
 # -- looking at rows -----------------------------------------------------------------------------
 def screen(
-    data: pd.DataFrame, folder: Path | None = None
+    data: pd.DataFrame, folder: Path | None = None, root: Path | None = None
 ) -> tuple[pd.DataFrame, list[BadRow], int]:
     """Sort out rows that VLMEvalKit's classes would fail on, or would do something for that
     nobody asked for.
@@ -170,6 +197,7 @@ def screen(
         folder: ``images/NAME`` of VLMEvalKit's data folder, where pictures of ``image_path`` are
             for a table that has none in it; a path may lead anywhere in the data folder. ``None``:
             not looked at.
+        root: what paths may not lead out of; ``None``: the data folder.
 
     Returns:
         the rows to go on with, the broken ones, and how many have no image but are whole otherwise
@@ -204,7 +232,7 @@ def screen(
                 if images is not None:
                     images.resolve(place)
                 if paths is not None:
-                    paths.iloc[place] = _paths(paths.iloc[place], None if images else folder)
+                    paths.iloc[place] = _paths(paths.iloc[place], None if images else folder, root)
                 seen[key] = place
             except ValueError as error:
                 reasons[place] = str(error)
@@ -254,7 +282,7 @@ class _Images:
             _texts(str(cell), "image")
 
 
-def _paths(cell: Any, folder: Path | None) -> str:
+def _paths(cell: Any, folder: Path | None, root: Path | None) -> str:
     """``image_path`` as VLMEvalKit wants it; with a folder, as absolute paths that lie in it.
 
     Raises:
@@ -264,7 +292,7 @@ def _paths(cell: Any, folder: Path | None) -> str:
     names = _texts(str(cell), "image_path") if several else [str(cell)]
     if folder is None:
         return str(names) if several else names[0]
-    root = Path(os.path.normpath(folder)).parent.parent
+    root = root or Path(os.path.normpath(folder)).parent.parent
     found = []
     for name in names:
         path = os.path.normpath(folder / name)  # links stay: whoever put them there asked for it

@@ -25,7 +25,7 @@ from typing import Any
 
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.evals.choices import Choice, choices_of
-from vlm_prune_ext.evals.names import run_name
+from vlm_prune_ext.evals.names import run_name, table_name
 from vlm_prune_ext.experiment import grid, show
 from vlm_prune_ext.experiment.comparison import by_setting, failures, summary_table
 from vlm_prune_ext.experiment.grid import FAILED, SKIPPED, Cell, Held, Line, line_of, slot
@@ -98,8 +98,9 @@ def plan(
                 else:
                     cell = cell_of(one)
                     made.cells.append(cell)
-                where = f"{run_name(model, choice.method)}_{name}"
-                made.more[cell.key] = {"budget": choice.budget, "folder": where}
+                data = table_name(name)
+                where = f"{run_name(model, choice.method)}_{data}"
+                made.more[cell.key] = {"budget": choice.budget, "folder": where, "data": data}
     return made
 
 
@@ -163,7 +164,7 @@ class Evaluate:
 
         settings, _ = resolve({}, cell.settings)
         record = run_dataset(settings, settings.data[0], self.held(cell.group))
-        path = Files(settings, settings.data[0]).ours("results.json")
+        path = Files(settings, table_name(settings.data[0])).ours("results.json")
         values = record.metrics if record is not None else {}
         return {"record": str(path.relative_to(settings.work_dir)), "metrics": values}
 

@@ -22,6 +22,7 @@ from vlmeval.inference import infer_data_job
 from vlm_prune_ext.demo import CHECKPOINT
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.evals.interrupt import terminable
+from vlm_prune_ext.evals.names import table_name
 from vlm_prune_ext.evals.precheck import check_fit, decoder_of, is_untrained
 from vlm_prune_ext.evals.row_file import row_scores, what_is_asked, write_rows
 from vlm_prune_ext.evals.rows import Table, open_table
@@ -160,6 +161,7 @@ def run_dataset(
     Raises:
         InputError: data, checkpoint, folder or settings that are not accepted.
     """
+    dataset = table_name(dataset)
     ranks, files = Ranks.here(), Files(settings, dataset)
     if settings.mode == "eval" and not files.predictions.is_file():
         raise InputError(

@@ -89,6 +89,7 @@ class Run:
         record: its record; ``None`` where it is not done.
         budget: as it was asked for; empty where the method ran as published or as stated.
         group: the same for runs that differ in the seed alone.
+        name: of the data set.
     """
 
     line: Line
@@ -96,6 +97,7 @@ class Run:
     record: Record | None
     budget: str = ""
     group: str = ""
+    name: str = ""
 
     @property
     def status(self) -> str:
@@ -115,7 +117,7 @@ class Run:
     @property
     def data(self) -> str:
         """The data set, by its name in records."""
-        return self.record.dataset if self.record else str(self.line.cell["data"][0])
+        return self.name or str(self.line.cell["data"][0])
 
     @property
     def setting(self) -> str:
@@ -244,4 +246,5 @@ def _run(folder: Path, line: Line, cell: Mapping[str, Any]) -> Run:
     parameters = {k: v for k, v in method.get("parameters", {}).items() if k != "seed"}
     group = json.dumps([line.cell.get("model_path"), method["name"], parameters], sort_keys=True)
     where = path.parent if path is not None else folder / cell.get("folder", "")
-    return Run(line, where, record, cell.get("budget", ""), group)
+    name = record.dataset if record is not None else cell.get("data", "")
+    return Run(line, where, record, cell.get("budget", ""), group, name)

@@ -281,7 +281,7 @@ class Settings:
     )
     method: Method | None = None
     data: tuple[str, ...] = option(
-        (), NAMES, "VLMEvalKit's data sets, or the demo's, Shapes_* (default: these)"
+        (), NAMES, "VLMEvalKit's, path.tsv, path.csv, or the demo's, Shapes_* (default: these)"
     )
     work_dir: str = option(
         "outputs", text("a folder", "DIR"), "default: outputs", "--work-dir", "--out"
