@@ -16,16 +16,8 @@ import vlm_prune_ext as vp
 from tests.makers import QUESTIONS, photo, photos, tiny_original
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.evals.answer import Answerer, Query
-from vlm_prune_ext.evals.feed import (
-    LARGEST,
-    Batch,
-    BatchSize,
-    Feeder,
-    Row,
-    answer_rows,
-    batch_size_of,
-    by_picture,
-)
+from vlm_prune_ext.evals.batch_size import LARGEST, BatchSize, batch_size_of
+from vlm_prune_ext.evals.feed import Batch, Feeder, Row, answer_rows, by_picture
 
 CPU = torch.device("cpu")
 FASTV = vp.FastV(agg_layer=2, attention_rank=6)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 METHODS = ("none", "fastv:100", "fastv:288,agg_layer=2", "himap")
 QUESTION = "Describe this picture."
+OWN = "llava_hf"
 PROMPTED = ("shape", "model_path")
 
 
@@ -73,6 +74,15 @@ class BenchSettings(Declared):
     visual: int | None = option(
         None, whole(1), "visual tokens of qwen2.5-vl-3b, gemma-3-4b; default: 576"
     )
+    end_to_end: bool = option(
+        False,
+        FLAG,
+        "instead: rows a second through VLMEvalKit and lmms-eval, on made-up photographs (methods: "
+        "none and fastv:100, batch size: auto on a GPU, unless stated; llava_hf among the methods: "
+        "lmms-eval's own model, of a checkpoint in Hugging Face's format)",
+    )
+    rows: int = option(512, WHOLE, "of --end-to-end; default: 512")
+    questions: int = option(8, WHOLE, "about a picture, of --end-to-end; default: 8")
     dtype: str | None = option(
         None, text("a name"), "default: bfloat16 on a GPU, float32 on a CPU; auto: as stored"
     )
@@ -91,6 +101,8 @@ def run(args: argparse.Namespace) -> int:
     """Measure and report."""
     said = BenchSettings.of(vars(args))
     _check(said)
+    if said.end_to_end:
+        return _end_to_end(said)
     from vlm_prune_ext.bench import cases, report
     from vlm_prune_ext.experiment import grid
     from vlm_prune_ext.experiment.log import Log
@@ -131,6 +143,34 @@ def run(args: argparse.Namespace) -> int:
     print(report.legend(header))
     print(f"Written to {said.out}: bench.json, bench.md, bench.png, bench.csv, bench.html")
     return 1 if len(results) < len(wanted) else 0
+
+
+def _end_to_end(said: BenchSettings) -> int:
+    from vlm_prune_ext.bench import end_to_end
+    from vlm_prune_ext.methods.registry import parse_method
+
+    texts = ("none", "fastv:100") if tuple(said.method) == METHODS else said.method
+    methods = list(dict.fromkeys(parse_method(one) for one in texts if one != OWN))
+    device, folder = device_for(said), Path(said.out)
+    quiet_transformers()
+    make_folder(folder, "--out ")
+    path = checkpoint_of(said)
+    if said.shape is not None:
+        path = str(end_to_end.random_checkpoint(said.shape, folder / said.shape, device))
+    usual = "bfloat16" if device.type == "cuda" else "float32"
+    size = None if tuple(said.batch_size) == (1, 8) else said.batch_size[0]
+    plan = end_to_end.Plan(
+        path,
+        methods,
+        rows=said.rows,
+        questions=said.questions,
+        batch_size=size,
+        device=said.device,
+        dtype=said.dtype or usual,
+        own=OWN in texts,
+    )
+    runs = end_to_end.run(plan, folder)
+    return 1 if any(one.error for one in runs) else 0
 
 
 def _cell(case: Case, said: BenchSettings) -> grid.Cell:

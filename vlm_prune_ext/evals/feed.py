@@ -24,14 +24,12 @@ import torch
 
 from vlm_prune_ext.errors import InputError, reason_of
 from vlm_prune_ext.evals.answer import Answer, Answerer, Query, Sizes
+from vlm_prune_ext.evals.batch_size import BatchSize
+from vlm_prune_ext.evals.spent import current
 from vlm_prune_ext.experiment.record import Sample
 from vlm_prune_ext.models.images import ImageLike, ReadyImage, digest_of
 
 T = TypeVar("T")
-
-AUTO = "auto"
-LARGEST = 64
-"""Samples that ``auto`` answers together at most."""
 
 _WINDOW = 4  # batches whose rows are put in order of length together
 _ROOM = 1 << 30  # bytes of prepared pictures from which no further row is prepared
@@ -81,83 +79,6 @@ class Batch:
     outcomes: list[Outcome]
     seconds: float
     size: int
-
-
-def batch_size_of(name: str, given: Any) -> int | str:
-    """A batch size: an integer of at least 1, or ``auto``.
-
-    Raises:
-        InputError: something else.
-    """
-    if given == AUTO:
-        return AUTO
-    try:
-        size = int(given)
-    except (TypeError, ValueError):
-        size = 0
-    if size < 1 or isinstance(given, bool | float):
-        raise InputError(f"{name}={given!r} is not valid: an integer of at least 1, or auto.")
-    return size
-
-
-class BatchSize:
-    """How many samples are answered together.
-
-    ``auto`` starts with one and grows, fourfold because the fast path records each size, as long as
-    memory allows and throughput rises by a tenth; of what was tried, the fastest stays. (Sizes
-    that run out of memory are halved by :class:`Answerer`, stated or not.)
-
-    Args:
-        asked: a number, or ``auto``; ``None``: ``auto`` on a GPU, else 1.
-        device: of the model.
-        most: of ``auto``.
-
-    Attributes:
-        now: samples.
-    """
-
-    def __init__(self, asked: int | str | None, device: torch.device, most: int = LARGEST) -> None:
-        if asked is None:
-            asked = AUTO if device.type == "cuda" else 1
-        self._device, self._most = device, most
-        self._grows = asked == AUTO
-        self.now = 1 if asked == AUTO else int(asked)
-        self._rates: dict[int, float] = {}
-        self._tries = 0
-        on_gpu = self._grows and device.type == "cuda"
-        self._before = torch.cuda.memory_allocated(device) if on_gpu else 0
-
-    def note(self, count: int, seconds: float, largest: int | None) -> None:
-        """Learn from a batch.
-
-        Args:
-            count: of its samples.
-            seconds: that it took.
-            largest: samples that fit into memory, if it was too small for more.
-        """
-        if largest is not None and largest < self.now:
-            self.now, self._grows = largest, False
-        if not self._grows or count < self.now:
-            return
-        best = max((rate for size, rate in self._rates.items() if size < self.now), default=0.0)
-        self._rates[self.now] = max(count / seconds, self._rates.get(self.now, 0.0))
-        self._tries += 1
-        if self._rates[self.now] > 1.1 * best:
-            larger = next((n for n in (4, 2) if self._allowed(n)), 1)
-            self._grows, self._tries = larger > 1, 0
-            self.now *= larger
-        elif self._tries == 2:  # the first batch of a size pays for its recordings
-            self.now, self._grows = max(self._rates, key=lambda n: self._rates[n]), False
-
-    def _allowed(self, times: int) -> bool:
-        if self.now * times > self._most:
-            return False
-        if self._device.type != "cuda":
-            return True
-        took = torch.cuda.max_memory_allocated(self._device) - self._before
-        free = torch.cuda.mem_get_info(self._device)[0]
-        reserved = torch.cuda.memory_reserved(self._device)
-        return self._before + took * times < 0.9 * (free + reserved)
 
 
 class Pictures:
@@ -230,6 +151,8 @@ class Feeder:
         self._on_gpu = answerer.processor.device.type == "cuda"
         self._threads = threads or (_cores() if self._on_gpu else 2)
         self._pictures = Pictures(answerer.processor.ready)
+        self._adding = threading.Lock()
+        self._spent = current()
 
     def batches(self, rows: Iterable[Row]) -> Iterator[Batch]:
         """Answer all rows, some at a time. Rows may come in another order than they went in, those
@@ -240,18 +163,21 @@ class Feeder:
                 which are the failures of their rows.
         """
         waiting, ahead, held = iter(rows), deque[Future[_Prepared]](), list[_Prepared]()
-        falling = False
-        start = time.perf_counter()
+        falling, spent = False, self._spent
+        start = spent.start = time.perf_counter()
         pool = ThreadPoolExecutor(self._threads, "prepare", self._start_thread)
         try:
             while True:
+                began = time.perf_counter()
                 self._submit(pool, waiting, ahead, held)
                 found = _window(ahead, self._size.now)
+                spent.waited += time.perf_counter() - began
                 if not found and not held:
                     return
                 lost = [one for one in found if one.query is None]
                 if lost:
                     outcomes = [Outcome(one.row.index, error=one.error) for one in lost]
+                    spent.note([one.answer for one in outcomes])
                     yield Batch(outcomes, time.perf_counter() - start, 0)
                     start = time.perf_counter()
                 window = held + [one for one in found if one.query is not None]
@@ -260,7 +186,9 @@ class Feeder:
                 falling = not falling  # so that what waited for a full batch comes first
                 for place, group in enumerate(groups, 1):
                     self._submit(pool, waiting, ahead, held)
+                    began = time.perf_counter()
                     results = self._ask([one.query for one in group if one.query is not None])
+                    spent.asked += time.perf_counter() - began
                     seconds = time.perf_counter() - start
                     self._size.note(len(group), seconds, self._answerer.largest)
                     outcomes = [
@@ -269,6 +197,7 @@ class Feeder:
                         else Outcome(one.row.index, None, result, True)
                         for one, result in zip(group, results, strict=True)
                     ]
+                    spent.note([one.answer for one in outcomes])
                     yield Batch(outcomes, seconds, len(group))
                     start = time.perf_counter()
                     if self._size.now != size:
@@ -296,13 +225,21 @@ class Feeder:
         ahead.extend(pool.submit(self._prepare, row) for row in islice(waiting, max(0, room)))
 
     def _prepare(self, row: Row) -> _Prepared:
-        processor = self._answerer.processor
+        processor, spent = self._answerer.processor, self._spent
+        marks = [time.perf_counter()]
         try:
             query = row.make()
+            marks.append(time.perf_counter())
             opened = [self._pictures.open(image) for image in query.images]
             images = [image for image, _ in opened]
             query = replace(query, images=images, digests=tuple(digest for _, digest in opened))
+            marks.append(time.perf_counter())
             length = processor.length(query.text, images, query.style)
+            marks.append(time.perf_counter())
+            with self._adding:
+                spent.read += marks[1] - marks[0]
+                spent.opened += marks[2] - marks[1]
+                spent.tokenised += marks[3] - marks[2]
             return _Prepared(row, query, None, length, sum(map(_bytes_of, images)))
         except BaseException as error:  # code of a task, or a decoder, on what nobody has checked
             return _Prepared(row, error=error.with_traceback(None))

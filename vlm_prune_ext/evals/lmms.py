@@ -25,16 +25,8 @@ from tqdm import tqdm
 from vlm_prune_ext.demo import CHECKPOINT
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.evals.answer import Answerer
-from vlm_prune_ext.evals.feed import (
-    AUTO,
-    LARGEST,
-    BatchSize,
-    Feeder,
-    Outcome,
-    Row,
-    batch_size_of,
-    by_picture,
-)
+from vlm_prune_ext.evals.batch_size import AUTO, LARGEST, BatchSize, batch_size_of
+from vlm_prune_ext.evals.feed import Feeder, Outcome, Row, by_picture
 from vlm_prune_ext.evals.lazy import LazyAnswers
 from vlm_prune_ext.evals.lmms_args import method_of, value_of
 from vlm_prune_ext.evals.lmms_likelihood import Likelihood, Scorer
@@ -68,6 +60,7 @@ class PruneModel(lmms):
             family's own.
         device_map: ``auto`` spreads one model over all GPUs of a single process.
         revision: branch, tag or commit of a checkpoint on the hub.
+        answerer: answers, in place of all that says which model and method.
         **given: parameters of the method, under their own or their ``model.config`` names.
 
     Raises:
@@ -93,36 +86,40 @@ class PruneModel(lmms):
         trust_remote_code: bool | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        answerer: Answerer | None = None,
         **given: Any,
     ) -> None:
         super().__init__()
-        method = method_of(self.MODEL, given)
+        method = method_of(self.MODEL, given) if answerer is None else answerer.method
         self.batch_size_per_gpu = _batch_size(batch_size)
         self._most = int(max_batch_size or LARGEST)
         self.accelerator = Accelerator()
         self._rank = self.accelerator.process_index
         self._world_size = self.accelerator.num_processes
         self._style = value_of(conv_template)
-        checkpoint = value_of(pretrained) or CHECKPOINT
-        check_fit(Checkpoint(checkpoint, revision=value_of(revision)), method)
-        model, processor = load(
-            checkpoint,
-            dtype=value_of(dtype),
-            device=_device(device, self.accelerator),
-            attn_implementation=value_of(attn_implementation),
-            fast=_flag("fast", fast),
-            trust_remote_code=bool(_flag("trust_remote_code", trust_remote_code)),
-            min_pixels=value_of(min_pixels),
-            max_pixels=value_of(max_pixels),
-            **self._extra(device_map, revision),
-        )
-        self._device = processor.device
-        processor.messages([{"role": "user", "content": "?"}], style=self._style)  # a known style?
-        with prune(model, method):  # does the method fit the model?
-            pass
-        self._answerer: Answerer | None = Answerer(model, processor, method)
-        self._reader = Reader(self, processor, self._style)
-        self._tally = Tally(model, self._device)
+        if answerer is None:
+            checkpoint = value_of(pretrained) or CHECKPOINT
+            check_fit(Checkpoint(checkpoint, revision=value_of(revision)), method)
+            model, processor = load(
+                checkpoint,
+                dtype=value_of(dtype),
+                device=_device(device, self.accelerator),
+                attn_implementation=value_of(attn_implementation),
+                fast=_flag("fast", fast),
+                trust_remote_code=bool(_flag("trust_remote_code", trust_remote_code)),
+                min_pixels=value_of(min_pixels),
+                max_pixels=value_of(max_pixels),
+                **self._extra(device_map, revision),
+            )
+            # Is the style known? Does the method fit the model?
+            processor.messages([{"role": "user", "content": "?"}], style=self._style)
+            with prune(model, method):
+                pass
+            answerer = Answerer(model, processor, method)
+        self._answerer: Answerer | None = answerer
+        self._device, self._config = answerer.processor.device, answerer.model.config
+        self._reader = Reader(self, answerer.processor, self._style)
+        self._tally = Tally(answerer.model, self._device)
         if self._rank == 0:
             label = method.label() if method is not None else "baseline"
             logger.info(
@@ -155,8 +152,8 @@ class PruneModel(lmms):
 
     @property
     def config(self) -> Any:
-        """Its configuration."""
-        return self.model.config
+        """Its configuration, which stays."""
+        return self._config
 
     @property
     def tokenizer(self) -> Any:

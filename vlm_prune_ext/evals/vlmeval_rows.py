@@ -29,7 +29,8 @@ from vlmeval.vlm.base import BaseModel
 
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.evals.answer import Query, Sizes
-from vlm_prune_ext.evals.feed import Batch, BatchSize, Feeder, Outcome, Row, by_picture
+from vlm_prune_ext.evals.batch_size import BatchSize
+from vlm_prune_ext.evals.feed import Batch, Feeder, Outcome, Row, by_picture
 from vlm_prune_ext.evals.vlmeval import PrunedVLM
 from vlm_prune_ext.evals.vlmeval_files import exchange
 from vlm_prune_ext.evals.vlmeval_store import index_of

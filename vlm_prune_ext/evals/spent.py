@@ -1,0 +1,58 @@
+"""Where the time of rows goes, for whoever watches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from vlm_prune_ext.evals.answer import Answer
+
+
+@dataclass
+class Spent:
+    """Where the time of rows went, in seconds: ``read``, ``opened`` and ``tokenised`` in threads,
+    added up over these; ``waited`` for them, ``asked`` the model, of that ``prefill`` and
+    ``decode``. ``batches``: when each ended, and its rows; ``fast``: rows on the fast path."""
+
+    start: float = 0.0
+    read: float = 0.0
+    opened: float = 0.0
+    tokenised: float = 0.0
+    waited: float = 0.0
+    asked: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+    batches: list[tuple[float, int]] = field(default_factory=list)
+    fast: int = 0
+    failed: int = 0
+
+    def note(self, outcomes: Sequence[Answer | None]) -> None:
+        """Take a batch that has just ended; ``None``: a row that failed."""
+        answers = [one for one in outcomes if one is not None]
+        self.failed += len(outcomes) - len(answers)
+        self.prefill += sum(answer.prefill_seconds for answer in answers)
+        self.decode += sum(answer.decode_seconds for answer in answers)
+        self.fast += sum(answer.fast for answer in answers)
+        if answers:
+            self.batches.append((time.perf_counter(), len(answers)))
+
+
+_watches: list[Spent] = []
+
+
+def current() -> Spent:
+    """What the time of a feeder that is made now is added to."""
+    return _watches[-1] if _watches else Spent()
+
+
+@contextmanager
+def watched() -> Iterator[Spent]:
+    """Add up where the time of feeders goes that are made inside."""
+    spent = Spent()
+    _watches.append(spent)
+    try:
+        yield spent
+    finally:
+        _watches.remove(spent)
