@@ -19,7 +19,9 @@ from tests import vlmeval_files as files
 from tests.makers import tiny_original
 from vlm_prune_ext import cli
 from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.evals import sweep
 from vlm_prune_ext.evals.choices import choices_of
+from vlm_prune_ext.experiment import grid
 from vlm_prune_ext.experiment.report import plain_cell
 from vlm_prune_ext.experiment.results import read
 from vlm_prune_ext.methods.fastv import FastV
@@ -188,6 +190,15 @@ def test_methods_at_budgets() -> None:
         choices_of(["random:9", "fastvv", "himapp"], ["5"])
     with pytest.raises(InputError, match="attention_rank=0"):
         choices_of(["fastv:0"], ["5"])
+
+
+def test_a_process_of_torchruns_takes_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing inside of a cell is to wait for the others, so it does not find their number."""
+    for name, value in (("RANK", "5"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "8")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(grid, "_slot", 0)
+    assert sweep._rank() == (5, 8) and grid.slot() == 1
+    assert "WORLD_SIZE" not in os.environ and sweep._rank() == (0, 1)
 
 
 def test_controls_and_seeds_come_along() -> None:
