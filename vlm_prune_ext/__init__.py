@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "load": "models",
     "prune": "pruning",
+    "ask": "evals.answer",
     "attach": "resets",
     "detach": "resets",
     "Trace": "engine.trace",

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import pytest
+import torch
+from transformers import LogitsProcessor
 
 import vlm_prune_ext as vp
 from tests import makers, tables
 from tests.fast.test_fast import write
-from vlm_prune_ext.evals.answer import Answer, Answerer, Query
+from tests.pruning_checks import fingerprint
+from vlm_prune_ext.evals.answer import Answer, Answerer, Query, Sizes
+from vlm_prune_ext.evals.sharing import Sharing
+from vlm_prune_ext.fast import shared
+from vlm_prune_ext.fast.generate import sharing_of
+from vlm_prune_ext.models import parts_of
 
 TEXTS = (
     "What is this?",
@@ -61,3 +69,129 @@ def test_shared_prompts_are_answered_like_whole_ones(models: Any, form: str, nam
     shared = Answerer(*loaded, METHODS[name])
     for _ in range(2 if name in KINDS else 1):  # the second time pictures are known
         assert [content(a) for a in shared.answer(mixed())] == [content(a) for a in whole]
+
+
+def test_one_picture_many_questions(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = models("original")
+    runs: list[int] = []
+    tower = model.model.vision_tower
+    plain = type(tower).forward
+    monkeypatch.setattr(type(tower), "forward", lambda *a, **k: [runs.append(1), plain(*a, **k)][1])
+    picture = makers.photo(seed=5)
+    texts = vp.ask(model, processor, picture, TEXTS, max_new_tokens=4)
+    again = [vp.ask(model, processor, picture, text, max_new_tokens=4)[0] for text in TEXTS]
+    assert texts == again and len(runs) == 1
+    whole = Answerer(model, processor, share=False)
+    assert texts == [whole.answer([Query(t, [picture], max_new_tokens=4)])[0].text for t in TEXTS]
+    with torch.no_grad():
+        bias = model.model.multi_modal_projector.linear_2.bias
+        before = bias.clone()
+        bias.add_(1.0)
+    try:
+        assert vp.ask(model, processor, picture, TEXTS, max_new_tokens=4) != texts
+        assert len(runs) == 2 + len(TEXTS)
+    finally:
+        bias.data.copy_(before)
+    both = vp.ask(model, processor, [picture, makers.photo(seed=6)], TEXTS[:2], max_new_tokens=4)
+    assert len(both) == 2
+
+
+def test_what_is_told_of_shared_answers(models: Any) -> None:
+    sizes = Sizes.of(models("original")[0].config)
+    for name, layers in (("none", 6), ("fastv", 2), ("random", 6), ("cdpruner", 0)):
+        answers = Answerer(*models("original"), METHODS[name]).answer(mixed())
+        shared = [3, 2, 3, 2, 3, 1, 2, 1, 2] if layers else [1] * 9
+        assert [answer.shared for answer in answers] == shared
+        for answer in answers:
+            assert answer.shared == 1 or answer.shared_layers == layers
+            sample = sizes.sample(0, answer, warm_up=False)
+            assert (sample.flops_computed < sample.flops) == (answer.shared > 1)
+
+
+def test_needs_say_what_depends_on_the_question() -> None:
+    first = {name: m.first_by_question(6) for name, m in tables.METHODS.items()}
+    expected = {"fastv": 2, "himap": 1, "pdrop": 1, "dart": 2, "sparsevlm": 2, "feather": 1}
+    assert expected == {name: first[name] for name in expected}
+    free = ("saint", "vtw", "random", "random-later", "downsample", *tables.TOWER)
+    assert {first[name] for name in free if name != "cdpruner"} == {None}
+    assert (
+        first["cdpruner"]
+        == -1
+        == vp.CustomSelection(method=_by_text, agg_layer=0).first_by_question(6)
+    )
+
+
+def _by_text(evidence: Any, budget: int) -> Any: ...
+
+
+_by_text.needs = ("hidden", "tail_hidden")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["none", "fastv", "himap", "random-later", "random", "saint-vit"])
+def test_logits_and_kept_sets(models: Any, name: str) -> None:
+    """Over prefill and decode steps, with answers longer than the room that is made for them."""
+    model, processor = models("original")
+    queries = [replace(query, max_new_tokens=6) for query in mixed()]
+    seen: list[tuple[list[torch.Tensor], dict[int, torch.Tensor], Any]] = []
+
+    class Keep(LogitsProcessor):
+        def __call__(self, input_ids: Any, scores: Any) -> Any:
+            kept.append(scores.clone())
+            return scores
+
+    plan = next(p for _, p in Sharing(model, processor, METHODS[name]).plan(queries) if p)
+    rows = [row for group in plan.groups for row in group.rows]
+    options: Any = {"max_new_tokens": 6, "do_sample": False, "logits_processor": [Keep()]}
+    whole = processor.batch([queries[r].text for r in rows], [queries[r].images for r in rows])
+    for inputs in (whole, plan.inputs(processor)):
+        kept: list[torch.Tensor] = []
+        with vp.prune(model, METHODS[name]) as trace:
+            if "pixel_values" in inputs:
+                model.generate(**inputs, **options)
+            else:
+                assert plan.answer(inputs, options) is not None
+        seen.append((kept, dict(trace.kept), trace))
+    (first, one, trace), (second, other, told) = seen
+    assert len(first) == len(second) == 6
+    for before, after in zip(first, second, strict=True):
+        torch.testing.assert_close(after, before, atol=1e-4, rtol=0)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(places, other[layer]) for layer, places in one.items())
+    assert not one or trace.lengths == told.lengths
+    assert {k: v.tolist() for k, v in trace.vision_kept.items()} == {
+        k: v.tolist() for k, v in told.vision_kept.items()
+    }
+
+
+def test_a_failed_run_leaves_nothing(models: Any) -> None:
+    model, processor = models("original")
+    answerer = Answerer(model, processor, METHODS["fastv"])
+    expected = [content(answer) for answer in answerer.answer(mixed())]
+
+    class Fails(LogitsProcessor):
+        def __call__(self, input_ids: Any, scores: Any) -> Any:
+            raise KeyError("a fault of the caller's")
+
+    before = fingerprint(model)
+    plan = next(p for _, p in answerer._sharing.plan(mixed()) if p)
+    options: Any = {"max_new_tokens": 3, "do_sample": False, "logits_processor": [Fails()]}
+    with pytest.raises(KeyError), vp.prune(model, METHODS["fastv"]):
+        plan.answer(plan.inputs(processor), options)
+    assert fingerprint(model) == before
+    assert [content(answer) for answer in answerer.answer(mixed())] == expected
+
+
+def test_what_is_kept_is_bounded(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = models("original")
+    answerer = Answerer(model, processor)
+    sharing_of(model, parts_of).prefixes.clear()  # type: ignore[union-attr]
+    monkeypatch.setattr(shared, "BYTES", 3 * 60 * 64 * 4)
+    for seed in range(8):
+        answerer.answer(
+            [Query(text, [makers.photo(seed=seed)], max_new_tokens=1) for text in TEXTS]
+        )
+    engine = sharing_of(model, parts_of)
+    assert engine is not None
+    kept = engine.prefixes
+    assert 1 <= len(kept._items) < 8
+    assert kept.bytes == sum(prefix.bytes for prefix in kept._items.values()) <= shared.BYTES

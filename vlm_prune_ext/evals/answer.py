@@ -27,7 +27,7 @@ from vlm_prune_ext.fast.generate import check_method
 from vlm_prune_ext.methods.base import Method
 from vlm_prune_ext.models import parts_of
 from vlm_prune_ext.models.base import starts_with
-from vlm_prune_ext.models.images import ImageLike
+from vlm_prune_ext.models.images import ImageLike, digest_of, open_image
 from vlm_prune_ext.pruning import prune
 
 logger = logging.getLogger("vlm_prune_ext")
@@ -81,6 +81,10 @@ class Answer:
         tower_images: images (or tiles) that went through the vision tower; padding does not.
         patches_kept: tower layer -> patches of each image left by the drop in it.
         fast: on the fast path.
+        shared: questions of its batch that share the beginning of its prompt, pictures included; in
+            ``shared_layers`` decoder layers that was computed once for all of them, and but for
+            ``question_tokens`` nothing for this one alone. All else is told as if it had been asked
+            with its whole prompt.
         kept: decoder layer -> places, among the visual tokens that entered layer 0, of those that
             enter it; where a rule chose. Tokens that a rule added are not among them.
         patches: tower layer (-1: behind it) -> patches that stay, of the first tile.
@@ -98,6 +102,9 @@ class Answer:
     tower_images: float = 0.0
     patches_kept: dict[int, int] = field(default_factory=dict)
     fast: bool = False
+    shared: int = 1
+    shared_layers: int = 0
+    question_tokens: int = 0
     kept: dict[int, list[int]] = field(default_factory=dict)
     patches: dict[int, list[int]] = field(default_factory=dict)
 
@@ -208,6 +215,8 @@ class Answerer:
                 costs = _costs(self, inputs, towers, trace, clock)
         if output is None:  # why is said where it was found out
             return self._together(queries, None)
+        if plan is not None:
+            costs = [replace(cost, **own) for cost, own in zip(costs, plan.told(), strict=True)]
         if starts_with(output, inputs["input_ids"]):
             output = output[:, inputs["input_ids"].shape[1] :]
         counts = lengths_until(output, stops) if beams else ends.counts()
@@ -241,6 +250,51 @@ class Answerer:
     def _text(self, ids: torch.Tensor, count: int, query: Query) -> str:
         text = self.processor.decode(ids[None, :count], {})[0]
         return _cut(text, query.until).strip()
+
+
+def ask(
+    model: Any,
+    processor: Any,
+    image: ImageLike | Sequence[ImageLike],
+    questions: str | Sequence[str],
+    method: Method | None = None,
+    *,
+    max_new_tokens: int = 256,
+    style: str | None = None,
+) -> list[str]:
+    """Answer any number of questions about one picture: what their prompts have in common, picture
+    included, is computed once, and kept for the next call about it (the newest pictures, 1 GiB).
+
+    Args:
+        model, processor: as :func:`vlm_prune_ext.load` returns them.
+        image: PIL image, path or bytes, or several that every question is about.
+        questions: one, or several.
+        method: what prunes; ``None``: nothing does.
+        max_new_tokens: limit of each answer.
+        style: conversation template; ``None`` is the family's own.
+
+    Returns:
+        an answer for each question, greedily decoded; in float32 the same as of whole prompts.
+
+    Raises:
+        InputError: an image, question or method that is not accepted.
+    """
+    images = list(image) if isinstance(image, list | tuple) else [image]
+    digests = tuple(map(digest_of, images))
+    opened = [open_image(one) for one in images]
+    asked = [questions] if isinstance(questions, str) else list(questions)
+    answerer = Answerer(model, processor, method)
+    texts: list[str] = []
+    for first in range(0, len(asked), _TOGETHER):
+        queries = [
+            Query(text, opened, style, max_new_tokens, digests=digests)
+            for text in asked[first : first + _TOGETHER]
+        ]
+        texts += [answer.text for answer in answerer.answer(queries)]
+    return texts
+
+
+_TOGETHER = 64  # questions that are answered at a time
 
 
 def _count_layers(model: Any, method: Method | None) -> int:
@@ -401,7 +455,16 @@ class Sizes(flops.Sizes):
             flops_visual_baseline=cost.visual_baseline,
             vision_flops=cost.vision,
             vision_flops_baseline=cost.vision_baseline,
+            flops_computed=self._computed(answer, cost.prefill),
         )
+
+    def _computed(self, answer: Answer, prefill: float) -> float:
+        """FLOPs of what was computed for an answer: of what it shared, its share."""
+        if self.decoder is None:
+            return prefill
+        layer, saved = self.decoder.layer_flops, 1 - 1 / answer.shared
+        shared = answer.lengths[: answer.shared_layers]
+        return prefill - saved * sum(layer(n - answer.question_tokens) for n in shared)
 
 
 def sample_of(index: int | str, answer: Answer, **more: Any) -> Sample:
@@ -417,6 +480,7 @@ def sample_of(index: int | str, answer: Answer, **more: Any) -> Sample:
         prefill_seconds=answer.prefill_seconds,
         decode_seconds=answer.decode_seconds,
         fast=answer.fast,
+        shared=answer.shared,
         kept={str(layer): ranges(places) for layer, places in answer.kept.items()},
         patches={str(layer): ranges(places) for layer, places in answer.patches.items()},
         **more,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,10 +18,11 @@ from vlm_prune_ext.methods.base import Method, say_once
 from vlm_prune_ext.models import parts_of
 from vlm_prune_ext.models.images import digest_of
 
-logger = logging.getLogger("vlm_prune_ext")
-
 _REMEMBERED = 4096  # pictures that were asked about, the newest
 _FULL = 0.75  # of the places of a run that questions fill, at least
+
+
+_MET: weakref.WeakKeyDictionary[Any, OrderedDict[Hashable, None]] = weakref.WeakKeyDictionary()
 
 
 class Question(Protocol):
@@ -52,7 +53,7 @@ class Sharing:
 
     def __init__(self, model: Any, processor: Any, method: Method | None) -> None:
         self.model, self.processor, self.method = model, processor, method
-        self._met: OrderedDict[Hashable, None] = OrderedDict()
+        self._met = _MET.setdefault(model, OrderedDict())
 
     def plan(self, queries: Sequence[Question]) -> list[tuple[list[int], Plan | None]]:
         """Runs: rows, and how they are answered together (``None``: with whole prompts)."""
@@ -162,6 +163,15 @@ class Plan:
     def tiles(self) -> list[float]:
         """Of each row, what its pictures are for the tower."""
         return [float(self._asked.found[index].tiles) for index in self._asked.owner]
+
+    def told(self) -> list[dict[str, Any]]:
+        """Of each row, fields of its answer about what was shared."""
+        layers = self._engine.shared_layers(self._sharing.method)
+        sizes = [len(self.groups[index].rows) for index in self._asked.owner]
+        return [
+            {"shared": size, "shared_layers": layers, "question_tokens": len(ids)}
+            for size, ids in zip(sizes, self._asked.questions, strict=True)
+        ]
 
     def _make(self, indices: list[int]) -> tuple[dict[str, torch.Tensor], list[int]]:
         firsts = [self._queries[self._asked.owner.index(index)] for index in indices]

@@ -99,6 +99,8 @@ class Sample:
         prefill_seconds: until the first new token (TTFT), this sample's share of its batch.
         decode_seconds: from there to the end of its batch, its share.
         flops, flops_baseline: of the language model's prefill, with this method and without.
+        flops_computed: the same where ``shared`` questions of the batch shared the beginning of
+            their prompts, which counts as often as it was computed (``flops`` is of whole prompts).
         flops_visual, flops_visual_baseline: of its layers, over the visual tokens alone.
         vision_flops, vision_flops_baseline: of the vision tower and the projector.
         fast: on the fast path.
@@ -123,6 +125,8 @@ class Sample:
     decode_seconds: float = 0.0
     flops: float = 0.0
     flops_baseline: float = 0.0
+    flops_computed: float = 0.0
+    shared: int = 1
     flops_visual: float = 0.0
     flops_visual_baseline: float = 0.0
     vision_flops: float = 0.0

@@ -309,6 +309,12 @@ class FastGenerate:
         reason = why_not_shared(method, len(self._parts.layers))
         return reason or why_not_now(self.pieces.parts, method if self._capture else None)
 
+    def shared_layers(self, method: Method | None) -> int:
+        """Decoder layers in which questions about one picture share it."""
+        layers = len(self._parts.layers)
+        first = None if method is None else method.first_by_question(layers)
+        return layers if first is None else max(first, 0)
+
     def known(self, keys: Iterable[Hashable], method: Method | None) -> list[bool]:
         """Which prefixes are there already."""
         return [key in self.prefixes for key in self._keys(keys, method)]
