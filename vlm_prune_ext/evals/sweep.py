@@ -30,6 +30,7 @@ from vlm_prune_ext.experiment import grid, show
 from vlm_prune_ext.experiment.comparison import by_setting, failures, summary_table
 from vlm_prune_ext.experiment.grid import FAILED, SKIPPED, Cell, Held, Line, line_of, slot
 from vlm_prune_ext.experiment.log import Log, lock, write_json
+from vlm_prune_ext.experiment.published import published_table
 from vlm_prune_ext.experiment.record import Record
 from vlm_prune_ext.experiment.report import Line as Curve
 from vlm_prune_ext.experiment.report import line_plot, write_table
@@ -341,6 +342,8 @@ def finish(results: Results, start: float, titles: Mapping[str, str] | None = No
     for note in dict.fromkeys(one.note for one in records if one.note):
         print(note)
     show.write(results, titles=titles)
+    if (beside := published_table(results)).rows:
+        beside.show(boxed=True)
     write_table(results.folder, "sweep", show.long_table(results), ["html"])
     for line in failures(results):
         print(line, file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,9 +78,18 @@ def draw(
         }
         for ending in formats if panels else ():
             path = stem.with_name(f"{stem.name}{'_' if cost.name else ''}{cost.name}.{ending}")
-            line_plot(panels, path, x=cost.label, y="score", log_x=cost.log, share_y=False)
+            ticks = _powers(panels) if cost.log else None
+            x = cost.label
+            line_plot(panels, path, x=x, y="score", log_x=cost.log, ticks=ticks, share_y=False)
             written.append(path)
     return written
+
+
+def _powers(panels: Mapping[str, Sequence[Line]]) -> list[float]:
+    """Powers of two between the least and the most of an axis."""
+    xs = [x for lines in panels.values() for line in lines for x, _ in line.points]
+    low, high = math.ceil(math.log2(min(xs))), math.floor(math.log2(max(xs)))
+    return [2.0**power for power in range(low, high + 1)]
 
 
 def curves(results: Results, data: str, cost: Cost) -> list[Line]:
