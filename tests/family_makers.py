@@ -55,16 +55,14 @@ def byte_tokenizer(specials: list[str], start: str | None = None) -> Tokenizer:
 
 def fast_tokenizer(specials: list[str], start: str | None = None, **fields: Any) -> Any:
     """The same, as transformers has it."""
-    from transformers import PreTrainedTokenizerFast
-
     made = byte_tokenizer(specials, start)
-    return PreTrainedTokenizerFast(tokenizer_object=made, padding_side="left", **fields)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, padding_side="left", **fields
+    )
 
 
 def fuyu_tokenizer() -> Any:
     """Blanks as marks, one in front of all, and special tokens as pieces like others: as Fuyu's."""
-    from transformers import PreTrainedTokenizerFast
-
     special = ["<unk>", "<s>", "</s>", "|SPEAKER|", "|NEWLINE|", "<0x04>"]
     words = sorted({f"▁{word}" for text in TEXTS for word in text.split()})
     letters = ["▁", "\n", *(chr(code) for code in range(33, 127))]
@@ -75,7 +73,7 @@ def fuyu_tokenizer() -> Any:
     marks = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     tokenizer.normalizer = normalizers.Sequence(marks)
     tokenizer.decoder = decoders.Replace("▁", " ")
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     )
 
@@ -124,6 +122,13 @@ def _text(layers: int, **fields: Any) -> dict[str, Any]:
     }
 
 
+def _save(name: str, folder: Path, **fields: Any) -> None:
+    """A model of transformers' classes of that name."""
+    config = getattr(transformers, f"{name}Config")(**fields)
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config)
+    scatter(model).save_pretrained(folder)
+
+
 def _vision(**fields: Any) -> dict[str, Any]:
     return {
         "hidden_size": 32,
@@ -143,13 +148,6 @@ GEMMA_LAYERS = ("sliding", "sliding", "full", "sliding", "full", "sliding")
 
 
 def gemma3(folder: Path, kinds: tuple[str, ...] = GEMMA_LAYERS, window: int = 28) -> None:
-    from transformers import (
-        Gemma3Config,
-        Gemma3ForConditionalGeneration,
-        Gemma3ImageProcessor,
-        Gemma3Processor,
-    )
-
     names = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
     extra = {
         "boi_token": "<start_of_image>",
@@ -165,7 +163,9 @@ def gemma3(folder: Path, kinds: tuple[str, ...] = GEMMA_LAYERS, window: int = 28
         pad_token="<pad>",
         extra_special_tokens=extra,
     )
-    config = Gemma3Config(
+    _save(
+        "Gemma3",
+        folder,
         text_config=_text(
             len(kinds),
             head_dim=16,
@@ -180,8 +180,7 @@ def gemma3(folder: Path, kinds: tuple[str, ...] = GEMMA_LAYERS, window: int = 28
         eoi_token_index=names.index("<end_of_image>"),
         image_token_index=names.index("<image_soft_token>"),
     )
-    scatter(Gemma3ForConditionalGeneration(config)).save_pretrained(folder)
-    pictures = Gemma3ImageProcessor(size={"height": 56, "width": 56})
+    pictures = transformers.Gemma3ImageProcessor(size={"height": 56, "width": 56})
     # As published: no system turn, a system message is said by the user.
     template = (
         "{{ bos_token }}{%- if messages[0]['role'] == 'system' -%}"
@@ -200,20 +199,12 @@ def gemma3(folder: Path, kinds: tuple[str, ...] = GEMMA_LAYERS, window: int = 28
         "{%- endif -%}{%- endfor -%}{%- endif -%}{{ '<end_of_turn>\n' }}{%- endfor -%}"
         "{%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}"
     )
-    Gemma3Processor(
+    transformers.Gemma3Processor(
         pictures, tokenizer, image_seq_length=16, chat_template=template
     ).save_pretrained(folder)
 
 
 def internvl(folder: Path, layers: int = 4) -> None:
-    from transformers import (
-        GotOcr2ImageProcessor,
-        InternVLConfig,
-        InternVLForConditionalGeneration,
-        InternVLProcessor,
-        InternVLVideoProcessor,
-    )
-
     extra = {
         "start_image_token": "<img>",
         "end_image_token": "</img>",
@@ -224,19 +215,20 @@ def internvl(folder: Path, layers: int = 4) -> None:
     tokenizer = fast_tokenizer(
         names, eos_token="<|im_end|>", pad_token="<pad>", extra_special_tokens=extra
     )
-    config = InternVLConfig(
+    _save(
+        "InternVL",
+        folder,
         text_config=_text(layers, model_type="qwen2"),
         vision_config=_vision(),
         image_token_id=names.index("<IMG_CONTEXT>"),
         image_seq_length=4,
         tie_word_embeddings=False,
     )
-    scatter(InternVLForConditionalGeneration(config)).save_pretrained(folder)
-    pictures = GotOcr2ImageProcessor(size={"height": 28, "width": 28}, max_patches=4)
-    InternVLProcessor(
+    pictures = transformers.GotOcr2ImageProcessor(size={"height": 28, "width": 28}, max_patches=4)
+    transformers.InternVLProcessor(
         pictures,
         tokenizer,
-        InternVLVideoProcessor(),
+        transformers.InternVLVideoProcessor(),
         image_seq_length=4,
         chat_template=_chatml("<IMG_CONTEXT>\n"),
     ).save_pretrained(folder)
@@ -259,14 +251,10 @@ def _qformer(**fields: Any) -> dict[str, Any]:
 
 
 def _blip_pictures() -> Any:
-    from transformers import BlipImageProcessor
-
-    return BlipImageProcessor(size={"height": 28, "width": 28})
+    return transformers.BlipImageProcessor(size={"height": 28, "width": 28})
 
 
 def blip2_opt(folder: Path, layers: int = 4) -> None:
-    from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2Processor
-
     names = ["<pad>", "</s>", "<image>"]
     tokenizer = fast_tokenizer(names, "</s>", bos_token="</s>", eos_token="</s>", pad_token="<pad>")
     text = _text(
@@ -277,24 +265,25 @@ def blip2_opt(folder: Path, layers: int = 4) -> None:
         bos_token_id=1,
         do_layer_norm_before=True,
     )
-    _blip2(folder, Blip2Config, Blip2ForConditionalGeneration, text)
-    Blip2Processor(_blip_pictures(), tokenizer, num_query_tokens=QUERIES).save_pretrained(folder)
+    _blip2("Blip2", folder, text)
+    transformers.Blip2Processor(
+        _blip_pictures(), tokenizer, num_query_tokens=QUERIES
+    ).save_pretrained(folder)
 
 
-def _blip2(folder: Path, config: Any, kind: Any, text: dict[str, Any]) -> None:
-    made = config(
+def _blip2(name: str, folder: Path, text: dict[str, Any]) -> None:
+    _save(
+        name,
+        folder,
         vision_config=_vision(),
         qformer_config=_qformer(),
         text_config=text,
         num_query_tokens=QUERIES,
         image_token_index=2,
     )
-    scatter(kind(made)).save_pretrained(folder)
 
 
 def blip2_t5(folder: Path) -> None:
-    from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2Processor
-
     tokenizer = fast_tokenizer(["<pad>", "</s>", "<image>"], eos_token="</s>", pad_token="<pad>")
     text = {
         "model_type": "t5",
@@ -310,46 +299,40 @@ def blip2_t5(folder: Path) -> None:
         "eos_token_id": 1,
         "tie_word_embeddings": False,
     }
-    _blip2(folder, Blip2Config, Blip2ForConditionalGeneration, text)
-    Blip2Processor(_blip_pictures(), tokenizer, num_query_tokens=QUERIES).save_pretrained(folder)
+    _blip2("Blip2", folder, text)
+    transformers.Blip2Processor(
+        _blip_pictures(), tokenizer, num_query_tokens=QUERIES
+    ).save_pretrained(folder)
 
 
 def instructblip(folder: Path, layers: int = 4) -> None:
-    from transformers import (
-        InstructBlipConfig,
-        InstructBlipForConditionalGeneration,
-        InstructBlipProcessor,
-    )
-
     names = ["<pad>", "</s>", "<image>", "<s>"]
     tokenizer = fast_tokenizer(names, "<s>", bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     reader = fast_tokenizer(["[PAD]", "[CLS]"], "[CLS]", pad_token="[PAD]")
     reader.padding_side = "right"
     text = _text(layers, model_type="llama", bos_token_id=3)
-    _blip2(folder, InstructBlipConfig, InstructBlipForConditionalGeneration, text)
-    InstructBlipProcessor(
+    _blip2("InstructBlip", folder, text)
+    transformers.InstructBlipProcessor(
         _blip_pictures(), tokenizer, reader, num_query_tokens=QUERIES
     ).save_pretrained(folder)
 
 
 def fuyu(folder: Path, layers: int = 4) -> None:
-    from transformers import FuyuConfig, FuyuForCausalLM, FuyuImageProcessor, FuyuProcessor
-
     tokenizer = fuyu_tokenizer()
     text = _text(layers, model_type="persimmon", bos_token_id=1, eos_token_id=2)
     del text["num_key_value_heads"]
-    config = FuyuConfig(
+    config = transformers.FuyuConfig(
         **text,
         text_config=text,
         patch_size=10,
         image_size=60,
         image_token_id=tokenizer.convert_tokens_to_ids("|SPEAKER|"),
     )
-    scatter(FuyuForCausalLM(config)).save_pretrained(folder)
-    pictures = FuyuImageProcessor(
+    scatter(transformers.FuyuForCausalLM(config)).save_pretrained(folder)
+    pictures = transformers.FuyuImageProcessor(
         size={"height": 40, "width": 60}, patch_size={"height": 10, "width": 10}
     )
-    FuyuProcessor(pictures, tokenizer).save_pretrained(folder)
+    transformers.FuyuProcessor(pictures, tokenizer).save_pretrained(folder)
 
 
 # ------------------------------------------------------------------------ without a file of ours
@@ -386,6 +369,14 @@ QWEN_IDS = {
     "vision_start_token_id": 3,
     "vision_end_token_id": 4,
 }
+QWEN_VISION = {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "patch_size": 14,
+    "out_hidden_size": HIDDEN,
+}
 MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 
 
@@ -406,52 +397,42 @@ HELPFUL = "You are a helpful assistant."
 
 def qwen2_vl(folder: Path, layers: int = 4) -> None:
     vision = {"depth": 2, "embed_dim": 32, "hidden_size": HIDDEN, "num_heads": 2, "patch_size": 14}
-    config = transformers.Qwen2VLConfig(
-        text_config=_text(layers, rope_parameters=MROPE), vision_config=vision, **QWEN_IDS
+    _save(
+        "Qwen2VL",
+        folder,
+        text_config=_text(layers, rope_parameters=MROPE),
+        vision_config=vision,
+        **QWEN_IDS,
     )
-    scatter(transformers.Qwen2VLForConditionalGeneration(config)).save_pretrained(folder)
     _qwen_processor("Qwen2VL", folder, HELPFUL)
 
 
 def qwen2_5_vl(folder: Path, layers: int = 4) -> None:
-    vision = {
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_heads": 2,
-        "patch_size": 14,
-        "out_hidden_size": HIDDEN,
-        "window_size": 56,
-        "fullatt_block_indexes": [1],
-    }
-    config = transformers.Qwen2_5_VLConfig(
-        text_config=_text(layers, rope_parameters=MROPE), vision_config=vision, **QWEN_IDS
+    vision = {**QWEN_VISION, "window_size": 56, "fullatt_block_indexes": [1]}
+    _save(
+        "Qwen2_5_VL",
+        folder,
+        text_config=_text(layers, rope_parameters=MROPE),
+        vision_config=vision,
+        **QWEN_IDS,
     )
-    scatter(transformers.Qwen2_5_VLForConditionalGeneration(config)).save_pretrained(folder)
     _qwen_processor("Qwen2_5_VL", folder, HELPFUL)
 
 
 def qwen3_vl(folder: Path, layers: int = 4) -> None:
-    vision = {
-        "depth": 3,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_heads": 2,
-        "patch_size": 16,
-        "out_hidden_size": HIDDEN,
-        "deepstack_visual_indexes": [0, 1, 2],
-        "num_position_embeddings": 16,
-    }
+    vision = {**QWEN_VISION, "depth": 3, "patch_size": 16, "num_position_embeddings": 16}
+    vision["deepstack_visual_indexes"] = [0, 1, 2]
     text = _text(layers, head_dim=16, rope_parameters=MROPE)
-    config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **QWEN_IDS)
-    scatter(transformers.Qwen3VLForConditionalGeneration(config)).save_pretrained(folder)
+    _save("Qwen3VL", folder, text_config=text, vision_config=vision, **QWEN_IDS)
     _qwen_processor("Qwen3VL", folder, side=32)
 
 
 def llava_onevision(folder: Path, layers: int = 4) -> None:
     names = ["<pad>", "<|im_end|>", "<|im_start|>", "<image>", "<video>"]
     pinpoints = [[28, 28], [28, 56], [56, 28], [56, 56]]
-    config = transformers.LlavaOnevisionConfig(
+    _save(
+        "LlavaOnevision",
+        folder,
         text_config=_text(layers, model_type="qwen2"),
         vision_config=_vision(model_type="siglip_vision_model", vision_use_head=False),
         image_token_index=3,
@@ -459,7 +440,6 @@ def llava_onevision(folder: Path, layers: int = 4) -> None:
         image_grid_pinpoints=pinpoints,
         tie_word_embeddings=False,
     )
-    scatter(transformers.LlavaOnevisionForConditionalGeneration(config)).save_pretrained(folder)
     # The published template puts all images of a turn in front of its text.
     template = (
         "{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}"
@@ -484,15 +464,15 @@ def _idefics(kind: str, folder: Path, layers: int) -> None:
     names = ["<pad>", "<end_of_utterance>", "<|im_start|>", "<fake_token_around_image>"]
     names += ["<image>", "<global-img>", *(f"<row_{a}_col_{b}>" for a in (1, 2) for b in (1, 2))]
     tokenizer = fast_tokenizer(names, eos_token="<end_of_utterance>", pad_token="<pad>")
-    config = getattr(transformers, f"{kind}Config")(
+    _save(
+        kind,
+        folder,
         text_config=_text(layers, model_type="llama"),
         vision_config=_vision(),
         image_token_id=4,
         scale_factor=2,
         tie_word_embeddings=False,
     )
-    model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
-    scatter(model).save_pretrained(folder)
     template = (
         "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
         "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
@@ -532,27 +512,29 @@ def paligemma(folder: Path, layers: int = 4) -> None:
     processor = transformers.PaliGemmaProcessor(pictures, tokenizer)
     text = _text(layers, model_type="gemma", head_dim=16, bos_token_id=2)
     text["vocab_size"] = len(processor.tokenizer) + 7  # its processor adds places and shapes
-    config = transformers.PaliGemmaConfig(
+    _save(
+        "PaliGemma",
+        folder,
         text_config=text,
         vision_config=_vision(model_type="siglip_vision_model"),
         image_token_index=3,
         projection_dim=HIDDEN,
     )
-    scatter(transformers.PaliGemmaForConditionalGeneration(config)).save_pretrained(folder)
     processor.save_pretrained(folder)
 
 
 def mistral3(folder: Path, layers: int = 4) -> None:
     names = ["<pad>", "</s>", "<s>", "[IMG]", "[IMG_BREAK]", "[IMG_END]", "[INST]", "[/INST]"]
     tokenizer = fast_tokenizer(names, "<s>", bos_token="<s>", eos_token="</s>", pad_token="<pad>")
-    config = transformers.Mistral3Config(
+    _save(
+        "Mistral3",
+        folder,
         text_config=_text(layers, model_type="mistral", head_dim=16, bos_token_id=2),
         vision_config=_vision(model_type="pixtral", image_size=56, head_dim=16),
         image_token_index=3,
         spatial_merge_size=2,
         tie_word_embeddings=False,
     )
-    scatter(transformers.Mistral3ForConditionalGeneration(config)).save_pretrained(folder)
     template = (
         "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
         "{% for block in message['content'] %}{{ block['text'] }}{% endfor %}{{ eos_token }}"
@@ -574,7 +556,9 @@ def aya_vision(folder: Path, layers: int = 4) -> None:
     tokenizer = fast_tokenizer(
         names, "<BOS_TOKEN>", bos_token="<BOS_TOKEN>", eos_token=names[1], pad_token="<PAD>"
     )
-    config = transformers.AyaVisionConfig(
+    _save(
+        "AyaVision",
+        folder,
         text_config=_text(
             layers,
             model_type="cohere2",
@@ -589,7 +573,6 @@ def aya_vision(folder: Path, layers: int = 4) -> None:
         downsample_factor=2,
         tie_word_embeddings=False,
     )
-    scatter(transformers.AyaVisionForConditionalGeneration(config)).save_pretrained(folder)
     template = (
         "{{ bos_token }}{% for message in messages %}<|START_OF_TURN_TOKEN|>"
         "{{ {'user': '<|USER_TOKEN|>', 'assistant': '<|CHATBOT_TOKEN|>', "
@@ -651,25 +634,20 @@ def glm4v(folder: Path, layers: int = 4) -> None:
         "video_start_token_id": 7,
         "video_end_token_id": 8,
     }
-    vision = {
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_heads": 2,
-        "image_size": 56,
-        "patch_size": 14,
-        "out_hidden_size": HIDDEN,
-    }
+    vision = {**QWEN_VISION, "image_size": 56}
     rope = {
         "rope_type": "default",
         "rope_theta": 1e4,
         "mrope_section": [1, 1, 2],
         "partial_rotary_factor": 0.5,
     }
-    config = transformers.Glm4vConfig(
-        text_config=_text(layers, rope_parameters=rope), vision_config=vision, **ids
+    _save(
+        "Glm4v",
+        folder,
+        text_config=_text(layers, rope_parameters=rope),
+        vision_config=vision,
+        **ids,
     )
-    scatter(transformers.Glm4vForConditionalGeneration(config)).save_pretrained(folder)
     template = (
         "[gMASK]<sop>{% for message in messages %}<|{{ message['role'] }}|>\n"
         "{% for item in message['content'] %}{% if item['type'] == 'text' %}{{ item['text'] }}"
@@ -717,7 +695,9 @@ def gemma4(folder: Path, layers: int = 4) -> None:
         bos_token_id=2,
     )
     vision = _vision(num_key_value_heads=2, head_dim=16, patch_size=8, pooling_kernel_size=2)
-    config = transformers.Gemma4Config(
+    _save(
+        "Gemma4",
+        folder,
         text_config=text,
         vision_config={**vision, "position_embedding_size": 64},
         audio_config=None,
@@ -727,7 +707,6 @@ def gemma4(folder: Path, layers: int = 4) -> None:
         eoi_token_id=names.index("<image|>"),
         tie_word_embeddings=False,
     )
-    scatter(transformers.Gemma4ForConditionalGeneration(config)).save_pretrained(folder)
     template = (
         "{{ bos_token }}{% for message in messages %}<|turn>"
         "{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"

@@ -6,8 +6,10 @@ without a word and stops at long ones.
 
 from __future__ import annotations
 
+import ast
 import csv
 import io
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -217,3 +219,20 @@ def _parsed(lines: _Lines, separator: str) -> Iterator[tuple[int, list[str] | No
         if row is None or row:
             yield line, row
         line += len(lines.taken)
+
+
+def read_list(text: str) -> list[str]:
+    """What a cell holds: one text, or those of a list as JSON or Python writes it; empty ones are
+    left out."""
+    text, found = text.strip(), None
+    if text.startswith("[") and text.endswith("]"):
+        for read in (json.loads, ast.literal_eval):
+            try:
+                found = read(text)
+                break
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                continue
+    values = found if isinstance(found, list) else [text]
+    # VQA's answers come as mappings with an `answer`.
+    values = [one.get("answer") if isinstance(one, dict) else one for one in values]
+    return [said for one in values if one is not None and (said := str(one).strip())]

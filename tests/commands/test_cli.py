@@ -269,6 +269,6 @@ def test_convert_gives_what_transformers_loads(tmp_path, capsys):
 
 
 def scene():
-    from vlm_prune_ext.demo.scenes import make_scene, render
+    from vlm_prune_ext.demo.drawing import make_scene, render
 
     return render(make_scene(1))

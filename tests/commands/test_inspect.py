@@ -25,7 +25,7 @@ from vlm_prune_ext.commands.patch_figure import (
     wrap,
 )
 from vlm_prune_ext.demo import CHECKPOINT
-from vlm_prune_ext.demo.scenes import make_scene, render
+from vlm_prune_ext.demo.drawing import make_scene, render
 from vlm_prune_ext.select import random_places, uniform_places
 
 SIDE = 24

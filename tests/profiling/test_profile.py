@@ -27,7 +27,7 @@ from vlm_prune_ext.cli import main
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.experiment.grid import Line, read_lines
 from vlm_prune_ext.experiment.log import Log
-from vlm_prune_ext.profiling.data import CSV, Entry, read_answers, read_folder, write_folder
+from vlm_prune_ext.profiling.data import CSV, Entry, read_folder, write_folder
 from vlm_prune_ext.profiling.grid import Optimization, ProfileSettings
 from vlm_prune_ext.profiling.loading import check_optimization, language_layers, load_for, quantize
 from vlm_prune_ext.profiling.measuring import Prompter
@@ -40,6 +40,7 @@ from vlm_prune_ext.profiling.report import (
     write_reports,
 )
 from vlm_prune_ext.profiling.runner import cells_of, resolved, run_cells
+from vlm_prune_ext.tables import read_list
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("profile_*.yaml"))
 
@@ -643,9 +644,9 @@ def test_a_gpu_cell(folder: Path, llava: Path, tmp_path: Path) -> None:
 
 
 def test_answers_are_read() -> None:
-    assert read_answers('["a", " b ", ""]') == ("a", "b")
-    assert read_answers("[not json") == ("[not json",)
-    assert read_answers(" ") == ()
+    assert read_list('["a", " b ", ""]') == read_list("['a', 'b']") == ["a", "b"]
+    assert read_list("[not json") == ["[not json"] and read_list("[not, json]") == ["[not, json]"]
+    assert read_list(" ") == []
 
 
 def test_load_for_names_what_it_is(llava: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 import re
@@ -13,7 +12,7 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 from vlm_prune_ext.errors import InputError, unknown_name
-from vlm_prune_ext.tables import BadRow, read_texts
+from vlm_prune_ext.tables import BadRow, read_list, read_texts
 
 DEFAULT_PROMPT = "Provide a one-sentence caption for the provided image."
 """Asked where neither the CSV nor ``--prompt`` says what to ask."""
@@ -215,7 +214,8 @@ def _row(
     broken = _unreadable(path)
     if broken:
         return Skipped(index, image, broken)
-    references = [text for name in columns.references for text in _texts(cells[name])]
+    given = [said for name in columns.references for said in read_list(str(cells[name] or ""))]
+    references = [said for said in map(one_line, given) if said]
     if not references:
         return Skipped(index, image, "no reference")
     own = str(cells[columns.prompt] or "").strip() if columns.prompt else ""
@@ -246,20 +246,6 @@ def _unreadable(path: Path) -> str | None:
             return None
     except Exception as error:  # decoders raise whatever they like on damaged files
         return f"not a picture ({type(error).__name__})"
-
-
-def _texts(cell: Any) -> list[str]:
-    """References in a cell: a text, or a list of texts as JSON or Python writes it."""
-    text = str(cell or "").strip()
-    if text.startswith("[") and text.endswith("]"):
-        for read in (json.loads, ast.literal_eval):
-            try:
-                value = read(text)
-            except (ValueError, SyntaxError, MemoryError, RecursionError):
-                continue
-            if isinstance(value, list):
-                return [line for line in map(one_line, map(str, value)) if line]
-    return [one_line(text)] if one_line(text) else []
 
 
 # -- clean-up before scoring -----------------------------------------------------------------------

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_prune_ext.errors import InputError
-from vlm_prune_ext.experiment.log import write_whole
+from vlm_prune_ext.experiment.log import put_aside, write_whole
 from vlm_prune_ext.experiment.metrics import CAPTION, METRICS, everywhere
 from vlm_prune_ext.experiment.record import Sample as Sample
 from vlm_prune_ext.experiment.record import SampleLog
@@ -72,15 +72,7 @@ class Folder:
 
     def put_aside(self, name: str) -> None:
         """Move what a run left into ``previous``, or ``previous-2`` and so on: nothing is lost."""
-        there = [self.lines(name), self.predictions(name), self.metrics(name)]
-        there = [path for path in there if path.exists()]
-        number, aside = 1, self.path / "previous"
-        while any((aside / path.name).exists() for path in there):
-            number += 1
-            aside = self.path / f"previous-{number}"
-        for path in there:
-            aside.mkdir(exist_ok=True)
-            path.rename(aside / path.name)
+        put_aside(self.path, [self.lines(name), self.predictions(name), self.metrics(name)])
 
     def open(self) -> None:
         """Make it.

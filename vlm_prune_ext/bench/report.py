@@ -102,17 +102,9 @@ def legend(header: Mapping[str, Any]) -> str:
     )
 
 
-def put_aside(folder: Path) -> str:
-    """Rename what an earlier bench left. Returns the new name, empty if there was nothing."""
-    there = [ending for ending in ENDINGS if (folder / f"bench.{ending}").exists()]
-    if not there:
-        return ""
-    number = 1
-    while any((folder / f"bench-{number}.{ending}").exists() for ending in ENDINGS):
-        number += 1
-    for ending in there:
-        (folder / f"bench.{ending}").rename(folder / f"bench-{number}.{ending}")
-    return f"bench-{number}.*"
+def files(folder: Path) -> list[Path]:
+    """All that a bench writes."""
+    return [folder / f"bench.{ending}" for ending in ENDINGS]
 
 
 def write(results: Sequence[Result], header: Mapping[str, Any], folder: Path) -> None:

@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
         return _end_to_end(said)
     from vlm_prune_ext.bench import cases, report
     from vlm_prune_ext.experiment import grid
-    from vlm_prune_ext.experiment.log import Log
+    from vlm_prune_ext.experiment.log import Log, put_aside
     from vlm_prune_ext.experiment.measure import measure_roofline
     from vlm_prune_ext.methods.registry import parse_method
 
@@ -128,8 +128,8 @@ def run(args: argparse.Namespace) -> int:
         sizes = {"new_tokens": said.new_tokens, "repeat": said.repeat}
         return asdict(cases.measure_case(workload, wanted[place], roofline, **sizes))
 
-    if kept := report.put_aside(folder):
-        print(f"An earlier bench in {folder} is now {kept}.", file=sys.stderr)
+    if kept := put_aside(folder, report.files(folder)):
+        print(f"An earlier bench in {folder} is now in {kept}.", file=sys.stderr)
     results: list[dict[str, Any]] = []
     for line in grid.run(cells, lambda: job, log=Log(folder / "bench.jsonl")):
         if line.status == grid.FAILED:

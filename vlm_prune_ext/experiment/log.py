@@ -160,22 +160,28 @@ def lock(folder: Path, name: str = "") -> Iterator[None]:
         yield
 
 
-def put_aside(folder: Path) -> Path | None:
+def put_aside(folder: Path, only: Iterable[Path] | None = None) -> Path | None:
     """Move what an earlier run left in a folder into a subfolder of it: ``previous``, or, where
-    there is one, ``previous-2`` and so on. Nothing is deleted.
+    files would meet others there, ``previous-2`` and so on. Nothing is deleted.
+
+    Args:
+        folder: of the results.
+        only: files of it that are moved, those that are there; ``None``: everything, into a
+            subfolder that is new.
 
     Returns:
         the subfolder; ``None`` if there was nothing to move.
     """
-    old = [p for p in folder.iterdir() if p.name != LOCK and not p.name.startswith(ASIDE)]
+    there = list(folder.iterdir()) if only is None else [path for path in only if path.exists()]
+    old = [p for p in there if p.name != LOCK and not p.name.startswith(ASIDE)]
     if not old:
         return None
     number, aside = 1, folder / ASIDE
-    while aside.exists():
+    while aside.exists() and (only is None or any((aside / p.name).exists() for p in old)):
         number += 1
         aside = folder / f"{ASIDE}-{number}"
     with _says_why(aside):
-        aside.mkdir()
+        aside.mkdir(exist_ok=True)
         for path in old:
             path.rename(aside / path.name)
     return aside

@@ -153,7 +153,7 @@ def _turn_on_fast(model: Any, wanted: bool | None) -> None:
         return
     from vlm_prune_ext.fast.generate import turn_on_fast
 
-    family = next((family for family in families() if family.owns(model)), None)
+    family = next((family for family in _all() if family.owns(model)), None)
     try:
         if family is None or not family.line.fast:
             title = type(model).__name__ if family is None else family.line.title
@@ -167,11 +167,15 @@ def _turn_on_fast(model: Any, wanted: bool | None) -> None:
 
 
 def _family_of(source: Checkpoint) -> Family:
-    loadable = [family for family in families() if family.load is not None]
-    for family in loadable:
+    """Families that name its architecture are asked first: others' code need not be imported."""
+    lines = sorted(
+        FAMILIES.values(), key=lambda line: source.architecture not in line.architectures
+    )
+    for line in lines:
+        family = _made(line)
         if family.recognises is not None and family.recognises(source.config):
             return family
-    accepted = sorted({name for family in loadable for name in family.line.architectures})
+    accepted = sorted({name for line in lines for name in line.architectures})
     raise InputError(
         f"checkpoint {source.name!r} is of architecture {source.architecture or None!r}, which is "
         f"not known. Accepted: {', '.join(accepted)} (original format: with mm_vision_tower)."

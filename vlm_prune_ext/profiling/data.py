@@ -13,12 +13,11 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from vlm_prune_ext.errors import InputError
-from vlm_prune_ext.tables import BadRow, read_texts
+from vlm_prune_ext.tables import BadRow, read_list, read_texts
 
 CSV = "data.csv"
 IMAGES = "images"
@@ -143,7 +142,7 @@ def _example(path: Path, number: int, row: dict[str, str]) -> Example | Failure:
     for value, what in ((name, "image"), (question, "question")):
         if not value:
             return Failure(number, name or "?", f"it has no {what}")
-    answers = read_answers(row["answer"] or "")
+    answers = tuple(read_list(row["answer"] or ""))
     if not answers:
         return Failure(number, name, "it has no answer")
     places = [path / IMAGES / name, path / name]
@@ -156,19 +155,6 @@ def _example(path: Path, number: int, row: dict[str, str]) -> Example | Failure:
     except InputError as error:
         return Failure(number, name, str(error))
     return example
-
-
-def read_answers(text: str) -> tuple[str, ...]:
-    """One reference, or those of a JSON list; empty ones are left out."""
-    text = text.strip()
-    found: Any = text
-    if text.startswith("["):
-        try:
-            found = json.loads(text)
-        except ValueError:
-            found = text
-    values = found if isinstance(found, list) else [found]
-    return tuple(said for value in values if (said := str(value).strip()))
 
 
 # -- writing -------------------------------------------------------------------------------------

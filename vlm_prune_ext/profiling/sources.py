@@ -6,7 +6,6 @@ reference, or a picture that does not decode are passed over and named.
 
 from __future__ import annotations
 
-import ast
 import base64
 import binascii
 import io
@@ -16,8 +15,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from vlm_prune_ext.errors import InputError, first_line, unknown_name
-from vlm_prune_ext.profiling.data import Entry, Failure, read_answers
-from vlm_prune_ext.tables import BadRow, read_texts
+from vlm_prune_ext.profiling.data import Entry, Failure
+from vlm_prune_ext.tables import BadRow, read_list, read_texts
 
 LETTERS = "ABCDEFGHIJ"
 CHOOSE = "Answer with the option's letter from the given choices directly."
@@ -162,7 +161,7 @@ def _answers(row: Mapping[str, Any]) -> tuple[str, ...]:
         elif isinstance(value, int) and not isinstance(value, bool) and _options(row):
             found = (LETTERS[value],)  # ScienceQA's answers are places
         else:
-            found = _written(_text(value))
+            found = tuple(read_list(_text(value)))
         if found:
             return found
     return ()
@@ -171,18 +170,6 @@ def _answers(row: Mapping[str, Any]) -> tuple[str, ...]:
 def _inner(value: Any) -> Any:
     """VQA's answers come as mappings with an ``answer``."""
     return value.get("answer") if isinstance(value, Mapping) else value
-
-
-def _written(text: str) -> tuple[str, ...]:
-    """A reference, or several in a list as JSON or Python writes it."""
-    if text.startswith("["):
-        try:
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            value = None
-        if isinstance(value, list | tuple):
-            return tuple(said for entry in value if (said := _text(_inner(entry))))
-    return read_answers(text)
 
 
 def _text(value: Any) -> str:
