@@ -625,12 +625,12 @@ def job_of(folder: Path, count: int, batch: int) -> tuple[worker.Work, files.Lin
 
 
 def answered(job: worker.Work, answerer: Any, lines: files.Lines) -> list[int]:
-    """Indices in the order in which they were predicted."""
+    """Indices of the rows that were asked."""
     order = []
     for samples in worker.answer(job, answerer, lines):
         lines.add(*samples)
         order += [int(sample.index) for sample in samples]
-    return order
+    return sorted(order)
 
 
 def test_only_open_rows_are_answered(tmp_path: Path, tiny: Any) -> None:

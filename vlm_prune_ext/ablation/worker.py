@@ -11,14 +11,19 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from vlm_prune_ext.ablation.data import Row
 from vlm_prune_ext.ablation.files import Folder, Lines
-from vlm_prune_ext.errors import InputError, reason_of
+from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.experiment import grid
 from vlm_prune_ext.experiment.log import write_json
 from vlm_prune_ext.experiment.record import Sample
+
+if TYPE_CHECKING:
+    from vlm_prune_ext.evals.answer import Query
+    from vlm_prune_ext.evals.feed import Batch, Outcome
 
 
 @dataclass(frozen=True)
@@ -122,50 +127,35 @@ def answer(work: Work, answerer: Any, lines: Lines) -> Iterator[list[Sample]]:
     Raises:
         EveryRowFailed: in the first batch.
     """
+    from vlm_prune_ext.evals import feed
+
     known = lines.answered()
-    rows = [row for row in work.rows if row.index not in known]
-    some = bool(known)
-    for place in range(0, len(rows), work.batch_size):
-        batch = rows[place : place + work.batch_size]
-        samples = _answer(batch, answerer, work.max_new_tokens, warm_up=place == 0)
-        yield samples
-        failed = [sample.failed for sample in samples if sample.failed]
-        some = some or len(failed) < len(samples)
-        if not some:
-            raise EveryRowFailed(failed[0])
+    rows = (
+        feed.Row(row.index, partial(_query, row, work.max_new_tokens))
+        for row in work.rows
+        if row.index not in known
+    )
+    size = feed.BatchSize(work.batch_size, answerer.processor.device)
+    warm_up, some = True, bool(known)
+    for batch in feed.Feeder(answerer, size).batches(rows):
+        yield [_sample(one, batch, warm_up) for one in batch.outcomes]
+        warm_up = warm_up and not batch.size
+        some = some or any(one.answer is not None for one in batch.outcomes)
+        if batch.size and not some:
+            raise EveryRowFailed(batch.outcomes[0].why)
 
 
-def _answer(
-    rows: Sequence[Row], answerer: Any, max_new_tokens: int, *, warm_up: bool
-) -> list[Sample]:
-    """A sample for each row, in order; where a batch fails, its rows one by one."""
-    import torch
+def _query(row: Row, max_new_tokens: int) -> Query:
+    from vlm_prune_ext.evals.answer import Query
 
-    try:
-        return _ask(rows, answerer, max_new_tokens, warm_up)
-    except (InputError, torch.OutOfMemoryError) as error:
-        if len(rows) == 1:
-            print(f"row {rows[0].index}: {reason_of(error)}", flush=True)
-            return [Sample(rows[0].index, "", failed=reason_of(error))]
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return [
-        sample
-        for row in rows
-        for sample in _answer([row], answerer, max_new_tokens, warm_up=warm_up)
-    ]
+    return Query(row.prompt, [row.path], max_new_tokens=max_new_tokens)
 
 
-def _ask(rows: Sequence[Row], answerer: Any, max_new_tokens: int, warm_up: bool) -> list[Sample]:
-    from vlm_prune_ext.evals.answer import Query, sample_of
-    from vlm_prune_ext.experiment.measure import now
+def _sample(one: Outcome, batch: Batch, warm_up: bool) -> Sample:
+    from vlm_prune_ext.evals.answer import sample_of
 
-    device = answerer.processor.device
-    start = now(device)
-    queries = [Query(row.prompt, [row.path], max_new_tokens=max_new_tokens) for row in rows]
-    answers = answerer.answer(queries)
-    seconds = (now(device) - start) / len(rows)
-    return [
-        sample_of(row.index, answer, warm_up=warm_up, seconds=seconds, batch=answer.batch)
-        for row, answer in zip(rows, answers, strict=True)
-    ]
+    if one.answer is None:
+        print(f"row {one.index}: {one.why}", flush=True)
+        return Sample(one.index, "", failed=one.why)
+    seconds, together = batch.seconds / batch.size, one.answer.batch
+    return sample_of(one.index, one.answer, warm_up=warm_up, seconds=seconds, batch=together)
