@@ -218,8 +218,17 @@ class Declared:
                 raise InputError(f"{flags_of(one)[0]} [] is not valid: at least one value.")
             for each in value if isinstance(value, list) else [value]:
                 if each is not None and not kind.ok(each):
-                    raise _refused(flags_of(one)[0], each, kind)
+                    raise self.refused(one, each)
             object.__setattr__(self, name, value)
+
+    def refused(self, one: Any, value: Any) -> InputError:
+        """The error for a value of a field that is not accepted."""
+        flag, kind = flags_of(one)[0], one.metadata["kind"]
+        if kind.names:
+            return unknown_name(flag, value, kind.names)
+        if isinstance(value, str) and not value.strip():
+            return InputError(f"{flag} {value!r} is not valid: it is empty.")
+        return InputError(f"{flag} {value} is not valid: {kind.accepted}.")
 
     @classmethod
     def of(cls, line: Mapping[str, Any], file: Mapping[str, Any] | None = None) -> Self:
@@ -241,35 +250,14 @@ class Declared:
         return cls(**{**(file or {}), **given})
 
 
-def _refused(flag: str, value: Any, kind: Kind) -> InputError:
-    if kind.names:
-        return unknown_name(flag, value, kind.names)
-    if isinstance(value, str) and not value.strip():
-        return InputError(f"{flag} {value!r} is not valid: it is empty.")
-    return InputError(f"{flag} {value} is not valid: {kind.accepted}.")
-
-
 @dataclass(frozen=True)
-class Settings:
-    """Everything that decides what a run does.
+class ModelSettings(Declared):
+    """Which model, where and how it is loaded; commands about one model add theirs.
 
     Attributes:
         model_path: folder or hub name of a checkpoint; ``None`` is the demo's.
-        method: what prunes; ``None`` is the baseline.
-        data: names of datasets.
-        work_dir: where results go.
-        limit: rows of each dataset, the first ones; ``None``: all.
-        mode: ``infer`` makes predictions, ``eval`` scores those that are there, ``all`` does both.
-        reuse: what every run does: go on from the answers that are there.
-        fresh: start anew instead; what is there is put aside.
-        verbose: print every answer.
-        seed: of torch's generators, and of methods that draw lots.
-        dtype, device, attn_implementation: see :func:`vlm_prune_ext.load`.
-        batch_size: rows that are answered together, or ``auto``: as many as pay and fit into
-            memory; ``None``: ``auto`` on a GPU, else 1.
-        max_new_tokens: limit of an answer; ``None``: VLMEvalKit's for LLaVA.
-        keep_positions: how many of the first rows say in the log which tokens were kept.
-        fast, trust_remote_code: see :func:`vlm_prune_ext.load`.
+        device, dtype, attn_implementation, fast, trust_remote_code: see
+            :func:`vlm_prune_ext.load`.
         min_pixels, max_pixels: pixels of an image, of families that take it as large as it is.
     """
 
@@ -279,35 +267,12 @@ class Settings:
         "folder or repository, original LLaVA or Hugging Face format (default: demo model)",
         *("--model-path", "--model"),
     )
-    method: Method | None = None
-    data: tuple[str, ...] = option(
-        (), NAMES, "VLMEvalKit's, path.tsv, path.csv, or the demo's, Shapes_* (default: these)"
-    )
-    work_dir: str = option(
-        "outputs", text("a folder", "DIR"), "default: outputs", "--work-dir", "--out"
-    )
-    limit: int | None = option(None, WHOLE, "only the first N rows of each data set")
-    mode: str = option("all", choice(MODES), "default: all")
-    reuse: bool = option(False, FLAG, "what every run does: go on from what is there")
-    fresh: bool = option(False, FLAG, "start anew; what is there is put aside, not deleted")
-    verbose: bool = option(False, FLAG, "print every answer")
-    seed: int = option(0, SEED, "default: 0")
+    device: str | None = option(None, text("a text"), "cpu, cuda, cuda:1 (default: as found)")
     dtype: str | None = option(
         None, choice(DTYPES), "default: float32 on a CPU, else the checkpoint's"
     )
-    device: str | None = option(None, text("a text"), "cpu, cuda, cuda:1 (default: as found)")
     attn_implementation: str | None = option(
         None, text("a text"), "eager, sdpa or flash_attention_2"
-    )
-    batch_size: int | str | None = option(
-        None,
-        BATCH,
-        "rows that are answered together; auto: as many as pay and fit (default: auto on a GPU, "
-        "else 1)",
-    )
-    max_new_tokens: int | None = option(None, WHOLE, "default: VLMEvalKit's for LLaVA, 2048")
-    keep_positions: int = option(
-        200, WHOLE, "first rows whose kept tokens are logged, for pages (default: 200)"
     )
     fast: bool | None = option(
         None,
@@ -327,11 +292,57 @@ class Settings:
         None, WHOLE, "larger pictures are made smaller (default: the checkpoint's)"
     )
 
+
+MODEL = tuple(f.name for f in fields(ModelSettings))
+"""Names of these settings."""
+
+
+@dataclass(frozen=True)
+class Settings(ModelSettings):
+    """Everything that decides what a run does.
+
+    Attributes:
+        method: what prunes; ``None`` is the baseline.
+        data: names of datasets.
+        work_dir: where results go.
+        limit: rows of each dataset, the first ones; ``None``: all.
+        mode: ``infer`` makes predictions, ``eval`` scores those that are there, ``all`` does both.
+        reuse: what every run does: go on from the answers that are there.
+        fresh: start anew instead; what is there is put aside.
+        verbose: print every answer.
+        seed: of torch's generators, and of methods that draw lots.
+        batch_size: rows that are answered together, or ``auto``: as many as pay and fit into
+            memory; ``None``: ``auto`` on a GPU, else 1.
+        max_new_tokens: limit of an answer; ``None``: VLMEvalKit's for LLaVA.
+        keep_positions: how many of the first rows say in the log which tokens were kept.
+    """
+
+    method: Method | None = None
+    data: tuple[str, ...] = option(
+        (), NAMES, "VLMEvalKit's, path.tsv, path.csv, or the demo's, Shapes_* (default: these)"
+    )
+    work_dir: str = option(
+        "outputs", text("a folder", "DIR"), "default: outputs", "--work-dir", "--out"
+    )
+    limit: int | None = option(None, WHOLE, "only the first N rows of each data set")
+    mode: str = option("all", choice(MODES), "default: all")
+    reuse: bool = option(False, FLAG, "what every run does: go on from what is there")
+    fresh: bool = option(False, FLAG, "start anew; what is there is put aside, not deleted")
+    verbose: bool = option(False, FLAG, "print every answer")
+    seed: int = option(0, SEED, "default: 0")
+    batch_size: int | str | None = option(
+        None,
+        BATCH,
+        "rows that are answered together; auto: as many as pay and fit (default: auto on a GPU, "
+        "else 1)",
+    )
+    max_new_tokens: int | None = option(None, WHOLE, "default: VLMEvalKit's for LLaVA, 2048")
+    keep_positions: int = option(
+        200, WHOLE, "first rows whose kept tokens are logged, for pages (default: 200)"
+    )
+
     def __post_init__(self) -> None:
-        for one in fields(self):
-            if "kind" in one.metadata:
-                kind, value = one.metadata["kind"], getattr(self, one.name)
-                _require(one.name, value, kind.accepted, kind.ok, none=one.default is None)
+        super().__post_init__()
         a_seed().check("seed", self.seed)
         if self.reuse and self.fresh:
             raise InputError("reuse=True and fresh=True exclude each other: one of them may be.")
@@ -341,28 +352,14 @@ class Settings:
         """The method's part of file names."""
         return self.method.label() if self.method is not None else "baseline"
 
+    def refused(self, one: Any, value: Any) -> InputError:
+        """Named as in a file: it may come from one."""
+        return InputError(f"{one.name}={value!r} is not valid: {one.metadata['kind'].accepted}.")
+
     def as_json(self) -> dict[str, Any]:
         """Plain values, the method as its name and all of its parameters."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "method"}
         return {**plain, "data": list(self.data), "method": method_as_json(self.method)}
-
-
-@dataclass(frozen=True)
-class ModelSettings(Declared):
-    """Which model, where and how it is loaded; commands about one model add theirs."""
-
-    model_path: str | None = shared("model_path")
-    device: str | None = shared("device")
-    dtype: str | None = shared("dtype")
-    attn_implementation: str | None = shared("attn_implementation")
-    fast: bool | None = shared("fast")
-    trust_remote_code: bool = shared("trust_remote_code")
-    min_pixels: int | None = shared("min_pixels")
-    max_pixels: int | None = shared("max_pixels")
-
-
-MODEL = tuple(f.name for f in fields(ModelSettings))
-"""Names of these settings."""
 
 
 def method_as_json(method: Method | None) -> dict[str, Any]:
