@@ -19,7 +19,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ from vlm_prune_ext.experiment.measure import (
 )
 from vlm_prune_ext.experiment.measure import warm as warm_up
 from vlm_prune_ext.experiment.metrics import METRICS, Answered, everywhere, fitting, score_all
-from vlm_prune_ext.experiment.record import Sample, Spread
+from vlm_prune_ext.experiment.record import Sample, Spread, held
 from vlm_prune_ext.models.base import starts_with
 from vlm_prune_ext.profiling.data import Example
 from vlm_prune_ext.profiling.loading import Loaded
@@ -366,7 +366,7 @@ class CellMeasurer:
                 idle=self.idle,
             ),
             flops=self._flops(first),
-            tokens=self._tokens([(batch, run) for batch, run, _ in batches]),
+            tokens=self._tokens(samples, [batch for batch, *_ in batches]),
             quality=quality_of(samples, [example.answers for example in self.examples]),
             examples_per_second=self.cell.batch_size / latency.total.median,
             peak_memory=peak,
@@ -488,33 +488,27 @@ class CellMeasurer:
             ratio=total / analytic.total if analytic and counted else None,
         )
 
-    def _tokens(self, batches: list[tuple[Batch, _Run]]) -> Tokens:
-        visual = [count for batch, _ in batches for count in batch.visual]
-        means, lasts = zip(*(self._kept(batch, run) for batch, run in batches), strict=True)
-        new = [count for _, run in batches for count in self._new(run)]
+    def _tokens(self, samples: Sequence[Sample], batches: Sequence[Batch]) -> Tokens:
+        layers = [_held(sample) for sample in samples]
         return Tokens(
-            visual=statistics.fmean(visual),
-            visual_kept=statistics.fmean(means),
-            visual_last=statistics.fmean(lasts),
-            text=statistics.fmean(count for batch, _ in batches for count in batch.text),
-            width=statistics.fmean(batch.width for batch, _ in batches),
-            new=statistics.fmean(new),
-            pixels=batches[0][0].pixels,
+            visual=statistics.fmean(sample.visual_tokens for sample in samples),
+            visual_kept=statistics.fmean(statistics.fmean(counts) for counts in layers),
+            visual_last=statistics.fmean(counts[-1] for counts in layers),
+            text=statistics.fmean(count for batch in batches for count in batch.text),
+            width=statistics.fmean(batch.width for batch in batches),
+            new=statistics.fmean(sample.new_tokens for sample in samples),
+            pixels=batches[0].pixels,
         )
-
-    def _kept(self, batch: Batch, run: _Run) -> tuple[float, float]:
-        """Visual tokens a layer holds, mean over layers and in the last one."""
-        before = statistics.fmean(batch.visual)
-        found = {layer: statistics.fmean(n) for layer, n in run.trace.visual_tokens.items()}
-        layers = len(run.trace.lengths)
-        if not found or not layers:
-            return before, before
-        held, per_layer = before, []
-        for layer in range(layers):
-            held = found.get(layer, held)
-            per_layer.append(held)
-        return statistics.fmean(per_layer), per_layer[-1]
 
     def _new(self, run: _Run) -> list[int]:
         """New tokens of each example, its end token included."""
         return lengths_until(run.ids, stop_ids(self.model, self.processor))
+
+
+def _held(sample: Sample) -> list[int]:
+    """Visual tokens of a sample in each decoder layer; where nothing was dropped, all of them."""
+    if not sample.visual_kept or not sample.lengths:
+        return [sample.visual_tokens]
+    first = {"0": sample.visual_tokens, **sample.visual_kept}
+    whole = replace(sample, visual_kept=first)
+    return [held(whole, layer) for layer in range(len(sample.lengths))]

@@ -282,12 +282,19 @@ class Model:
         return parts
 
 
-def table(rows: Sequence[Row], axes: Sequence[Question]) -> Table:
-    """Rows under the axes that tell them apart, and their figures."""
-    columns = [*(Column(q.column, left=True, key=q.axis) for q in axes), *map(_bare, figures())]
-    made = Table(columns)
+def table(
+    rows: Sequence[Row],
+    axes: Sequence[Question],
+    shown: Sequence[Figure] | None = None,
+    title: str = "",
+) -> Table:
+    """Rows under the axes that tell them apart, and their figures (``None``: all)."""
+    shown = figures() if shown is None else shown
+    made = Table([*(Column(q.column, left=True, key=q.axis) for q in axes), *map(_bare, shown)])
+    made.title = title
     for row in rows:
-        made.rows.append([*(row.shown(q.axis) or "default" for q in axes), *row.figures.values()])
+        settings = [row.shown(q.axis) or "default" for q in axes]
+        made.rows.append([*settings, *(row.figures[figure.name] for figure in shown)])
     return made
 
 
@@ -405,16 +412,9 @@ def _shared(rows: Sequence[Row]) -> str:
 
 def failed_text(line: Line) -> str:
     """A failed cell in a line."""
-    cell = line.cell
-    settings = [
-        f"optimisation {cell['optimization'] or 'default'}",
-        f"image {cell['img_size'] or 'as is'}",
-        f"batch {cell['batch_size']}",
-        f"text limit {cell['max_input_len'] or 'as is'}",
-        f"KV cache {'yes' if cell['cached'] else 'no'}",
-        line.label,
-    ]
-    return f"{', '.join(settings)}: {line.why}"
+    row = Row(line, {})
+    settings = [f"{q.column} {row.shown(q.axis) or 'default'}" for q in QUESTIONS[:-2]]
+    return f"{', '.join(settings)}, {line.label}: {line.why}"
 
 
 # -- plots ---------------------------------------------------------------------------------------
@@ -536,19 +536,17 @@ SHOWN = ("kept", "latency ms", "TTFT ms", "TPOT ms", "examples/s", "score", "GFL
 def console_tables(out: Path) -> list[Table]:
     """What a terminal is shown of a log: a table a model, its main figures and the metrics that
     every command shows."""
-    made = []
     lines = list(read_lines(Log(out / LOG)).values())
     columns = [figure for figure in figures() if figure.name in SHOWN or figure not in FIGURES]
-    for name in dict.fromkeys(line.cell["model_name"] for line in lines):
-        rows = rows_of(line for line in lines if line.cell["model_name"] == name)
-        axes = varying(rows) or [QUESTIONS[-2]]
-        own = Table([*(Column(q.column, left=True) for q in axes), *map(_bare, columns)])
-        own.title = name
-        for row in rows:
-            settings = [row.shown(q.axis) or "default" for q in axes]
-            own.rows.append([*settings, *(row.figures[column.name] for column in columns)])
-        made += [own] if rows else []
-    return made
+    by_model = {
+        name: rows_of(line for line in lines if line.cell["model_name"] == name)
+        for name in dict.fromkeys(line.cell["model_name"] for line in lines)
+    }
+    return [
+        table(rows, varying(rows) or [QUESTIONS[-2]], columns, name)
+        for name, rows in by_model.items()
+        if rows
+    ]
 
 
 _INDEX = (
