@@ -265,8 +265,10 @@ def _rank() -> tuple[int, int]:
 
 def _wait_for(made: Plan, folder: Path, date: str) -> None:
     """Until the log has a line of this start for each cell. (torchrun ends all processes when one
-    of them fails.)"""
+    of them fails.) Other processes may have begun a little earlier than this one."""
     keys = {cell.key for cell in made.cells}
+    start = datetime.datetime.fromisoformat(date) - datetime.timedelta(seconds=60)
+    date = start.isoformat("T", "seconds")
     while True:
         lines = grid.read_lines(Log(folder / LOG))
         if all(k in lines and lines[k].host.get("date", "") >= date for k in keys):
