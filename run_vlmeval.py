@@ -8,11 +8,14 @@ python run_vlmeval.py --model-path liuhaotian/llava-v1.5-7b --use-fast-v \
 import sys
 from collections.abc import Sequence
 
-from vlm_prune_ext import cli
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``vlm-prune eval`` with these arguments; ``None`` takes those of the process."""
+    try:
+        from vlm_prune_ext import cli
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
     return cli.main(["eval", *(sys.argv[1:] if argv is None else argv)])
 
 

@@ -11,9 +11,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from vlm_prune_ext import __version__
@@ -70,19 +74,65 @@ def main(argv: Sequence[str] | None = None) -> int:
         the exit code: 0, 1 or 2, see the module's docstring; 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    with _watched() as pressed, _any_encoding():
+        return _main(words, pressed)
+
+
+def _main(words: list[str], pressed: list[int]) -> int:
     try:
         code = _dispatch(words)
         sys.stdout.flush()
         return code
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
     except BrokenPipeError:  # the reader (head, a pager) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        return 130
+    except (KeyboardInterrupt, Exception) as error:
+        # numpy and others make errors of their own of a Ctrl-C while they are imported.
+        if pressed or isinstance(error, KeyboardInterrupt):
+            print("Interrupted.", file=sys.stderr)
+            return 130
+        if not isinstance(error, InputError):
+            raise
+        from vlm_prune_ext.experiment.report import say
+
+        for line in str(error).split("\n"):  # a sentence each, where several things are wrong
+            say(line, error=True)
+        return 2
+
+
+@contextmanager
+def _watched() -> Iterator[list[int]]:
+    """Ctrl-C as Python has it, and a note that it was pressed."""
+    pressed: list[int] = []
+
+    def stop(number: int, frame: Any) -> None:
+        pressed.append(number)
+        signal.default_int_handler(number, frame)
+
+    here = threading.current_thread() is threading.main_thread()
+    if not here or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield pressed
+        return
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def _any_encoding() -> Iterator[None]:
+    """What a terminal's encoding does not have is written out, and ends nothing."""
+    streams = [s for s in (sys.stdout, sys.stderr) if isinstance(s, io.TextIOWrapper)]
+    before = [stream.errors for stream in streams]
+    for stream in streams:
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        for stream, errors in zip(streams, before, strict=True):
+            if not stream.closed:
+                stream.reconfigure(errors=errors)
 
 
 def _dispatch(words: list[str]) -> int:

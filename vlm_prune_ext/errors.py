@@ -16,6 +16,10 @@ class InputError(ValueError):
     """Wrong input, said in one sentence: the field, the value, what is accepted."""
 
 
+class RowError(InputError):
+    """A text or picture that a model cannot be asked with: of many rows, that row's failure."""
+
+
 def unknown_name(kind: str, value: object, accepted: Iterable[str]) -> InputError:
     """The error for a name that is not known, with the nearest known one suggested.
 

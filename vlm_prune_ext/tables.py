@@ -72,6 +72,19 @@ def read_leniently(
         raise InputError(f"{str(path)!r} is not a table: {first_line(error)}.") from error
 
 
+def read_as_written(path: Path, separator: str) -> tuple[pd.DataFrame, list[BadRow]]:
+    """As :func:`read_leniently`, but all cells are the texts that were written (``007``, ``1.0``,
+    ``TRUE``).
+
+    Raises:
+        InputError: as there, and where two columns have one name.
+    """
+    names = [name.strip() for name in read_header(path, separator) if name.strip()]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"{str(path)!r} has column {twice[0]!r} twice: once is accepted.")
+    return read_leniently(path, separator, dtype=str)
+
+
 def read_texts(
     path: Path, separator: str
 ) -> tuple[list[str], list[dict[str, str]], dict[int, BadRow]]:
@@ -87,7 +100,7 @@ def read_texts(
     Raises:
         InputError: as :func:`read_leniently`.
     """
-    data, bad = read_leniently(path, separator, dtype=str)
+    data, bad = read_as_written(path, separator)
     data.columns = [str(name).strip() for name in data]
     broken = {row.place: row for row in bad if row.place is not None}
     whole = iter(data.fillna("").to_dict("records"))
@@ -107,6 +120,8 @@ def read_header(path: Path, separator: str = "\t") -> list[str]:
             header = next(_rows(file, separator), None)
     except OSError as error:
         raise InputError(f"{str(path)!r} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise InputError(f"{str(path)!r} is not a table: {error}.") from error
     if header is None:
         raise InputError(f"{str(path)!r} is empty: a header and rows are needed.")
     return header.cells
@@ -132,7 +147,7 @@ def _screened(path: Path, separator: str) -> tuple[Any, list[BadRow]]:
         else:
             good.append(row.cells)
     text = io.StringIO()
-    csv.writer(text, delimiter=separator, lineterminator="\n").writerows(good)
+    csv.writer(text, delimiter=separator).writerows(good)  # with "\n" it would not quote "\r"
     text.seek(0)
     return text, bad
 
@@ -152,6 +167,8 @@ def _rows(file: Any, separator: str) -> Iterator[_Row]:
         for line, cells in _parsed(_Lines(file), separator):
             if width is None:
                 width = len(cells or [])
+                if any("\0" in cell or _odd(cell) for cell in cells or []):
+                    raise ValueError("its header is no UTF-8 text (UTF-16 is not): save it as such")
             if cells is None:
                 yield _Row(line, [], "it holds a NUL byte")
             elif len(cells) != width:

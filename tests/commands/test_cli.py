@@ -6,8 +6,10 @@ import dataclasses
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -272,3 +274,27 @@ def scene():
     from vlm_prune_ext.demo.drawing import make_scene, render
 
     return render(make_scene(1))
+
+
+def test_ctrl_c_that_an_import_made_another_error_of(capsys, monkeypatch):
+    """As numpy does when it is interrupted half-way through its C code."""
+
+    def run(words):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            raise ImportError("cannot load module more than once per process") from None
+
+    monkeypatch.setattr(cli, "_dispatch", run)
+    assert cli.main(["methods"]) == 130
+    assert capsys.readouterr().err == "Interrupted.\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_what_an_encoding_lacks_is_written_out():
+    words = [sys.executable, "-m", "vlm_prune_ext.cli", "eval", "--data", "\u00e4\u2192\x1b"]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(words, capture_output=True, env=env, cwd=Path(__file__).parents[2])
+    assert done.returncode == 2 and b"Traceback" not in done.stderr
+    assert b"\\xe4" in done.stderr and b"\x1b" not in done.stderr

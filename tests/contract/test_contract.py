@@ -111,7 +111,10 @@ def _same(before: str, now: str | None) -> bool:
 def test_refusals(
     program: str, line: str, parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One sentence on standard error with field and value, exit code 2, and nothing written."""
+    """One sentence on standard error with field and value, exit code 2, and nothing written.
+
+    A budget above the tokens of a picture is no longer one of them: it keeps all, as in Python.
+    """
     monkeypatch.chdir(tmp_path)
     for name in ("LMUData", "XDG_CACHE_HOME"):
         folder = tmp_path.parent / f"{tmp_path.name}_{name}"

@@ -264,6 +264,9 @@ def test_decoding_settings() -> None:
         ({"temperature": 1.0, "top_p": 0}, "top_p"),
         ({"do_sample": "yes"}, "do_sample"),
         ({"do_sample": True, "seed": 3}, "--seed"),
+        ({"max_gen_toks": 5, "max_new_tokens": 7}, "max_new_tokens=7 contradicts"),
+        ({"until": ["a"], "stop_sequences": ["b"]}, "one setting"),
+        ({"min_new_tokens": 3, "max_new_tokens": 2}, "at most max_new_tokens=2"),
     ],
 )
 def test_options_are_honoured_or_refused(wrong: dict[str, Any], sentence: str) -> None:

@@ -43,7 +43,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def words(place: Path, out: Path, *more: str) -> list[str]:
     models = [str(place / "llava-v1.5-7b"), str(place / "other")]
-    line = ["sweep", "--model", *models, "--method", "fastv", "random:3", "himap:99"]
+    line = ["sweep", "--model", *models, "--method", "fastv", "random:3", "vtw:99"]
     line += ["--budget", "5", "0.25", "17", "--no-controls"]
     line += ["--data", "Mine", "--max-new-tokens", "3"]
     return [*line, "--out", str(out), "--device", "cpu", *more]
@@ -94,7 +94,7 @@ def test_killed_and_gone_on_with_is_the_same_as_in_one_go(place: Path, tmp_path:
     said, errors = done.communicate(timeout=300)
     assert done.returncode == 0, errors
     after = answered(out)
-    assert len(after) == len(set(after)) == 2 * 4 * 6 and set(before) <= set(after)
+    assert len(after) == len(set(after)) == 2 * 5 * 6 and set(before) <= set(after)
 
     one_go = start(place, tmp_path / "one", "--workers", "1")
     one_go.communicate(timeout=300)
@@ -105,12 +105,13 @@ def test_killed_and_gone_on_with_is_the_same_as_in_one_go(place: Path, tmp_path:
 
     rows = scores(out)
     done_rows = [row for row in rows if row["status"] == "done"]
-    assert len(done_rows) == 8 and len(rows) == 12
+    assert len(done_rows) == 10 and len(rows) == 12
     kept = {row["method"]: row["kept"] for row in done_rows}
     assert kept["baseline"] == 16 and kept["random_keep3"] == 3
     assert kept["fastv_rank5"] == (3 * 16 + 3 * 5) / 6
     skipped = {row["method"]: row["why"] for row in rows if row["status"] == "skipped"}
-    assert "at most 16" in skipped["fastv:17"] and "himap:99" in skipped
+    assert kept["fastv_rank17"] == 16  # more than there are: all
+    assert set(skipped) == {"vtw:99"}
     assert "Skipped" in errors and "fastv_rank5" in said
     header, *table = list(csv.reader((out / "sweep.csv").open(newline="")))
     assert len(table) == 12

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -154,6 +156,23 @@ def test_candidates_behind_the_prompt_change_nothing(loaded: tuple[Any, Any], na
     assert all(torch.equal(trace.kept[layer], rows) for layer, rows in kept.items())
 
 
+@pytest.mark.parametrize("name", [*ASSISTED, "mask"])
+@torch.no_grad()
+def test_asking_for_several_logits_changes_nothing(loaded: tuple[Any, Any], name: str) -> None:
+    """Assisted decoding does so too, for tokens that are guesses; here all are the prompt's."""
+    model, processor = loaded
+    inputs = inputs_of(processor, "What colour is the cat? What colour is the dog?")
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    with vp.prune(model, {**ASSISTED, **METHODS}[name]) as trace:
+        want = model(**inputs).logits
+        kept = {k: v.clone() for k, v in trace.kept.items()}
+        got = model(**inputs, past_key_values=DynamicCache(), logits_to_keep=5).logits
+        torch.testing.assert_close(got, want[:, -5:], atol=1e-5, rtol=1e-4)
+        assert all(torch.equal(trace.kept[layer], rows) for layer, rows in kept.items())
+        said = model.generate(**inputs, **options)
+        assert torch.equal(model.generate(**inputs, **options, logits_to_keep=3), said)
+
+
 @torch.no_grad()
 def test_candidates_in_mask_mode_are_refused(loaded: tuple[Any, Any]) -> None:
     model, processor = loaded
@@ -161,6 +180,162 @@ def test_candidates_in_mask_mode_are_refused(loaded: tuple[Any, Any]) -> None:
     options = {"max_new_tokens": 12, "suppress_tokens": [processor.image_token_id]}
     with vp.prune(model, METHODS["mask"]), pytest.raises(vp.InputError, match="assisted"):
         model.generate(**inputs, **options, prompt_lookup_num_tokens=5)
+
+
+def step(model: Any, cache: Any, places: list[int], token: int = 30) -> torch.Tensor:
+    """Logits of one more token behind conversations of these lengths."""
+    rows, width = len(places), max(places) + 1
+    mask = torch.ones(rows, width, dtype=torch.int64)
+    for row, place in enumerate(places):
+        mask[row, : width - 1 - place] = 0
+    return model(
+        input_ids=torch.full((rows, 1), token),
+        attention_mask=mask,
+        position_ids=torch.tensor(places)[:, None],
+        past_key_values=cache,
+    ).logits
+
+
+@pytest.mark.parametrize("name", METHODS)
+@torch.no_grad()
+def test_a_copied_cache_goes_on_as_the_first(loaded: tuple[Any, Any], name: str) -> None:
+    """The prompt is read once, and each question about it gets a copy of its cache."""
+    model, processor = loaded
+    inputs = inputs_of(processor, "What is this?")
+    length = inputs["input_ids"].shape[1]
+    ids = torch.cat([inputs["input_ids"], torch.tensor([[30, 31, 32]])], dim=1)
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    options["suppress_tokens"] = [processor.image_token_id]
+    with vp.prune(model, METHODS[name]):
+        cache = DynamicCache(config=model.config.text_config)
+        model(**inputs, past_key_values=cache)
+        copies = [copy.deepcopy(cache) for _ in range(2)]
+        said = [
+            model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=one, **options
+            ).tolist()
+            for one in (*copies, cache)
+        ]
+        assert said[0] == said[1] == said[2]
+        with pytest.raises(vp.InputError, match="cannot be saved"):
+            pickle.dumps(cache)
+        with pytest.raises(vp.InputError, match="deepcopy"):
+            copy.copy(cache)
+        left = copy.deepcopy(cache)
+    assert type(cache) is DynamicCache and type(left) is DynamicCache
+    if name != "mask":
+        with pytest.raises(vp.InputError, match="was filled while pruning"):
+            step(model, left, [length])
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("absolute", [True, False])
+@torch.no_grad()
+def test_a_cropped_cache_forgets_what_was_cropped(
+    loaded: tuple[Any, Any], name: str, absolute: bool
+) -> None:
+    model, processor = loaded
+    inputs = inputs_of(processor, "What is this?")
+    length = inputs["input_ids"].shape[1]
+    with vp.prune(model, METHODS[name]):
+        cache = DynamicCache(config=model.config.text_config)
+        model(**inputs, past_key_values=cache)
+        want = step(model, cache, [length])
+        step(model, cache, [length + 1], token=31)
+        cache.crop(length if absolute else -2)
+        torch.testing.assert_close(step(model, cache, [length]), want)
+        with pytest.raises(vp.InputError, match="cannot be taken out"):
+            cache.crop(length - 1 if absolute else -2)
+        with pytest.raises(vp.InputError, match="attention_mask has"):
+            step(model, cache, [length - 1])
+
+
+@pytest.mark.parametrize("name", METHODS)
+@torch.no_grad()
+def test_rows_of_a_cache_move_with_their_prompts_or_not_at_all(
+    loaded: tuple[Any, Any], name: str
+) -> None:
+    model, processor = loaded
+    one = inputs_of(processor, "What is this?")
+    length = one["input_ids"].shape[1]
+    two = dict(
+        processor.batch(["What is this?", "Why?"], [[makers.photo(80, 60, 1)], [makers.photo()]])
+    )
+    with vp.prune(model, METHODS[name]):
+        cache = DynamicCache(config=model.config.text_config)
+        model(**two, past_key_values=cache)
+        for move in ("reorder_cache", "batch_select_indices"):
+            with pytest.raises(vp.InputError, match="Rows of a cache"):
+                getattr(cache, move)(torch.tensor([1, 0]))
+        with pytest.raises(vp.InputError, match="Rows of a cache"):
+            cache.batch_repeat_interleave(2)
+        cache = DynamicCache(config=model.config.text_config)
+        model(**one, past_key_values=cache)
+        want = step(model, copy.deepcopy(cache), [length])
+        cache.reorder_cache(torch.tensor([0]))
+        if name == "mask":
+            return
+        cache.batch_repeat_interleave(3)
+        torch.testing.assert_close(
+            step(model, cache, [length] * 3), want.expand(3, -1, -1), atol=1e-4, rtol=1e-4
+        )
+
+
+@torch.no_grad()
+def test_a_cache_made_anew_from_tensors_is_refused(loaded: tuple[Any, Any]) -> None:
+    model, processor = loaded
+    inputs = inputs_of(processor, "What is this?")
+    with vp.prune(model, METHODS["pdrop"]):
+        filled = model(**inputs, use_cache=True).past_key_values
+        made = DynamicCache(tuple((layer.keys, layer.values) for layer in filled.layers))
+        with pytest.raises(vp.InputError, match="made anew from its tensors"):
+            step(model, made, [inputs["input_ids"].shape[1]])
+
+
+def test_a_model_is_not_copied_with_its_hooks(loaded: tuple[Any, Any]) -> None:
+    with vp.prune(loaded[0], METHODS["fastv"]), pytest.raises(vp.InputError, match="copied"):
+        copy.deepcopy(loaded[0])
+    assert not copy.deepcopy(loaded[0])._forward_pre_hooks
+
+
+@torch.no_grad()
+def test_compiled_models_are_refused(loaded: tuple[Any, Any]) -> None:
+    """Graphs know nothing of hooks: they would answer unpruned."""
+    model, processor = loaded
+    inputs = inputs_of(processor, "What is this?")
+    compiled = torch.compile(model, backend="eager")
+    with (
+        pytest.raises(vp.InputError, match=r"torch\.compile"),
+        vp.prune(compiled, METHODS["fastv"]),
+    ):
+        pass
+    with vp.prune(model, METHODS["fastv"]), pytest.raises(vp.InputError, match=r"torch\.compile"):
+        compiled(**inputs)
+    for part in (model.model.language_model, model.model.language_model.layers[1]):
+        part.forward = torch.compile(part.forward, backend="eager")
+        with (
+            pytest.raises(vp.InputError, match=r"torch\.compile"),
+            vp.prune(model, METHODS["pdrop"]),
+        ):
+            pass
+        del part.forward
+    mlp = model.model.language_model.layers[1].mlp
+    mlp.forward = torch.compile(mlp.forward, backend="eager")  # no hook is on it
+    with vp.prune(model, METHODS["fastv"]) as trace:
+        model(**inputs)
+    assert trace.visual_tokens[2] == [4]
+    del mlp.forward
+
+
+@torch.no_grad()
+def test_embeddings_alone_are_said_to_be_unpruned(
+    loaded: tuple[Any, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = loaded
+    monkeypatch.setattr("vlm_prune_ext.methods.base._SAID", set())
+    with vp.prune(model, METHODS["fastv"]) as trace:
+        model(inputs_embeds=torch.randn(1, 30, model.config.text_config.hidden_size))
+    assert not trace.kept and "visual_span" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["fastv", "front", "pdrop"])
@@ -205,3 +380,21 @@ def test_prompt_that_ends_in_its_image(method: Any) -> None:
         kept.append(trace.kept[layer][0].tolist())
     looks = method.name in ("himap", "fastv", "dart", "sparsevlm")
     assert (kept[0] != kept[1] or kept[1] != kept[2]) == looks
+
+
+def test_images_that_overlap_are_refused(loaded: tuple[Any, Any]) -> None:
+    """One token would be chosen for two images."""
+    model, processor = loaded
+    inputs = inputs_of(processor, "What is this?")
+    for spans in ([(5, 8), (8, 4)], [(12, 4), (5, 8)], [(5, 8), (5, 8)]):
+        with (
+            vp.prune(model, METHODS["fastv"], visual_span=[spans]),
+            pytest.raises(vp.InputError, match="overlap"),
+        ):
+            model(**inputs)
+
+
+@pytest.mark.parametrize("ids", [torch.ones(1, 3), torch.full((1, 3), -200)])
+def test_what_are_no_ids_is_not_decoded(loaded: tuple[Any, Any], ids: torch.Tensor) -> None:
+    with pytest.raises(vp.InputError, match="token ids are whole numbers"):
+        loaded[1].decode(ids, {})

@@ -25,11 +25,13 @@ if importlib.util.find_spec("vlmeval") is None:
 
 from tests.faults import FULL
 from tests.faults.zygote import Zygote
+from tests.makers import tiny_original
 from vlm_prune_ext.demo import CHECKPOINT
 from vlm_prune_ext.demo.drawing import make_scene, render
 from vlm_prune_ext.demo.questions import samples
 from vlm_prune_ext.experiment.record import SampleLog
 
+NAME = "llava-tiny"
 ROWS = 24 if FULL else 6
 KILLS = {"eval": 20, "sweep": 20, "ablate": 20} if FULL else {"eval": 2}
 SIZES = [512, 2048, 8192, 32768, 131072] if FULL else [2048]  # bytes that a file may have
@@ -44,6 +46,8 @@ def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
 
 @pytest.fixture(scope="module")
 def captions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table of captions, and beside it the checkpoint that all commands run: a tiny one, so that
+    kills fall into every part of a run and not into its answers alone."""
     folder = tmp_path_factory.mktemp("captions")
     with (folder / "d.csv").open("w", newline="") as file:
         table = csv.writer(file)
@@ -51,28 +55,20 @@ def captions(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for place, one in enumerate(samples("caption", 5, ROWS)):
             render(make_scene(one["scene_seed"])).save(folder / f"{place}.png")
             table.writerow([f"{place}.png", one["question"], one["answer"]])
+    tiny_original(folder / NAME, layers=2)
     return folder / "d.csv"
 
 
 def words_of(command: str, out: Path, captions: Path) -> list[str]:
     short = ["--max-new-tokens", "4", "--limit", str(ROWS), "--device", "cpu"]
+    short += ["--model", str(captions.parent / NAME), "--out", str(out)]
     if command == "eval":
-        chosen = ["--data", "Shapes_VQA", "--method", "random:32"]
-        return ["eval", *chosen, *short, "--work-dir", str(out)]
+        return ["eval", "--data", "Shapes_VQA", "--method", "random:8", *short]
     if command == "sweep":
-        chosen = [
-            "--data",
-            "Shapes_VQA",
-            "--method",
-            "random",
-            "--budget",
-            "32",
-            "64",
-            "--no-controls",
-        ]
-        return ["sweep", *chosen, *short, "--workers", "1", "--out", str(out)]
-    chosen = ["--data", str(captions), "--models", "demo", "--methods", "none", "random:32"]
-    return ["ablate", *chosen, *short, "--output-dir", str(out)]
+        chosen = ["--data", "Shapes_VQA", "--method", "random", "--budget", "8", "4"]
+        chosen += ["--no-controls"]
+        return ["sweep", *chosen, *short, "--workers", "1"]
+    return ["ablate", "--data", str(captions), "--method", "none", "random:8", *short]
 
 
 def answers(command: str, out: Path) -> dict[str, Any]:
@@ -186,7 +182,7 @@ def test_planted_pickles_are_not_opened(
 ) -> None:
     """Files of the names that VLMEvalKit or torch would load, among results and weights."""
     out, mark = tmp_path / "out", tmp_path / "ran"
-    name = "llava-demo-random_keep32"
+    name = f"{NAME}-random_keep8"
     folder = out / f"{name}_Shapes_VQA"
     folder.mkdir(parents=True)
     endings = ["_PREV", "_checkpoint", "_exact_matching_result", "_exact_matching", "_structs"]

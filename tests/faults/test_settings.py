@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests import family_makers as fm
+from tests import makers
 from vlm_prune_ext import cli
 from vlm_prune_ext.commands import eval as command
 from vlm_prune_ext.errors import InputError
@@ -130,6 +132,10 @@ def test_yaml_that_holds_itself(tmp_path: Path, text: str) -> None:
         "custom-selection-method: planted:f\n",
         "method: {name: custom, method: 'planted:f'}\n",
         "method: custom:planted:f\n",
+        "method: custom:method=planted:f\n",
+        "method: 'custom:9,method=\"planted:f\",agg_layer=0 '\n",
+        "method: {name: custom, method: 'planted:C.f'}\n",
+        'use_custom_selection: true\ncustom_selection_method: "planted:f\\t"\n',
         "trust_remote_code: true\n",
         "trust-remote-code: yes\n",
     ],
@@ -148,6 +154,46 @@ def test_code_in_a_file_needs_the_command_lines_word(
     assert not ran.exists() and "planted" not in sys.modules
 
 
+TWICE = [("c.yaml", "seed: 1\nseed: 2\n"), ("c.json", '{"seed": 1, "seed": 2}')]
+TWICE += [("c.yaml", "method: {name: fastv, agg_layer: 2, agg_layer: 3}\n")]
+
+
+@pytest.mark.parametrize(("name", "text"), TWICE)
+def test_a_setting_stated_twice_is_refused(tmp_path: Path, name: str, text: str) -> None:
+    """The last one would win without a word."""
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match="stands in it twice"):
+        read_file(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["DIST_TIMEOUT", "WORLD_SIZE", "RANK"])
+@pytest.mark.parametrize("value", ["two", "-1", "1e3", "1.5"])
+def test_numbers_of_the_environment(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("vlmeval")
+    from vlm_prune_ext.evals.vlmeval_run import Ranks
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=f"{name}='{value}'"), Ranks.here().connected("cpu"):
+        pass
+
+
+def test_no_spelling_of_a_file_gets_past_the_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Were its text not seen to name code, the import itself would still ask who said so."""
+    monkeypatch.setattr("vlm_prune_ext.experiment.settings._code_in", lambda value: None)
+    (tmp_path / "planted.py").write_text("def f(evidence, keep): return []\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "c.yaml"
+    path.write_text("method: custom:method=planted:f\n")
+    with pytest.raises(InputError, match="--allow-code"):
+        command.settings_of({"config": str(path)})
+    assert "planted" not in sys.modules
+    settings, _ = command.settings_of({"config": str(path), "method": "custom:method=planted:f"})
+    assert settings.method is not None and sys.modules.pop("planted")
+
+
 def test_allowed_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine.py").write_text("def f(evidence, keep): return []\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -155,3 +201,22 @@ def test_allowed_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     path.write_text("use_custom_selection: true\ncustom_selection_method: mine:f\n")
     settings, _ = command.settings_of({"config": str(path), "allow_code": True})
     assert settings.method is not None and settings.method.name == "custom"
+
+
+@pytest.mark.parametrize("command_words", [["eval"], ["sweep", "--method", "none"]])
+@pytest.mark.parametrize("form", ["original", "idefics3"])
+def test_a_setting_that_no_processor_has_ends_a_run_before_it_begins(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str, command_words: list[str]
+) -> None:
+    """The demo's pictures have one size; Idefics3's processor counts no pixels."""
+    model = tmp_path / "model"
+    if form == "original":
+        makers.tiny_original(model, layers=2)
+    else:
+        model.mkdir()
+        fm.TABLE["idefics3"].make(model)
+    words = [*command_words, "--model", str(model), "--data", "Shapes_VQA", "--max-pixels", "900"]
+    assert cli.main([*words, "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert "max_pixels is no setting of" in said[-1] and "accepted" in said[-1]
+    assert not (tmp_path / "out").exists()

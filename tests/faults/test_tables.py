@@ -15,11 +15,15 @@ from PIL import Image
 
 pytest.importorskip("vlmeval")
 
+import vlmeval.smp as vlmeval_smp
+
 from tests.vlmeval_files import mcq_rows, picture
 from vlm_prune_ext.ablation.data import read_data
 from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.evals import rows as rows_of
 from vlm_prune_ext.evals.pictures import keep, unpack
 from vlm_prune_ext.evals.rows import class_of, open_table
+from vlm_prune_ext.evals.vlmeval_files import own_reading
 from vlm_prune_ext.profiling.data import read_folder
 from vlm_prune_ext.profiling.sources import entries_from
 from vlm_prune_ext.tables import MISSING, read_leniently
@@ -36,7 +40,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def write(folder: Path, rows: list[list[Any]], encoding: str = "utf-8", **options: Any) -> Path:
     text = io.StringIO(newline="")
-    csv.writer(text, delimiter="\t", lineterminator="\n", **options).writerows([HEADER, *rows])
+    csv.writer(text, delimiter="\t", **options).writerows([HEADER, *rows])
     path = folder / "t.tsv"
     path.write_bytes(text.getvalue().encode(encoding))
     return path
@@ -55,6 +59,7 @@ BREAKS = ["\u2028", "\u2029", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85"]
 @pytest.mark.parametrize("broken", [False, True], ids=["whole", "with-a-broken-row"])
 def test_words_and_odd_breaks_stay_in_their_cell(tmp_path: Path, broken: bool) -> None:
     said = [*WORDS, *(f"a{mark}b" for mark in BREAKS), "two\nlines", 'a "quoted" word']
+    said += ["carriage\rreturn", "both\r\nof them"]
     rows: list[list[Any]] = [[i, text, "x"] for i, text in enumerate(said)]
     data, bad = read_leniently(write(tmp_path, rows + [[99, "x", "y", "z"]] * broken))
     assert list(data["question"]) == said and list(data["index"]) == list(range(len(said)))
@@ -151,6 +156,97 @@ def test_a_reference_leads_to_the_picture_of_a_broken_row(tmp_path: Path) -> Non
     assert data["image"].iloc[1] == picture(0)
 
 
+NO_NUMBERS = [["01", "02", "010", "1.0"], ["TRUE", "FALSE", "TRUE", ""], ["1", "2", "3", ""]]
+NO_NUMBERS += [["1e5", "-inf", "inf", "0x10"], ["2024-01-01", "1/2", "NULL", "N/A"]]
+NAMES = [["1_12", "11_2", "1_1", "2_1"], ["1.1", "1.10", "1.2", "2.1"], ["TRUE", "true", "1", "x"]]
+NAMES += [["0x10", "0x20", "0o7", "0b1"], ["12e4x", "a", "012", "12"]]
+
+
+@pytest.mark.parametrize("said", NO_NUMBERS)
+def test_cells_of_ones_own_table_are_what_was_written(tmp_path: Path, said: list[str]) -> None:
+    """Not numbers, dates and truth values that some of them could be read as."""
+    rows = mcq_rows(4)
+    for row, text in zip(rows, said, strict=True):
+        row |= {"D": text, "hint": text, "answer": "A"}
+    data = own(tmp_path, rows).dataset.data
+    for name in ("D", "hint"):
+        assert [None if pd.isna(x) else x for x in data[name]] == [text or None for text in said]
+
+
+@pytest.mark.parametrize("names", NAMES)
+def test_indices_that_are_names_keep_apart(tmp_path: Path, names: list[str]) -> None:
+    rows = [{**row, "index": name} for row, name in zip(mcq_rows(4), names, strict=True)]
+    table = own(tmp_path, rows)
+    assert list(table.dataset.data["index"]) == names and not table.bad
+
+
+def test_large_indices_keep_apart_beside_a_row_without_one(tmp_path: Path) -> None:
+    rows = mcq_rows(3)
+    for row, index in zip(rows, (2**53, 2**53 + 1, ""), strict=True):
+        row["index"] = index
+    table = own(tmp_path, rows)
+    assert list(table.dataset.data["index"]) == [2**53, 2**53 + 1]
+    assert [bad.reason for bad in table.bad] == ["no index"]
+
+
+def test_an_index_is_never_run_as_python(tmp_path: Path) -> None:
+    """VLMEvalKit evaluates indices to see whether they are numbers."""
+    code = f"open({str(tmp_path / 'planted')!r}, 'w').write('x')"
+    rows = [{**row, "index": f"{code} or {i}"} for i, row in enumerate(mcq_rows(2))]
+    assert len(own(tmp_path, rows).dataset) == 2
+    assert not (tmp_path / "planted").exists()
+
+
+def test_a_caption_is_never_run_as_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """VLMEvalKit evaluates the references of captions when it scores."""
+    code = f"open({str(tmp_path / 'planted')!r}, 'w').write('x')"
+    rows: list[list[Any]] = [[0, "x", "['a', 'b']"], [1, "x", code]]
+    kept, bad = rows_of._with_literal_answers(read_leniently(write(tmp_path, rows))[0])
+    assert list(kept["index"]) == [0] and bad[0].reason == "the answer is no list of texts"
+    assert not (tmp_path / "planted").exists()
+
+
+def test_an_answer_without_its_option_costs_its_row(tmp_path: Path) -> None:
+    rows = mcq_rows(2)
+    rows[1] |= {"A": "nan", "answer": "A"}
+    table = own(tmp_path, rows)
+    assert [bad.reason for bad in table.bad] == ["option A, its answer, is empty"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+def test_other_encodings_are_one_sentence(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "data" / "Mine.tsv").write_text("index\tquestion\timage\n1\ta\tb\n", encoding)
+    with pytest.raises(InputError, match="no UTF-8 text"):
+        open_table("Mine")
+
+
+@pytest.mark.parametrize(
+    ("header", "sentence"),
+    [
+        ("index\tquestion\tquestion\timage", "column 'question' twice"),
+        ("index\tquestion", "'image' or 'image_path' is missing"),
+        ("index\tanswer\timage", "'question' is missing"),
+    ],
+)
+def test_columns_that_are_not_there_are_one_sentence(
+    tmp_path: Path, header: str, sentence: str
+) -> None:
+    (tmp_path / "data" / "Mine.tsv").write_text(f"{header}\n" + "1\t" * header.count("\t") + "1\n")
+    with pytest.raises(InputError, match=sentence):
+        open_table("Mine")
+
+
+def test_a_sheet_of_numerals_reads_back_as_they_were_said(tmp_path: Path) -> None:
+    """A column that could be one of numbers."""
+    said = ["007", "1e5", "12", "-inf", "1.50", "0x10", "TRUE"][:5]
+    path = str(tmp_path / "x.xlsx")
+    with own_reading([]):
+        vlmeval_smp.dump(pd.DataFrame({"index": range(5), "prediction": said}), path)
+        found = vlmeval_smp.load(path)
+    assert list(found["prediction"]) == said and list(found["index"]) == list(range(5))
+    assert found["index"].dtype == "int64"
+
+
 # -- pictures --------------------------------------------------------------------------------------
 def opened(table: Any, place: int) -> bytes:
     (path,) = table.dataset.dump_image(table.dataset.data.iloc[place])
@@ -198,8 +294,11 @@ def test_a_half_written_picture_is_written_again(tmp_path: Path) -> None:
     encoded = picture(3)
     path = Path(unpack(encoded))
     whole = path.read_bytes()
-    path.write_bytes(whole[:50])
-    assert Path(unpack(encoded)) == path and path.read_bytes() == whole
+    for other in (whole[:50], bytes(len(whole))):
+        path.write_bytes(other)
+        assert Path(unpack(encoded)) == path and path.read_bytes() == whole
+    assert Path(unpack(encoded.translate(str.maketrans("+/", "-_")))) == path
+    assert Path(unpack(f"data:image/png;base64,{encoded[:50]}\n {encoded[50:]}")) == path
     assert keep(whole) == path and [p.name for p in path.parent.iterdir()] == [path.name]
     with pytest.raises(InputError, match="not base64"):
         unpack("not base64!" * 9)

@@ -168,8 +168,8 @@ def test_himap_stages() -> None:
     left = evidence(n=20, total=36)
     assert image.rule(left).shape == (3, 9)  # a ratio is of the tokens at layer 0
     assert len(HiMAP(attn_img_layer=None, attn_img_rank=None).decoder_stages(12)) == 1
-    with pytest.raises(InputError, match=r"attn_img_rank=0.75.*20 visual tokens"):
-        HiMAP(attn_txt_rank=20, attn_img_rank=0.75).decoder_stages(12)[1].rule(left)
+    more = HiMAP(attn_txt_rank=20, attn_img_rank=0.75).decoder_stages(12)[1].rule(left)
+    assert more.tolist() == [list(range(20))] * 3  # more than there is: all of it
 
 
 def test_saint_stages_and_positions() -> None:
@@ -407,6 +407,12 @@ PARSED = [
     ("fastv:0.25,agg_layer=2", FastV(agg_layer=2, attention_rank=0.25)),
     ("fastv:fast_v_attention_rank=9,mode=mask", FastV(attention_rank=9, mode="mask")),
     ("himap:attn_img_layer=none", HiMAP(attn_img_layer=None)),
+    ("himap:192", HiMAP(attn_txt_rank=192, attn_img_rank=72)),
+    ("himap:64", HiMAP(attn_txt_rank=64, attn_img_rank=16)),
+    ("himap:1", HiMAP(attn_txt_rank=1, attn_img_rank=1)),
+    ("himap:0.25", HiMAP(attn_txt_rank=0.25, attn_img_rank=0.0625)),
+    ("himap:18,attn_img_rank=5", HiMAP(attn_txt_rank=18, attn_img_rank=5)),
+    ("himap:18,hmap_v_attn_img_rank=5", HiMAP(attn_txt_rank=18, attn_img_rank=5)),
     ("saint:0.7,start=1,end=3", SAINT(start=1, end=3, threshold=0.7)),
     (
         "saint:start=none,vit={layers: [2, 4], keep_num: [9, 5]}",

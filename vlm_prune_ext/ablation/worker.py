@@ -20,6 +20,7 @@ from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.experiment import grid
 from vlm_prune_ext.experiment.log import write_json
 from vlm_prune_ext.experiment.record import Sample
+from vlm_prune_ext.experiment.report import say
 
 if TYPE_CHECKING:
     from vlm_prune_ext.evals.answer import Query
@@ -155,7 +156,7 @@ def _sample(one: Outcome, batch: Batch, warm_up: bool) -> Sample:
     from vlm_prune_ext.evals.answer import sample_of
 
     if one.answer is None:
-        print(f"row {one.index}: {one.why}", flush=True)
+        say(f"row {one.index}: {one.why}")
         return Sample(one.index, "", failed=one.why)
     seconds, together = batch.seconds / batch.size, one.answer.batch
     return sample_of(one.index, one.answer, warm_up=warm_up, seconds=seconds, batch=together)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_prune_ext.commands.common import checkpoint_of, device_for, quiet_transformers
 from vlm_prune_ext.errors import InputError, make_folder, unknown_name
+from vlm_prune_ext.experiment.report import say
 from vlm_prune_ext.experiment.settings import (
     FLAG,
     WHOLE,
@@ -133,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
     results: list[dict[str, Any]] = []
     for line in grid.run(cells, lambda: job, log=Log(folder / "bench.jsonl")):
         if line.status == grid.FAILED:
-            print(f"Failed: {line.label}: {line.why}", file=sys.stderr)
+            say(f"Failed: {line.label}: {line.why}", error=True)
             continue
         results.append(dict(line.result or {}))
         report.write(results, header, folder)  # nothing measured is lost

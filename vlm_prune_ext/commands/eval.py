@@ -12,6 +12,7 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from vlm_prune_ext.experiment.settings import (
     read_value,
     resolve,
 )
+from vlm_prune_ext.methods.custom import only_code_named_in
 
 ARGUMENT_DEFAULT = argparse.SUPPRESS  # what is not given is absent, so that a file can say it
 
@@ -76,7 +78,8 @@ def settings_of(given: Mapping[str, Any]) -> tuple[Settings, frozenset[str]]:
         if not equals:
             raise InputError(f"--set {setting!r} is not valid: KEY=VALUE.")
         line[key.strip().replace("-", "_")] = read_value(value)
-    return resolve(line, file)
+    with nullcontext() if allow_code or not file else only_code_named_in(map(str, line.values())):
+        return resolve(line, file)
 
 
 # -- running -------------------------------------------------------------------------------------
@@ -137,6 +140,7 @@ def _run(settings: Settings) -> int:
     from vlm_prune_ext.evals.rows import check_name
     from vlm_prune_ext.evals.shapes import register_datasets
     from vlm_prune_ext.evals.vlmeval_run import Models, Ranks, run_dataset
+    from vlm_prune_ext.models.adapters import check_pictures
     from vlm_prune_ext.resets import announce
 
     register_datasets()
@@ -144,6 +148,7 @@ def _run(settings: Settings) -> int:
         check_name(name, settings.mode)
     models, ranks = Models(settings), Ranks.here()
     check_fit(models.source, settings.method)
+    check_pictures(models.source, settings.as_json())
     if ranks.rank == 0:
         announce(settings.method)
     made = []

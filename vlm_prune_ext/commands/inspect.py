@@ -16,6 +16,7 @@ from PIL import Image
 
 from vlm_prune_ext.commands.common import MethodSettings, chosen_method, load_model
 from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.experiment.report import say
 from vlm_prune_ext.experiment.settings import (
     METHOD_HELP,
     WHOLE,
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         raise InputError(f"--out {str(out)!r} cannot be written ({error.strerror}).") from error
     for label, answer in texts:
-        print(f"{label}: {answer}")
+        say(f"{label}: {answer}")
     for panel in panels[1:]:
         print(panel.title.replace("\n", " "))
     if missing:

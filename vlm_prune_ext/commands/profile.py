@@ -27,13 +27,13 @@ What the figures are:
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.experiment.report import say
 from vlm_prune_ext.experiment.settings import add_config, add_options, read_file
 from vlm_prune_ext.profiling.grid import ProfileSettings
 
@@ -91,7 +91,7 @@ def _track(lines: Iterator[Line], total: int, done: int) -> Iterator[Line]:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    say(line, error=True)
 
 
 def _report(out: Path) -> int:

@@ -11,9 +11,9 @@ them) or the demo's scenes.
 from __future__ import annotations
 
 import argparse
-import sys
 
 from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.experiment.report import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     entries, failures = entries_from(args.source, args.samples, args.seed, args.prompt)
     count = write_folder(args.out, entries)
     for failure in failures:
-        print(f"Left out: {failure}", file=sys.stderr)
+        say(f"Left out: {failure}", error=True)
     short = f" (the source has no more than {count})" if count < args.samples else ""
     print(f"{args.out}: {count} examples{short}")
     return 0

@@ -31,7 +31,7 @@ from vlm_prune_ext.commands.common import (
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.experiment.log import Log, lock
 from vlm_prune_ext.experiment.record import changed, digest, weights_fingerprint
-from vlm_prune_ext.experiment.report import terminal_text
+from vlm_prune_ext.experiment.report import say, terminal_text
 from vlm_prune_ext.experiment.settings import (
     FLAG,
     WHOLE,
@@ -269,7 +269,7 @@ class AnswersFile:
             )
         if self.log.broken:
             numbers = ", ".join(map(str, self.log.broken))
-            print(f"{self.path}: line {numbers} cannot be read, and is left out.", file=sys.stderr)
+            say(f"{self.path}: line {numbers} cannot be read, and is left out.", error=True)
             self.log.replace(lines)
         old = [id_ for id_, r in found.items() if id_ in questions and r.row != questions[id_].row]
         for id_ in old:
@@ -350,7 +350,7 @@ def _answer_all(
         question = by_id[str(sample.index)]
         if sample.failed:
             failed.append(question.id)
-            print(f"{question.id}: image cannot be read: {sample.failed}", file=sys.stderr)
+            say(f"{question.id}: image cannot be read: {sample.failed}", error=True)
         else:
             yield answers.add(question, sample)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from vlm_prune_ext.engine.evidence import Seen
@@ -19,8 +21,43 @@ class State:
 
     @property
     def length(self) -> int:
-        """Tokens per sample of the sequence that entered layer 0, candidates included."""
+        """Tokens per sample of the prompt as it came, candidates included."""
         return self.prefill.layout.total if self.short is None else self.short.given.length
+
+    @property
+    def batch(self) -> int:
+        """Samples."""
+        return len(self.prefill.held)
+
+    def copy(self) -> State:
+        """For a copy of the cache: what decode steps change is its own."""
+        mine = self.prefill
+        hidden, segments = dict(mine.hidden_keys), dict(mine.segments)
+        return State(replace(mine, hidden_keys=hidden, segments=segments), self.short)
+
+    def allows(self, rows: list[int]) -> bool:
+        """Whether these rows may stand where the first, the second ... did: theirs is the same."""
+        if len(rows) != self.batch:  # one prompt serves them all, unless each chooses for itself
+            return self.batch == 1 and self.misses_tokens
+        return all(
+            self.rows_alike[row] == kind for row, kind in zip(rows, self.rows_alike, strict=True)
+        )
+
+    @cached_property
+    def rows_alike(self) -> list[int]:
+        """A number per sample, the same for samples that hold the same."""
+        prefill = self.prefill
+        parts = [layout.kept() for layout in prefill.segments.values()]
+        if prefill.real is not None:
+            parts.append(prefill.real.long())
+        if self.short is not None:
+            parts.append(self.short.layout.kept())
+        rows = [list(row) for row in zip(*(part.tolist() for part in parts), strict=True)]
+        for group in prefill.groups:
+            for sample, tokens in zip(group.names, group.tokens.tolist(), strict=True):
+                rows[sample].append(tokens)
+        known: dict[str, int] = {}
+        return [known.setdefault(str(row), len(known)) for row in rows]
 
     def settle(self) -> None:
         """The prompt has been read: candidates behind it count as decoded from now on."""

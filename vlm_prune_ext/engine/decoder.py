@@ -9,6 +9,7 @@ and positions.
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -23,13 +24,14 @@ from vlm_prune_ext.engine.compose import FeatureSite
 from vlm_prune_ext.engine.entrance import Entrance
 from vlm_prune_ext.engine.evidence import AttentionReader, Seen, cached_keys, reads
 from vlm_prune_ext.engine.parts import ModelParts, Undo
-from vlm_prune_ext.engine.seal import seal
+from vlm_prune_ext.engine.refusals import refuse_compiled
+from vlm_prune_ext.engine.seal import seal, state_of, watch
 from vlm_prune_ext.engine.selection import Selection
 from vlm_prune_ext.engine.shorten import DecoderInput
 from vlm_prune_ext.engine.spans import VisualSpan, check_stated, tokens_by_sample
 from vlm_prune_ext.engine.trace import Trace
 from vlm_prune_ext.errors import InputError
-from vlm_prune_ext.methods.base import Method
+from vlm_prune_ext.methods.base import Method, say_once
 from vlm_prune_ext.methods.evidence import attention_needs
 
 
@@ -140,8 +142,7 @@ class DecoderPruner:
     def _seal_caches(self) -> None:
         """Nobody can decode on from caches that miss tokens once the hooks are gone."""
         for cache, state in list(self.states.items()):
-            if state.misses_tokens:
-                seal(cache)
+            seal(cache, misses_tokens=state.misses_tokens)
         self.states.clear()
 
     def _touched_layers(self) -> range:
@@ -160,11 +161,15 @@ class DecoderPruner:
         """Assisted decoding feeds the first candidates along with the prompt, and asks for one
         logit more than there are candidates."""
         wanted, cache = kwargs.get("logits_to_keep"), kwargs.get("past_key_values")
-        assisted = cache is not None and isinstance(wanted, int) and wanted > 1
+        several = cache is not None and isinstance(wanted, int) and wanted > 1
+        assisted = several and _is_assisted()  # anybody may ask for several logits
         self._now.ahead = wanted - 1 if assisted else 0  # type: ignore[operator]
+        ids = args[0] if args else kwargs.get("input_ids")
+        self._now.embedded = ids is None and kwargs.get("inputs_embeds") is not None
 
     # -- the decoder as a whole ----------------------------------------------------------------
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        refuse_compiled()
         if args:  # LlamaModel and its kin take input_ids first
             kwargs = {"input_ids": args[0], **kwargs}
             if len(args) > 1:
@@ -186,6 +191,11 @@ class DecoderPruner:
         self.trace.visual_tokens[0] = [0] * given.batch
         if not images:
             self._now.call = None
+            if self._now.embedded:
+                say_once(
+                    "inputs_embeds came without input_ids: which of them are visual tokens is not "
+                    "known, so nothing is dropped. visual_span=(start, length) says it."
+                )
             return None
         given.ahead = ahead if ahead < given.length else 0
         if given.ahead and any(stage.mode == "mask" for stage in self.stages.values()):
@@ -207,10 +217,11 @@ class DecoderPruner:
                 f"The KV cache already holds {seen} tokens and the input brings new visual tokens: "
                 "while pruning, feed the whole prompt at once."
             )
-        state = self.states.get(cache)
+        state = state_of(cache, self.states)
         self._now.call = None
         if state is not None:
             decoded = seen - state.prefill.segments[0].count
+            _check_mask(given, state.length + decoded)
             self._now.call = Call(state, prefill=False, decoded=decoded)
         if state is None or state.short is None:
             return None
@@ -228,6 +239,7 @@ class DecoderPruner:
             call.state.settle()
         if call.cache is not None:
             self.states[call.cache] = call.state
+            watch(call.cache, self.states)
 
     # -- one layer ---------------------------------------------------------------------------
     def _before_layer(
@@ -310,13 +322,48 @@ class DecoderPruner:
         return (self.selection.run(self.num_layers, args[0], self.call), *args[1:])
 
 
+def _check_mask(step: DecoderInput, known: int) -> None:
+    """Refuse a mask of a conversation that is none of this cache's.
+
+    Args:
+        step: the call.
+        known: tokens of the conversation before it.
+    """
+    mask = step.mask
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        return
+    if not 0 < mask.shape[1] - known <= step.length:
+        raise InputError(
+            f"attention_mask has {mask.shape[1]} places; this cache's conversation has {known} "
+            f"tokens, and {step.length} more came."
+        )
+
+
+def _is_assisted() -> bool:
+    """Whether assisted decoding is what calls the model. It is the only one who knows that tokens
+    are guesses, and says so nowhere in its arguments."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "_assisted_decoding":
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
 class _Now(threading.local):
     """What is under way in a thread: the run of the decoder, and what was seen of its input (where
     visual tokens are, and how many tokens are candidates behind the prompt)."""
 
     call: Call | None = None
     ahead: int = 0
+    embedded: bool = False
     pending: tuple[torch.Tensor, list[list[int]] | None] | None = None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise InputError(
+            "A model cannot be copied or saved while it is pruned, its hooks with it: leave the "
+            "with block (or turn the attached method off) first."
+        )
 
 
 def _bind(function: Callable[..., Any], index: int) -> Callable[..., Any]:

@@ -7,6 +7,7 @@ layers a second time in the backward pass, when the prompt they belonged to is g
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -14,6 +15,32 @@ from torch import nn
 
 from vlm_prune_ext.engine.parts import ModelParts, Undo
 from vlm_prune_ext.errors import InputError
+
+
+def refuse_compiled() -> None:
+    """Raise InputError where a compiled model is what calls: its graphs know nothing of hooks, and
+    would leave them out."""
+    if "torch._dynamo.eval_frame" not in sys.modules:
+        return
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "compile_wrapper":
+            raise InputError(_COMPILED)
+        frame = frame.f_back
+
+
+_COMPILED = (
+    "What torch.compile made of a model, its decoder or layers cannot be pruned: take the model "
+    "itself (for generate with a static cache on a GPU, disable_compile=True)."
+)
+
+
+def _is_compiled(module: Any) -> bool:
+    if type(module).__name__ == "OptimizedModule":
+        return True
+    made = getattr(module, "_compiled_call_impl", None)
+    own = vars(module).get("forward") if module is not None else None
+    return made is not None or hasattr(own, "_torchdynamo_orig_callable")
 
 
 def refuse(parts: ModelParts, shortens: bool) -> Undo:
@@ -28,8 +55,12 @@ def refuse(parts: ModelParts, shortens: bool) -> Undo:
     """
     tower = parts.vision.layers if parts.vision is not None else ()
     layers = [*parts.layers, *tower]
+    whole = [parts.model, *parts.model.children(), parts.decoder]
+    if any(map(_is_compiled, [*whole, *layers])):
+        raise InputError(_COMPILED)
 
     def look(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        refuse_compiled()
         if shortens and kwargs.get("labels") is not None:
             raise InputError(
                 "labels are not accepted while pruning: logits have lost the positions that were "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -133,7 +134,7 @@ def images_from_argument(span: VisualSpan, batch: int, seq: int) -> list[Image]:
     per sample, each such a pair or a list of them.
 
     Raises:
-        InputError: wrong form, or positions outside the sequence.
+        InputError: wrong form, positions outside the sequence, or images that overlap.
     """
     per_sample = _per_sample(span, batch)
     images = []
@@ -146,6 +147,11 @@ def images_from_argument(span: VisualSpan, batch: int, seq: int) -> list[Image]:
                     f"most {seq}."
                 )
             images.append(Image(sample, start, length))
+        for (first, length), (second, _) in pairwise(sorted(spans)):
+            if first + length > second:
+                raise InputError(
+                    f"visual_span={spans} of sample {sample} is not valid: its images overlap."
+                )
     return images
 
 

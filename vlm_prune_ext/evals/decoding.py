@@ -74,7 +74,14 @@ def decoding_of(given: Mapping[str, Any]) -> Decoding:
     Raises:
         InputError: an option that is not honoured here, or a value that is not accepted.
     """
-    named = {_ALIASES.get(key, key): value for key, value in given.items() if value is not None}
+    named: dict[str, Any] = {}
+    for key, value in given.items():
+        name = _ALIASES.get(key, key)
+        if value is not None and named.setdefault(name, value) != value:
+            raise InputError(
+                f"{key}={value!r} contradicts {name}={named[name]!r} as a generation option: they "
+                "are one setting."
+            )
     seed = named.pop("seed", None)
     for key in named:
         if key not in _ACCEPTED:
@@ -87,6 +94,11 @@ def decoding_of(given: Mapping[str, Any]) -> Decoding:
             f"seed={seed!r} is not valid as a generation option: lmms-eval's --seed sets it."
         )
     count = _checked("max_new_tokens", named.get("max_new_tokens", DEFAULT_NEW_TOKENS), _LIMIT)
+    if options.get("min_new_tokens", 0) > count:
+        raise InputError(
+            f"min_new_tokens={options['min_new_tokens']} is not valid: at most "
+            f"max_new_tokens={count}."
+        )
     return Decoding(int(count), _until(named.get("until")), tuple(sorted(options.items())))
 
 

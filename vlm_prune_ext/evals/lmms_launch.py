@@ -29,6 +29,7 @@ from vlm_prune_ext.evals.lmms_args import (
     value_of,
 )
 from vlm_prune_ext.evals.lmms_plugin import GROUP, models
+from vlm_prune_ext.experiment.report import say
 
 TASKS = Path(__file__).parent / "tasks"
 
@@ -104,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plan = make_plan(words)
         make_folder(plan.output, "output_path=")
     except InputError as error:
-        print(error, file=sys.stderr)
+        say(error, error=True)
         return 2
     print(" ".join(plan.command), flush=True)
     start = time.time()

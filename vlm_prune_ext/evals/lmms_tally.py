@@ -16,6 +16,7 @@ from vlm_prune_ext.evals.answer import Answer
 from vlm_prune_ext.evals.lmms_requests import Source
 from vlm_prune_ext.experiment.flops import PromptFlops, Sizes
 from vlm_prune_ext.experiment.measure import EnergyMeter, peak_memory
+from vlm_prune_ext.experiment.report import terminal_text
 
 SHOWN = 10
 """Samples without an image that are named one by one; the rest is counted."""
@@ -113,7 +114,7 @@ class Tally:
         """Report a sample that is not answered."""
         self._sums.failed += 1
         self._example = self._example or f"{source}: {why}"
-        logger.error(f"{source}: not answered: {why}")
+        logger.error(terminal_text(f"{source}: not answered: {why}"))
 
     def without_image(self, source: Source) -> None:
         """Report a sample that has no image."""

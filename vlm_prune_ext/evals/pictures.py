@@ -17,6 +17,7 @@ from pathlib import Path
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.evals.cache import cache_folder
 
+_OTHER_ALPHABET = str.maketrans("-_", "+/")
 _KINDS = ((b"\xff\xd8", ".jpg"), (b"GIF8", ".gif"), (b"RIFF", ".webp"), (b"BM", ".bmp"))
 
 
@@ -24,7 +25,7 @@ def unpack(encoded: str) -> str:
     """A file with a picture's bytes, as they are.
 
     Args:
-        encoded: base64.
+        encoded: base64, with either alphabet; blanks and line ends in it do not count.
 
     Raises:
         InputError: it is not base64.
@@ -33,17 +34,18 @@ def unpack(encoded: str) -> str:
     if encoded.startswith("data:"):
         encoded = encoded.partition(",")[2]
     try:
-        return str(keep(base64.b64decode(encoded)))
+        plain = "".join(encoded.split()).translate(_OTHER_ALPHABET)
+        return str(keep(base64.b64decode(plain, validate=True)))
     except (binascii.Error, ValueError) as error:
         raise InputError("the image is not base64 data") from error
 
 
 def keep(data: bytes) -> Path:
-    """A file with these bytes in the cache folder; a file of another size is written again."""
+    """A file with these bytes in the cache folder; one that holds others is written again."""
     ending = next((ending for start, ending in _KINDS if data.startswith(start)), ".png")
     digest = hashlib.sha256(data).hexdigest()[:40]
     path = cache_folder() / "pictures" / digest[:2] / f"{digest}{ending}"
-    if path.is_file() and path.stat().st_size == len(data):
+    if path.is_file() and path.read_bytes() == data:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{uuid.uuid4().hex}")

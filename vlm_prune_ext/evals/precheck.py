@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.experiment.log import read_json
 from vlm_prune_ext.methods.base import Method
-from vlm_prune_ext.methods.option import require
 
 if TYPE_CHECKING:
     from vlm_prune_ext.experiment.budgets import Prompt
@@ -46,8 +45,8 @@ def check_stated(folder: Path, method: Method | None) -> None:
 def check_fit(source: Checkpoint, method: Method | None) -> None:
     """Refuse a method that cannot work on a checkpoint.
 
-    Checked are layers of the decoder and of the tower, and budgets against the visual tokens of
-    one image where every image has equally many. What depends on prompts shows at the first one.
+    Checked are layers of the decoder and of the tower. A budget above the visual tokens of an image
+    is none of it: it keeps them all. What depends on prompts shows at the first one.
 
     Raises:
         InputError: naming the field, its value and what is accepted.
@@ -70,14 +69,6 @@ def check_config(config: Any, method: Method) -> None:
     if getattr(vision, "model_type", None) != "clip_vision_model":
         return  # other towers drop nothing, and their patches are not what becomes visual tokens
     method.vision_stages(vision.num_hidden_layers, _feature_layer(config, vision))
-    if hasattr(config, "image_grid_pinpoints"):
-        return
-    total = (vision.image_size // vision.patch_size) ** 2
-    total += int(getattr(config, "vision_feature_select_strategy", "default") == "full")
-    accepted = f"at most {total}, the visual tokens of an image of this model"
-    for name in method.budgets():
-        value = getattr(method, name)
-        require(not isinstance(value, int) or value <= total, name, value, accepted)
 
 
 def prompt_of(source: Checkpoint) -> Prompt:

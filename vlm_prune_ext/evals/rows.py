@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import ast
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from vlm_prune_ext.evals.names import (
 )
 from vlm_prune_ext.evals.pictures import unpack
 from vlm_prune_ext.evals.vlmeval_files import own_reading
-from vlm_prune_ext.tables import BadRow, read_header, read_leniently
+from vlm_prune_ext.tables import BadRow, read_as_written, read_header
 
 # A cell of the image column that is shorter refers to the row that has the image.
 _REFERENCE = 64
@@ -158,7 +158,7 @@ class _Screening:
         """As in the class, without rows that it could not use."""
         if self.own:  # the class would cut a file above 1 GB up once, and never look at it again
             path = own_table(dataset)
-            data, broken = read_leniently(path, _separator(path))
+            data, broken = read_as_written(path, _separator(path))
             self.bad_rows += broken
             if is_by_path(dataset) and "index" not in data:
                 data.insert(0, "index", range(len(data)))
@@ -170,6 +170,9 @@ class _Screening:
             folder = root = own_table(dataset).parent
         kept, bad, self.without_image = screen(data, folder, root)
         self.bad_rows += bad
+        if getattr(self, "TYPE", "") == "Caption":
+            kept, bad = _with_literal_answers(kept)
+            self.bad_rows += bad
         return kept
 
     def dump_image(self, line: Any) -> list[str]:
@@ -204,17 +207,22 @@ def screen(
         (VLMEvalKit leaves those out by itself).
     """
     if "index" not in data:
-        raise InputError(f"column 'index' is missing; there are {', '.join(map(str, data))}.")
+        raise _without("'index'", data)
+    if folder is not None and "question" not in data:
+        raise _without("'question'", data)
+    if folder is not None and not {"image", "image_path"} & set(data):
+        raise _without("'image' or 'image_path'", data)
     data = data.reset_index(drop=True)
     reasons: dict[int, str] = {}
     whole = _mostly(data["index"].map(_is_whole))
     wanted = [n for n in ("question", "answer") if n in data and _mostly(data[n].notna())]
-    images = _Images(data) if "image" in data else None
+    key_of = _spelt_alike if whole else _as_text
+    images = _Images(data, key_of) if "image" in data else None
     paths = data["image_path"].astype(object) if "image_path" in data else None
     seen: dict[Any, int] = {}
     for place, index in enumerate(data["index"]):
         missing = [name for name in wanted if pd.isna(data[name].iloc[place])]
-        key = _spelt_alike(index)
+        key = key_of(index)
         if pd.isna(index):
             reasons[place] = "no index"
         elif whole and not _is_whole(index):
@@ -223,6 +231,8 @@ def screen(
             reasons[place] = f"row {seen[key] + 1} of the file has this index already"
         elif missing:
             reasons[place] = f"no {' and no '.join(missing)}"
+        elif folder is not None and (letter := _empty_answer(data, place)):
+            reasons[place] = f"option {letter}, its answer, is empty"
         elif images is not None and images.absent(place):
             seen[key] = place
         elif paths is not None and pd.isna(paths.iloc[place]):
@@ -236,7 +246,7 @@ def screen(
                 seen[key] = place
             except ValueError as error:
                 reasons[place] = str(error)
-    bad = [BadRow(_name(data, place), reason) for place, reason in reasons.items()]
+    bad = [BadRow(_name(data, place, key_of), reason) for place, reason in reasons.items()]
     if images is not None:
         data = data.assign(image=images.cells)
     if paths is not None:
@@ -248,14 +258,43 @@ def screen(
     return kept, bad, without
 
 
+def _empty_answer(data: pd.DataFrame, place: int) -> str:
+    """The option that a row's answer names, where there is none ("nan" reads as empty)."""
+    name = data["answer"].iloc[place] if "answer" in data else None
+    known = isinstance(name, str) and len(name) == 1 and name.isupper() and name in data
+    return str(name) if known and pd.isna(data[name].iloc[place]) else ""
+
+
+def _without(name: str, data: pd.DataFrame) -> InputError:
+    return InputError(f"column {name} is missing; there are {', '.join(map(str, data))}.")
+
+
+def _with_literal_answers(data: pd.DataFrame) -> tuple[pd.DataFrame, list[BadRow]]:
+    """Rows of captions, which VLMEvalKit's scoring evaluates as Python, and those it must not."""
+    bad = []
+    for place, answer in enumerate(data.get("answer", ())):
+        try:
+            literal: Any = ast.literal_eval(str(answer))
+        except _NO_LITERAL:
+            literal = None
+        if not isinstance(literal, str | list):
+            index = str(data["index"].iloc[place])
+            bad.append(BadRow(index, "the answer is no list of texts", place))
+    left = data.drop(index=[row.place for row in bad]).reset_index(drop=True)
+    return left, [replace(row, place=None) for row in bad]
+
+
+_NO_LITERAL = (ValueError, SyntaxError, MemoryError, RecursionError)
+
+
 class _Images:
     """The image column: base64 pictures, lists of them, and references to rows that have some."""
 
-    def __init__(self, data: pd.DataFrame) -> None:
-        self.cells = data["image"].astype(object)
+    def __init__(self, data: pd.DataFrame, key_of: Callable[[Any], Any]) -> None:
+        self.cells, self._key_of = data["image"].astype(object), key_of
         long = [self._is_long(cell) for cell in self.cells]
         pairs = zip(data["index"], self.cells, long, strict=True)
-        self._by_index = {_spelt_alike(i): cell for i, cell, is_long in pairs if is_long}
+        self._by_index = {key_of(i): cell for i, cell, is_long in pairs if is_long}
 
     @staticmethod
     def _is_long(cell: Any) -> bool:
@@ -273,11 +312,11 @@ class _Images:
         """
         cell = self.cells.iloc[place]
         if not self._is_long(cell):
-            if _spelt_alike(cell) not in self._by_index:
+            if self._key_of(cell) not in self._by_index:
                 raise ValueError(
                     "the image is neither base64 data nor the index of a row with some"
                 )
-            cell = self.cells.iloc[place] = self._by_index[_spelt_alike(cell)]
+            cell = self.cells.iloc[place] = self._by_index[self._key_of(cell)]
         if str(cell).startswith("["):
             _texts(str(cell), "image")
 
@@ -310,16 +349,16 @@ def _texts(cell: str, name: str) -> list[str]:
     """
     try:
         found = ast.literal_eval(cell)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except _NO_LITERAL:
         found = None
     if not isinstance(found, list) or not found or not all(isinstance(x, str) for x in found):
         raise ValueError(f"the {name} begins like a list, but is no list of texts")
     return found
 
 
-def _name(data: pd.DataFrame, place: int) -> str:
+def _name(data: pd.DataFrame, place: int, key_of: Callable[[Any], Any]) -> str:
     index = data["index"].iloc[place]
-    return f"row {place + 1}" if pd.isna(index) else str(_spelt_alike(index))
+    return f"row {place + 1}" if pd.isna(index) else str(key_of(index))
 
 
 def _mostly(truths: Iterable[bool]) -> bool:
@@ -329,9 +368,12 @@ def _mostly(truths: Iterable[bool]) -> bool:
 
 def _whole(value: Any) -> int | None:
     """A whole number, however it is spelt (``1``, ``01``, ``1.0``); ``None``: something else."""
+    text = str(value).strip()
     try:
-        number = Decimal(str(value).strip())
+        number = Decimal(text)
     except InvalidOperation:
+        return None
+    if "_" in text:  # which Python reads past
         return None
     if not number.is_finite() or number.adjusted() > 30 or number != number.to_integral_value():
         return None
@@ -345,4 +387,8 @@ def _is_whole(value: Any) -> bool:
 def _spelt_alike(value: Any) -> Any:
     """The same for all spellings of an index."""
     number = _whole(value)
-    return str(value).strip() if number is None else number
+    return _as_text(value) if number is None else number
+
+
+def _as_text(value: Any) -> str:
+    return str(value).strip()

@@ -26,7 +26,7 @@ from typing import Any
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.evals.choices import Choice, choices_of
 from vlm_prune_ext.evals.names import run_name, table_name
-from vlm_prune_ext.experiment import grid, show
+from vlm_prune_ext.experiment import grid, report, show
 from vlm_prune_ext.experiment.comparison import by_setting, failures, summary_table
 from vlm_prune_ext.experiment.grid import FAILED, SKIPPED, Cell, Held, Line, line_of, slot
 from vlm_prune_ext.experiment.log import Log, lock, write_json
@@ -72,6 +72,7 @@ def plan(
     """
     from vlm_prune_ext.demo import CHECKPOINT
     from vlm_prune_ext.evals.precheck import check_fit
+    from vlm_prune_ext.models.adapters import check_pictures
     from vlm_prune_ext.models.checkpoint import Checkpoint, check_trust
 
     def why_not(source: Checkpoint, choice: Choice) -> str:
@@ -85,6 +86,7 @@ def plan(
     made = Plan([], [], {})
     for model, source in zip(models, sources, strict=True):
         check_trust(source, base.trust_remote_code)
+        check_pictures(source, base.as_json())
         chosen = list(choices(source))
         reasons = [why_not(source, choice) for choice in chosen]
         for name in base.data:
@@ -308,7 +310,7 @@ def _progress(
         said = f": failed: {line.why}" if line.status == FAILED else ""
         if not live and not quiet:
             name = f"{line.label}, {line.cell['data'][0]}"
-            print(f"{done}/{total} {name}{said}", file=sys.stderr, flush=True)
+            report.say(f"{done}/{total} {name}{said}", error=True)
 
     if not live or quiet:
         yield say, tell
@@ -342,13 +344,13 @@ def finish(results: Results, start: float, titles: Mapping[str, str] | None = No
         f"{device}, {time.perf_counter() - start:.0f} s."
     )
     for note in dict.fromkeys(one.note for one in records if one.note):
-        print(note)
+        report.say(note)
     show.write(results, titles=titles)
     if (beside := published_table(results)).rows:
         beside.show(boxed=True)
     write_table(results.folder, "sweep", show.long_table(results), ["html"])
     for line in failures(results):
-        print(line, file=sys.stderr)
+        report.say(line, error=True)
     failed = sum(len(one.failed) for one in records)
     if failed:
         print(f"{failed} rows failed; the others are done.", file=sys.stderr)

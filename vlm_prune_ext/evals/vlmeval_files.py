@@ -5,11 +5,12 @@ VLMEvalKit (checked: 0.0.20) writes pictures straight to their place, where anot
 next run after a kill, takes the first half of one for the whole; and its scoring of multiple choice
 writes ``/tmp/<time to the second>.xlsx`` and reads it back, which two processes do in the same
 second. Its readers take ``None``, ``NA`` and ``null``, which options and answers may be, for
-missing values.
+missing values, and it finds out what a text is by running it as Python.
 """
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 import uuid
@@ -19,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from vlmeval.dataset.utils import multiple_choice
+from vlmeval.dataset.utils import multiple_choice, vqa_eval
 from vlmeval.smp import file as reading
-from vlmeval.smp import vlm
+from vlmeval.smp import misc, vlm
 
 from vlm_prune_ext.tables import BadRow, read_leniently
 
@@ -56,7 +57,22 @@ def own_reading(bad: list[BadRow]) -> Iterator[None]:
     with ExitStack() as stack:
         exchange(stack, reading, "pd", _Pandas(bad))
         exchange(stack, pd.DataFrame, "to_excel", _as_text(pd.DataFrame.to_excel))
+        for module in {*_users_of(misc.istype), *_users_of(vqa_eval.istype)}:
+            exchange(stack, module, "istype", is_spelled)
         yield
+
+
+def is_spelled(value: Any, kind: type) -> bool:
+    """VLMEvalKit's ``istype``, which runs a text (an index) as Python to see what it is: whether a
+    value is of a kind, or a text that spells one as Python writes it."""
+    if isinstance(value, kind) or not isinstance(value, str):
+        return isinstance(value, kind)
+    if kind is int:  # what int() reads, and no more: 0x10 and 1_0 are names
+        return re.fullmatch(r"[+-]?(0|[1-9][0-9]*)", value) is not None
+    try:
+        return isinstance(ast.literal_eval(value), kind)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return False
 
 
 class _Pandas:
@@ -76,7 +92,8 @@ class _Pandas:
 
     def read_excel(self, path: Any, **options: Any) -> pd.DataFrame:
         """A sheet whose texts are what was written: words, and signs that XML has no place for."""
-        found = pd.read_excel(path, keep_default_na=False, na_values=[""], **options)
+        options = {"dtype": object, "keep_default_na": False, "na_values": [""], **options}
+        found = pd.read_excel(path, **options).infer_objects()  # 007 stays a text
         found = found.map(lambda cell: _plain(cell) if isinstance(cell, str) else cell)
         if "prediction" in found:  # an empty answer is an answer
             found["prediction"] = found["prediction"].astype(object).fillna("")

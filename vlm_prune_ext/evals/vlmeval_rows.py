@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from vlmeval import inference
 from vlmeval.inference import FAIL_MSG
 from vlmeval.vlm.base import BaseModel
 
-from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.errors import InputError, RowError
 from vlm_prune_ext.evals.answer import Query, Sizes
 from vlm_prune_ext.evals.batch_size import BatchSize
 from vlm_prune_ext.evals.feed import Batch, Feeder, Outcome, Row, by_picture
@@ -36,6 +35,7 @@ from vlm_prune_ext.evals.vlmeval_files import exchange
 from vlm_prune_ext.evals.vlmeval_store import index_of
 from vlm_prune_ext.experiment import host, measure
 from vlm_prune_ext.experiment.record import Sample, SampleLog, Stretch
+from vlm_prune_ext.experiment.report import say
 
 _NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 Parts = Mapping[int | str, Mapping[str, str]]
@@ -178,7 +178,7 @@ class RowModel(BaseModel):
         """The error that ends the run, where a row's is not its own."""
         if isinstance(one.error, OSError) and one.error.errno in _NO_PLACE:
             return InputError(f"Pictures cannot be unpacked ({one.error}).")
-        if not one.asked:
+        if not one.asked or isinstance(one.error, RowError):
             return None
         if isinstance(one.error, torch.OutOfMemoryError):
             if self.answered:
@@ -193,7 +193,7 @@ class RowModel(BaseModel):
         reason = one.why
         if isinstance(one.error, torch.OutOfMemoryError):
             reason = "it does not fit into the memory of the device"
-        print(f"Row {index} failed: {reason}", file=sys.stderr)
+        say(f"Row {index} failed: {reason}", error=True)
         return Sample(index, f"{FAIL_MSG} {reason}", failed=reason)
 
 

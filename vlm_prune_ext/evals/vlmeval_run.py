@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -69,10 +70,8 @@ class Ranks:
     @staticmethod
     def here() -> Ranks:
         """This process."""
-        env = os.environ
-        return Ranks(
-            *(int(env.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-        )
+        names = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+        return Ranks(*(_from_environment(name, default) for name, default in names))
 
     def device(self, asked: str | None) -> str | None:
         """The device of this process: each gets a GPU of its own where there are several."""
@@ -90,7 +89,7 @@ class Ranks:
         if on_gpu:
             torch.cuda.set_device(self.device(device))
         # The first process may download data or score for long while the others wait.
-        limit = timedelta(seconds=int(os.environ.get("DIST_TIMEOUT", "3600")))
+        limit = timedelta(seconds=max(1, _from_environment("DIST_TIMEOUT", 3600)))
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=limit)
         yield
         dist.barrier()  # nobody leaves while others may still need the connection
@@ -100,6 +99,18 @@ class Ranks:
         """Until all processes are here."""
         if self.world > 1:
             dist.barrier()
+
+
+def _from_environment(name: str, default: int) -> int:
+    """A number that the environment states.
+
+    Raises:
+        InputError: something else is there.
+    """
+    stated = os.environ.get(name, "").strip() or str(default)
+    if not re.fullmatch(r"[0-9]{1,9}", stated):
+        raise InputError(f"{name}={stated!r} in the environment is not valid: a whole number.")
+    return int(stated)
 
 
 class Models:

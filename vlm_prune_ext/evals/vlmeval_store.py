@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from vlm_prune_ext.errors import InputError, make_folder
 from vlm_prune_ext.evals.names import run_name
 from vlm_prune_ext.experiment.log import put_aside, read_json, write_json
 from vlm_prune_ext.experiment.record import Sample, SampleLog, Stretch, changed, digest
+from vlm_prune_ext.experiment.report import say
 from vlm_prune_ext.experiment.settings import Settings
 
 DECISIVE = (
@@ -100,7 +100,7 @@ def start_files(
         )
     if why:
         aside = put_aside(files.folder)
-        print(f"{files.stem}: {why}: asked anew; what was there is in {aside}.", file=sys.stderr)
+        say(f"{files.stem}: {why}: asked anew; what was there is in {aside}.", error=True)
         if kept:
             files.log().rewrite(kept)
     elif fresh:
@@ -159,7 +159,7 @@ def collect(files: Files) -> tuple[list[Sample], list[Stretch]]:
         stretches += times
         if log.broken:
             lines = ", ".join(map(str, log.broken))
-            print(f"{log.path.name}: line {lines} cannot be read and is left out.", file=sys.stderr)
+            say(f"{log.path.name}: line {lines} cannot be read and is left out.", error=True)
     if len(logs) > 1 and (samples or stretches):
         files.log().rewrite([*samples.values(), *stretches])
     for log in logs[1:]:

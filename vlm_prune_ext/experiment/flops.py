@@ -323,7 +323,7 @@ def _kept(method: Method | None, budget: Budget | None, total: int) -> int:
     if budget is None:
         name = getattr(method, "name", "method")
         raise InputError(f"method={name!r} keeps a number of tokens that depends on the picture.")
-    return resolve_budget("budget", budget, total)
+    return resolve_budget(None, budget, total)
 
 
 def _stated(config: Any, name: str) -> Any:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_prune_ext.errors import InputError, reason_of
-from vlm_prune_ext.experiment.log import Log
+from vlm_prune_ext.experiment.log import Log, object_of
 from vlm_prune_ext.experiment.record import digest
 
 DONE, FAILED, SKIPPED = "done", "failed", "skipped"
@@ -87,11 +87,9 @@ def read_lines(log: Log) -> dict[str, Line]:
     """The last line of each cell that a grid's log has."""
     found: dict[str, Line] = {}
     for entry in log.read():
-        try:
-            line = Line(**entry)
-        except TypeError:  # of another command
-            continue
-        found[line.key] = line
+        line = object_of(Line, entry)
+        if line is not None:  # else of another command
+            found[line.key] = line
     return found
 
 

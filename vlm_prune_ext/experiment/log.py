@@ -7,13 +7,17 @@ left unfinished costs that line only, and files that are written whole are the o
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vlm_prune_ext.errors import InputError
+
+T = TypeVar("T")
 
 LOCK = ".lock"
 ASIDE = "previous"
@@ -54,6 +58,10 @@ class Log:
     def read(self) -> list[dict[str, Any]]:
         """Entries of all whole lines, in order; other lines are left out, and named in
         :attr:`broken`."""
+        return [entry for _, entry in self.numbered()]
+
+    def numbered(self) -> list[tuple[int, dict[str, Any]]]:
+        """As :meth:`read`, each entry with the number of its line (from 1)."""
         entries, self.broken = [], []
         for number, line in enumerate(self._lines(), 1):
             try:
@@ -61,7 +69,7 @@ class Log:
             except (ValueError, RecursionError):
                 entry = None
             if isinstance(entry, dict):
-                entries.append(entry)
+                entries.append((number, entry))
             else:
                 self.broken.append(number)
         return entries
@@ -81,6 +89,49 @@ class Log:
     def replace(self, entries: Iterable[Mapping[str, Any]]) -> None:
         """Write the whole file anew."""
         write_whole(self.path, "".join(f"{_line(entry)}\n" for entry in entries))
+
+
+_PLAIN: dict[str, Callable[[Any], bool]] = {
+    "int": lambda value: type(value) is int,
+    "float": lambda value: type(value) in (int, float) and math.isfinite(value),
+    "str": lambda value: isinstance(value, str),
+    "bool": lambda value: isinstance(value, bool),
+    "None": lambda value: value is None,
+    "Any": lambda value: True,
+}
+
+
+def _fits(declared: str, value: Any) -> bool:
+    """Whether a value is of a type as dataclasses declare it (``dict[str, int]``)."""
+    if " | " in declared:
+        return any(_fits(one, value) for one in declared.split(" | "))
+    name, _, inner = declared.partition("[")
+    if name == "dict":
+        inside = inner.removeprefix("str, ")[:-1]
+        return isinstance(value, dict) and all(_fits(inside, one) for one in value.values())
+    if name == "list":
+        return isinstance(value, list) and all(_fits(inner[:-1], one) for one in value)
+    return _PLAIN[name](value)
+
+
+def object_of(kind: type[T], values: Any) -> T | None:
+    """A dataclass of what a line holds; ``None`` where that is not its own.
+
+    Args:
+        kind: its fields are plain values, lists and dicts. Names that a later version added to the
+            line are left out.
+        values: of any kind.
+    """
+    if not isinstance(values, dict):
+        return None
+    declared = {one.name: str(one.type) for one in fields(kind)}  # type: ignore[arg-type]
+    known = {name: value for name, value in values.items() if name in declared}
+    if not all(_fits(declared[name], value) for name, value in known.items()):
+        return None
+    try:
+        return kind(**known)
+    except TypeError:  # something is missing
+        return None
 
 
 def _line(entry: Mapping[str, Any]) -> str:
@@ -148,7 +199,8 @@ def lock(folder: Path, name: str = "") -> Iterator[None]:
 
     with _says_why(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / (f".{name}{LOCK}" if name else LOCK)).open("w")
+        # Not "w": whatever a link of this name leads to stays as it is.
+        file = (folder / (f".{name}{LOCK}" if name else LOCK)).open("a")
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

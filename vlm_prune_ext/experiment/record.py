@@ -11,13 +11,13 @@ import hashlib
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from vlm_prune_ext.errors import InputError
-from vlm_prune_ext.experiment.log import Log, write_json
+from vlm_prune_ext.experiment.log import Log, object_of, write_json
 
 
 # -- fingerprints ----------------------------------------------------------------------------------
@@ -183,13 +183,19 @@ class SampleLog(Log):
         self.append(*map(_entry, entries))
 
     def samples(self) -> tuple[list[Sample], list[Stretch]]:
-        """All that can be read. A line of another kind is left out as a broken one is."""
+        """All that can be read. A line that is no sample and no stretch, but says so, is left out
+        and named as a broken one is."""
         samples, stretches = [], []
-        for entry in self.read():
-            if (sample := _made(Sample, entry.get("sample"))) is not None:
+        for number, entry in self.numbered():
+            sample = object_of(Sample, entry.get("sample"))
+            stretch = object_of(Stretch, entry.get("stretch"))
+            if sample is not None:
                 samples.append(sample)
-            elif (stretch := _made(Stretch, entry.get("stretch"))) is not None:
+            elif stretch is not None:
                 stretches.append(stretch)
+            elif {"sample", "stretch"} & set(entry):
+                self.broken.append(number)
+        self.broken.sort()
         return samples, stretches
 
     def rewrite(self, entries: Iterable[Sample | Stretch]) -> None:
@@ -199,18 +205,6 @@ class SampleLog(Log):
 
 def _entry(entry: Sample | Stretch) -> dict[str, Any]:
     return {type(entry).__name__.lower(): asdict(entry)}
-
-
-def _made(kind: type, values: Any) -> Any:
-    """An object of plain values; ``None`` where they are not its own. Names that a later version
-    added to the line are left out."""
-    if not isinstance(values, dict):
-        return None
-    known = {f.name for f in fields(kind)}
-    try:
-        return kind(**{name: value for name, value in values.items() if name in known})
-    except TypeError:
-        return None
 
 
 # -- figures ---------------------------------------------------------------------------------------

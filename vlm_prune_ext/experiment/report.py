@@ -14,6 +14,7 @@ import html
 import io
 import itertools
 import json
+import re
 import sys
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -44,14 +45,23 @@ def _shown(character: str) -> str:
     return character
 
 
+def say(line: object, *, error: bool = False) -> None:
+    """Print a line that may hold what others wrote: on standard output, or on standard error."""
+    print(terminal_text(line), file=sys.stderr if error else sys.stdout, flush=True)
+
+
 def markdown_cell(value: object) -> str:
     """A cell of a Markdown table that reads as the value."""
     if isinstance(value, Markup):
         return str(value)
     text = terminal_text(value)
-    for sign in "\\`*[]|":
+    for sign in "\\`*[]|~$":
         text = text.replace(sign, f"\\{sign}")
+    text = _EMPHASIS.sub(r"\\_", text)
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+_EMPHASIS = re.compile(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")  # not inside a word
 
 
 def html_cell(value: object) -> str:
@@ -59,7 +69,7 @@ def html_cell(value: object) -> str:
     return html.escape(terminal_text(value))
 
 
-_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "'")
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "'", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
 
 def sheet_cell(text: str) -> str:
@@ -75,11 +85,12 @@ def plain_cell(text: str) -> str:
 
 def csv_text(rows: Iterable[Sequence[object]]) -> str:
     """Rows as CSV; texts by :func:`sheet_cell`, numbers as they are, ``None`` empty."""
-    out = io.StringIO()
-    table = csv.writer(out, lineterminator="\n")
+    lines = []
     for row in rows:
-        table.writerow([sheet_cell(cell) if isinstance(cell, str) else cell for cell in row])
-    return out.getvalue()
+        line = io.StringIO(newline="")  # "\r\n" at its end, else a cell with "\r" is not quoted
+        csv.writer(line).writerow([sheet_cell(x) if isinstance(x, str) else x for x in row])
+        lines.append(line.getvalue().removesuffix("\r\n") + "\n")
+    return "".join(lines)
 
 
 # -- tables ----------------------------------------------------------------------------------------
@@ -249,7 +260,7 @@ class Table:
         for place, column in enumerate(self.columns):
             last = column.left and place == len(self.columns) - 1
             drawn.add_column(
-                column.name,
+                Text(terminal_text(column.name)),
                 justify="left" if column.left else "right",
                 no_wrap=not last,
                 overflow="fold",

@@ -403,7 +403,7 @@ def read_file(path: str | Path, *, allow_code: bool = False) -> dict[str, Any]:
         raise InputError(f"Config file {str(path)!r} does not exist: give a .json or .yaml file.")
     try:
         text = path.read_text(encoding="utf-8")
-        value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        value = _parsed(text, is_json=path.suffix == ".json")
         size = _size(value)
     except RecursionError as error:
         raise InputError(f"Config file {str(path)!r} is nested too deeply.") from error
@@ -427,8 +427,37 @@ def read_file(path: str | Path, *, allow_code: bool = False) -> dict[str, Any]:
     return {str(key).replace("-", "_"): entry for key, entry in value.items()}
 
 
+class _OnceEach(yaml.SafeLoader):
+    """YAML whose mappings have each name once: of two, the last would win without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """As in the base."""
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        _check_once(name for name in names if name != "<<")
+        return super().construct_mapping(node, deep)
+
+
+def _parsed(text: str, *, is_json: bool) -> Any:
+    if is_json:
+        return json.loads(text, object_pairs_hook=_once_each)
+    return yaml.load(text, _OnceEach)
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    _check_once(name for name, _ in pairs)
+    return dict(pairs)
+
+
+def _check_once(names: Iterable[str]) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise ValueError(f"{name!r} stands in it twice")
+        seen.add(name)
+
+
 _MOST_VALUES = 10_000
-_FUNCTION = re.compile(r"(?:^|:)[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+_FUNCTION = re.compile(r"^[A-Za-z_][\w.]*\s*:\s*[A-Za-z_][\w.]*$")
 
 
 def _size(value: Any) -> int:
@@ -452,11 +481,17 @@ def _code_in(value: Any, name: str = "") -> str | None:
         return next((found for found in inside if found is not None), None)
     if isinstance(value, list):
         return next((found for entry in value if (found := _code_in(entry, name))), None)
-    if isinstance(value, str) and "method" in name and _FUNCTION.search(value):
+    if isinstance(value, str) and "method" in name and _names_code(value.strip()):
         return repr(value)
     if name.endswith("trust_remote_code") or name.endswith("trust-remote-code"):
         return "trust_remote_code" if value else None
     return None
+
+
+def _names_code(text: str) -> bool:
+    """Whether a method's text is ``package.module:function``, or a short form that holds one."""
+    name, _, rest = text.partition(":")
+    return (":" in rest) if name.strip() == "custom" else _FUNCTION.search(text) is not None
 
 
 def resolve(

@@ -56,14 +56,15 @@ def say_once(text: str) -> None:
         logger.warning(text)
 
 
-def resolve_budget(name: str, budget: Budget, total: int) -> int:
+def resolve_budget(name: str | None, budget: Budget, total: int) -> int:
     """Tokens to keep of ``total``: a count as it is, a ratio rounded (halves to even, at least 1).
 
-    A count above ``total`` keeps all of that image, which is said once.
+    A count above ``total`` keeps all of that image, which is said once where ``name``, the field's,
+    is given.
     """
     if isinstance(budget, float):
         return max(1, round(budget * total))
-    if budget > total:
+    if budget > total and name is not None:
         say_once(f"{name}={budget} is above the visual tokens of some images: these keep them all.")
     return min(budget, total)
 
@@ -203,6 +204,11 @@ class Method(Declared):
         if not cls.budget_field:
             raise InputError(f"{cls.name} has no keep budget: give its parameters by name.")
         return {cls.budget_field: budget}
+
+    @classmethod
+    def budget_defaults(cls, budget: Any) -> dict[str, Any]:
+        """Defaults of other fields beside the short form ``name:budget``; what is stated wins."""
+        return {}
 
     @classmethod
     def summary(cls) -> str:

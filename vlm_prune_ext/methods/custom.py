@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TypeAlias, cast, get_args
 
@@ -210,7 +212,27 @@ def _mean_cosine(metric: torch.Tensor) -> torch.Tensor:
     return (redundancy(metric) - itself) / max(metric.shape[1] - 1, 1)
 
 
+_NAMED: ContextVar[tuple[str, ...] | None] = ContextVar("named", default=None)
+
+
+@contextmanager
+def only_code_named_in(texts: Iterable[str]) -> Iterator[None]:
+    """Inside, ``package.module:function`` is imported only where one of these texts holds it: a
+    command line may name code to run, a file that came from somewhere may not."""
+    before = _NAMED.set(tuple(texts))
+    try:
+        yield
+    finally:
+        _NAMED.reset(before)
+
+
 def _import_function(name: str) -> Selection:
+    named = _NAMED.get()
+    if named is not None and not any(name in text for text in named):
+        raise InputError(
+            f"method={name!r} in a config file names code to run: --allow-code on the command line "
+            "accepts that."
+        )
     module, _, attribute = name.partition(":")
     try:
         found = importlib.import_module(module)

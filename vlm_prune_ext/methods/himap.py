@@ -8,6 +8,7 @@ Pruning. Code: ``ustc-hyin/HiMAP``.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from vlm_prune_ext.lazy import torch
 from vlm_prune_ext.methods.base import (
@@ -18,6 +19,7 @@ from vlm_prune_ext.methods.base import (
     register,
     require_layer,
     resolve_budget,
+    say_once,
 )
 from vlm_prune_ext.methods.option import (
     a_budget,
@@ -100,6 +102,14 @@ class HiMAP(Method):
             fits = self.attn_img_rank <= self.attn_txt_rank
             require(fits, "attn_img_rank", self.attn_img_rank, most)
 
+    @classmethod
+    def budget_defaults(cls, budget: Any) -> dict[str, Any]:
+        """``himap:N``: stage 2 keeps 72, as published; behind a ratio or fewer than 72 the quarter
+        of stage 1 that this is."""
+        if isinstance(budget, float):
+            return {"attn_img_rank": budget / 4}
+        return {"attn_img_rank": max(1, budget // 4)} if budget < 72 else {}
+
     def plan(self, num_layers: int) -> tuple[Stage, ...]:
         """One or two stages."""
         model = f"a model of {num_layers} layers"
@@ -125,10 +135,11 @@ class HiMAP(Method):
         assert evidence.attention is not None and self.attn_img_rank is not None
         keep = resolve_budget("attn_img_rank", self.attn_img_rank, evidence.total)
         if keep > evidence.count:  # a count beside a ratio, compared once the image is there
-            whole = resolve_budget("attn_txt_rank", self.attn_txt_rank, evidence.total)
-            left = f"at most the {evidence.count} visual tokens that attn_txt_rank leaves"
-            require(whole == evidence.total, "attn_img_rank", self.attn_img_rank, left)
-        return top_k_ascending(evidence.attention, keep)
+            say_once(
+                f"attn_img_rank={self.attn_img_rank} is above what attn_txt_rank="
+                f"{self.attn_txt_rank} leaves of some images: these keep all of that."
+            )
+        return top_k_ascending(evidence.attention, min(keep, evidence.count))
 
     def label(self) -> str:
         """As in the base; without the fields of stage 2 where there is none."""

@@ -13,6 +13,7 @@ import yaml
 import vlm_prune_ext.methods as package
 from vlm_prune_ext.errors import InputError, unknown_name
 from vlm_prune_ext.methods.base import REGISTERED, Method
+from vlm_prune_ext.methods.option import a_budget
 
 for _module in pkgutil.iter_modules(package.__path__):
     importlib.import_module(f"{package.__name__}.{_module.name}")
@@ -109,6 +110,7 @@ def parse_settings(text: str) -> tuple[str, dict[str, Any]]:
     name, _, rest = text.strip().partition(":")
     cls = method_class(name)
     settings: dict[str, Any] = {}
+    usual: dict[str, Any] = {}
     for index, item in enumerate(_split(rest)):
         key, equals, value = (part.strip() for part in item.partition("="))
         given: dict[str, Any]
@@ -119,12 +121,16 @@ def parse_settings(text: str) -> tuple[str, dict[str, Any]]:
                 f"{text!r} is not a method: name, name:budget or name:key=value,... is."
             )
         else:
-            given = cls.budget_settings(_value(cls.budget_field, key))
+            budget = _value(cls.budget_field, key)
+            given = cls.budget_settings(budget)
+            if a_budget().ok(budget):
+                usual = cls.budget_defaults(budget)
         for each in given:
             if each in settings:
                 raise InputError(f"{each} is given twice in {text!r}: once is accepted.")
         settings.update(given)
-    return name, settings
+    stated = {cls.config_fields().get(key, key) for key in settings} if cls is not None else ()
+    return name, {**{k: v for k, v in usual.items() if k not in stated}, **settings}
 
 
 def _split(text: str) -> list[str]:

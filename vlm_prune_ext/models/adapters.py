@@ -6,7 +6,7 @@ import functools
 import importlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -141,11 +141,36 @@ def load(
         stated = torch.float32 if dtype is None and on_cpu else _stored_dtype(source)
     pictures = {name: kw.pop(name) for name in PICTURES if name in kw}
     pictures = {name: value for name, value in pictures.items() if value is not None}
+    if family.read_processor is None:
+        check_pictures(source, pictures)
     options = LoadOptions(stated, where, attn_implementation, kw, pictures)
     assert family.load is not None
     model, processor = family.load(source, options)
     _turn_on_fast(model, fast)
     return model, processor
+
+
+def check_pictures(source: Checkpoint, settings: Mapping[str, Any]) -> None:
+    """Refuse settings of pictures that a checkpoint's image processor does not have, before its
+    weights are loaded.
+
+    Args:
+        source: the checkpoint.
+        settings: any names; those of :data:`PICTURES` that are not ``None`` are looked at.
+
+    Raises:
+        InputError: naming the setting and what is accepted.
+    """
+    given = {n: settings[n] for n in PICTURES if settings.get(n) is not None}
+    if not given:
+        return
+    family = _family_of(source)
+    if family.read_processor is None:
+        raise InputError(
+            f"{', '.join(given)} is no setting of {family.line.title}, whose pictures are prepared "
+            "as the checkpoint says; accepted: none."
+        )
+    family.read_processor(source, given)
 
 
 def _turn_on_fast(model: Any, wanted: bool | None) -> None:

@@ -46,18 +46,19 @@ def family_of(line: FamilyLine) -> Family:
     """What a line of the table says, as code."""
 
     def load(source: Checkpoint, options: LoadOptions) -> tuple[Any, PromptProcessor]:
-        processor = read_processor(source, options)
+        processor = read_processor(source, options.pictures)
         model = load_model(getattr(transformers, line.architectures[0]), source, options)
         return model, AutoPrompts(model, processor, line.name)
 
     def owns(model: nn.Module) -> bool:
         return is_a(model, line.architectures) and generic.owns(model)
 
-    return Family(line, owns, generic.parts, is_named(*line.architectures), load)
+    named = is_named(*line.architectures)
+    return Family(line, owns, generic.parts, named, load, read_processor)
 
 
-def read_processor(source: Checkpoint, options: LoadOptions) -> Any:
-    """The processor of a checkpoint.
+def read_processor(source: Checkpoint, pictures: Mapping[str, Any]) -> Any:
+    """The processor of a checkpoint, with settings of its pictures.
 
     Raises:
         InputError: it has none, one that cannot be made, or that has no such setting.
@@ -66,14 +67,14 @@ def read_processor(source: Checkpoint, options: LoadOptions) -> Any:
     check_files(source)
     try:
         made = AutoProcessor.from_pretrained(
-            str(source.folder), trust_remote_code=False, **options.pictures
+            str(source.folder), trust_remote_code=False, **pictures
         )
     except Exception as error:  # many kinds, by what is wrong in the files
         said = first_line(error)
         raise InputError(f"The processor of {what} cannot be made: {said}") from error
     takes = getattr(made.image_processor.valid_kwargs, "__annotations__", {})
     known = [name for name in PICTURES if name in takes]
-    for name in options.pictures:
+    for name in pictures:
         if name not in known:
             raise InputError(
                 f"{name} is no setting of {type(made.image_processor).__name__}, which makes the "
@@ -194,7 +195,10 @@ class AutoPrompts(PromptProcessor):
         return self.marker.join(pieces)
 
     def _check_text(self, text: str) -> None:
-        """Raise InputError where a text spells what stands for a part of an image."""
+        """Raise InputError where a text spells what stands for a part of an image or a video."""
+        video = getattr(self.processor, "video_token", None)  # some look for it in the text
+        if video and video in text:
+            raise spelled(video)
         for token in self.tokenizer(text, add_special_tokens=False).input_ids:
             if token in self.reserved:
                 raise spelled(self.tokenizer.convert_ids_to_tokens(token))

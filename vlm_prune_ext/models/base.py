@@ -15,7 +15,7 @@ from torch import nn
 from transformers import BatchFeature
 
 from vlm_prune_ext.engine.parts import ModelParts
-from vlm_prune_ext.errors import InputError, unknown_name
+from vlm_prune_ext.errors import InputError, RowError, unknown_name
 from vlm_prune_ext.models.catalogue import FamilyLine
 from vlm_prune_ext.models.checkpoint import FETCHING, first_line
 from vlm_prune_ext.models.images import ImageLike, open_image
@@ -135,6 +135,8 @@ class Family:
         parts: where its parts are.
         recognises: whether a ``config.json`` is one of this family's.
         load: model and processor from a checkpoint; ``None`` where only live models are taken.
+        read_processor: the processor of a checkpoint with settings of its pictures, or InputError
+            about one that it does not have; ``None`` where there are no such settings.
     """
 
     line: FamilyLine
@@ -142,6 +144,20 @@ class Family:
     parts: Callable[[Any], ModelParts]
     recognises: Callable[[Mapping[str, Any]], bool] | None = None
     load: Callable[[Checkpoint, LoadOptions], tuple[Any, PromptProcessor]] | None = None
+    read_processor: Callable[[Checkpoint, Mapping[str, Any]], Any] | None = None
+
+
+def _written(text: str) -> str:
+    """A text as it is.
+
+    Raises:
+        InputError: it holds half a surrogate pair (JSON's ``\\ud800``), which is no sign.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"The text holds {text[error.start]!a}, which is no sign.") from error
+    return text
 
 
 def is_named(*architectures: str) -> Callable[[Mapping[str, Any]], bool]:
@@ -279,6 +295,10 @@ class PromptProcessor:
             texts: one question per sample.
             images: the images of each sample, any number.
             style: one template for all.
+
+        Raises:
+            InputError: unknown style, or not as many lists of images as texts.
+            RowError: a text or a picture that cannot be taken.
         """
         if isinstance(texts, str) or len(texts) != len(images):
             given = "one string" if isinstance(texts, str) else f"{len(texts)} texts"
@@ -286,12 +306,16 @@ class PromptProcessor:
                 f"texts and images must be lists of equal length; given are {given} and "
                 f"{len(images)} lists of images."
             )
-        pictures = [[open_image(image) for image in _as_list(entry)] for entry in images]
         template = self._style(style)
-        prompts = [
-            template.single(text, len(own)) for text, own in zip(texts, pictures, strict=True)
-        ]
-        made = self._encode(prompts, pictures)
+        try:
+            pictures = [[open_image(image) for image in _as_list(entry)] for entry in images]
+            prompts = [
+                template.single(_written(text), len(own))
+                for text, own in zip(texts, pictures, strict=True)
+            ]
+            made = self._encode(prompts, pictures)
+        except InputError as error:
+            raise RowError(str(error)) from error
         asked = [" ".join(text.replace(IMAGE, " ").split()) for text in texts]
         self._questions.remember(made["input_ids"], asked)
         return made
@@ -464,7 +488,7 @@ class PromptProcessor:
         """Say which images could not be taken, where one could not."""
         try:
             yield
-        except (ValueError, TypeError, IndexError) as error:
+        except Exception as error:  # whatever a processor does on shapes that nobody tried
             sizes = ", ".join(f"{image.width} x {image.height}" for image in images) or "no"
             raise InputError(
                 f"{type(who).__name__} does not take images of {sizes} pixels: {first_line(error)}"
@@ -515,6 +539,8 @@ def sequences_of(output: Any) -> torch.Tensor:
             f"output of type {type(output).__name__} is not valid: what generate() returned is, "
             "ids of (batch, n) or a mapping with 'sequences'."
         )
+    if ids.is_floating_point() or (ids.numel() and int(ids.min()) < 0):
+        raise InputError("output is not valid: token ids are whole numbers of at least 0.")
     return ids
 
 

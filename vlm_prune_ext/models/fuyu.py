@@ -67,7 +67,7 @@ def visual_mask(ids: torch.Tensor, patch: int, newline: int) -> torch.Tensor:
 
 
 def _load(source: Checkpoint, options: LoadOptions) -> tuple[Any, PromptProcessor]:
-    processor = read_processor(source, options)
+    processor = read_processor(source, options.pictures)
     model = load_model(FuyuForCausalLM, source, options)
     return model, FuyuPrompts(model, processor)
 
@@ -145,4 +145,5 @@ def family_of(line: FamilyLine) -> Family:
         parts=_parts,
         recognises=is_named(*line.architectures),
         load=_load,
+        read_processor=read_processor,
     )

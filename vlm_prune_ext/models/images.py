@@ -157,6 +157,8 @@ def _own_limits() -> Iterator[None]:
 
 
 def _check_pixels(image: Image.Image, name: str) -> None:
+    if not image.width * image.height:
+        raise InputError(f"{name} has no pixels: it is {image.width} x {image.height}.")
     if image.width * image.height > MAX_PIXELS:
         raise InputError(f"{name} has too many pixels ({image.width} x {image.height}): {_MOST}.")
 
@@ -173,6 +175,8 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
             ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB"
         )
         return cast(Image.Image, ImageCms.applyTransform(image, to_rgb))
+    if image.mode == "La":  # premultiplied, which Pillow turns into LA only
+        image = image.convert("LA")
     if image.mode == "I" or image.mode.startswith("I;"):
         return _grey(image, name).convert("RGB")
     return image.convert("RGB")
