@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from vlm_prune_ext import __version__
@@ -125,14 +125,17 @@ def _any_encoding() -> Iterator[None]:
     """What a terminal's encoding does not have is written out, and ends nothing."""
     streams = [s for s in (sys.stdout, sys.stderr) if isinstance(s, io.TextIOWrapper)]
     before = [stream.errors for stream in streams]
-    for stream in streams:
-        stream.reconfigure(errors="backslashreplace")
+    _set_errors(streams, ["backslashreplace"] * len(streams))
     try:
         yield
     finally:
-        for stream, errors in zip(streams, before, strict=True):
-            if not stream.closed:
-                stream.reconfigure(errors=errors)
+        _set_errors(streams, before)
+
+
+def _set_errors(streams: Sequence[io.TextIOWrapper], errors: Sequence[str | None]) -> None:
+    for stream, name in zip(streams, errors, strict=True):
+        with suppress(OSError, ValueError):  # closed, or another file under the same number
+            stream.reconfigure(errors=name)
 
 
 def _dispatch(words: list[str]) -> int:
