@@ -10,6 +10,7 @@ import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -438,12 +439,13 @@ class Sizes(flops.Sizes):
 
     def sample(self, index: int | str, answer: Answer, *, warm_up: bool) -> Sample:
         """An answer as a line of the log."""
-        cost = self.prompt(
+        cost = _cost_of(
+            self,
             answer.prompt_tokens,
             answer.visual_tokens,
-            answer.lengths,
+            tuple(answer.lengths),
             answer.tower_images,
-            answer.patches_kept,
+            tuple(answer.patches_kept.items()),
         )
         return sample_of(
             index,
@@ -465,6 +467,18 @@ class Sizes(flops.Sizes):
         layer, saved = self.decoder.layer_flops, 1 - 1 / answer.shared
         shared = answer.lengths[: answer.shared_layers]
         return prefill - saved * sum(layer(n - answer.question_tokens) for n in shared)
+
+
+@lru_cache(4096)  # few prompts of a data set differ in these
+def _cost_of(
+    sizes: Sizes,
+    tokens: int,
+    visual: int,
+    lengths: tuple[int, ...],
+    tower_images: float,
+    patches: tuple[tuple[int, int], ...],
+) -> flops.PromptFlops:
+    return sizes.prompt(tokens, visual, lengths, tower_images, dict(patches))
 
 
 def sample_of(index: int | str, answer: Answer, **more: Any) -> Sample:

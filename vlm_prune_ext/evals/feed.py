@@ -207,8 +207,9 @@ class Feeder:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _start_thread(self) -> None:
-        if self._on_gpu:  # else each would have a team of its own beside the others
-            torch.set_num_threads(1)
+        if self._on_gpu:
+            torch.set_num_threads(1)  # else each would have a team of its own beside the others
+            torch.cuda.set_device(self._answerer.processor.device)  # whose memory is pinned for
 
     def _submit(
         self,

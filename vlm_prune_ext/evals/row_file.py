@@ -56,7 +56,7 @@ def _row(dataset: Any, row: dict[Any, Any]) -> dict[str, Any]:
     texts = {name: row.get(name) for name in _TEXTS}
     pictures: list[str] = []
     with contextlib.suppress(Exception):  # a row without its picture has failed, and says so
-        pictures = list(map(str, dataset.dump_image(pd.Series(row))))
+        pictures = list(map(str, dataset.dump_image(pd.Series(row, dtype=object))))
     return {
         "index": _key(row["index"]),
         **{name: str(text) for name, text in texts.items() if _is_there(text)},

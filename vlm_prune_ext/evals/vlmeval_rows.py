@@ -76,6 +76,7 @@ class RowModel(BaseModel):
         self.dataset, self.log, self.on_sample = dataset, log, on_sample
         self.answered, self._batch_size = 0, batch_size
         self._open: list[int] = []
+        self._indices = [index_of(index) for index in dataset.data["index"]]
         self._said: dict[int | str, str] = {}
         self._reading = threading.Lock()
         # Else VLMEvalKit would ask the data set itself, and we would not learn which row it is.
@@ -153,7 +154,7 @@ class RowModel(BaseModel):
         warm_up, wrong = self.answered < self.warm_up, list[Exception]()
         samples = []
         for one in batch.outcomes:
-            index = index_of(self.dataset.data["index"].iloc[one.index])
+            index = self._indices[one.index]
             if one.answer is not None:
                 self.answered += 1
                 sample = self.sizes.sample(index, one.answer, warm_up=warm_up)
@@ -216,14 +217,14 @@ def shown_in_order(model: RowModel, known: set[int | str], rank: int, world: int
         rank, world: which process of how many.
     """
     data = model.dataset.data
-    places = shares(data["index"].map(index_of), model._parts, known, world)[rank]
-    open_ = data["index"].iloc[places].map(index_of)
-    twice = open_.duplicated() | open_.isin(known)
-    model.ask([place for place, out in zip(places, twice, strict=True) if not out])
+    places = shares(model._indices, model._parts, known, world)[rank]
+    first = {model._indices[place]: place for place in reversed(places)}  # of each index
+    open_ = {place for index, place in first.items() if index not in known}
+    model.ask([place for place in places if place in open_])
     theirs = inference.infer_data
 
     def infer_data(*, dataset: Any, **rest: Any) -> Any:
-        return theirs(dataset=_Shown(dataset, data.iloc[places], world), **rest)
+        return theirs(dataset=_Shown(dataset, data[["index"]].iloc[places], world), **rest)
 
     with ExitStack() as stack, contextlib.closing(model):
         exchange(stack, inference, "infer_data", infer_data)
@@ -233,7 +234,8 @@ def shown_in_order(model: RowModel, known: set[int | str], rank: int, world: int
 
 
 class _Shown:
-    """A data set of which the loop, which takes every ``world``-th row, finds these."""
+    """A data set of which the loop, which takes every ``world``-th row, finds these. It looks at
+    their indices alone; rows with pictures would take it long."""
 
     def __init__(self, dataset: Any, rows: pd.DataFrame, world: int) -> None:
         self._dataset = dataset

@@ -173,6 +173,16 @@ def row_parts(dataset: Any) -> dict[int | str, dict[str, str]]:
     data, found = dataset.data, {}
     names = {name: _part(name) for name in map(str, data) if name not in _NOT_ASKED}
     root = Path(getattr(dataset, "img_root", "."))
+    seen: dict[str, str] = {}  # pictures are large, and have several rows
+
+    def fingerprint(part: str, values: list[Any]) -> str:
+        if part != "picture" or len(values) > 1:
+            return digest(values)
+        key = values[0][1]
+        if key not in seen:
+            seen[key] = digest(values)
+        return seen[key]
+
     for row in data.to_dict("records"):
         parts: dict[str, list[Any]] = {}
         for name, part in names.items():
@@ -180,7 +190,9 @@ def row_parts(dataset: Any) -> dict[int | str, dict[str, str]]:
             if name == "image_path":
                 value = _picture_bytes(value, root)
             parts.setdefault(part, []).append([name, str(value)])
-        found[index_of(row["index"])] = {part: digest(values) for part, values in parts.items()}
+        found[index_of(row["index"])] = {
+            part: fingerprint(part, values) for part, values in parts.items()
+        }
     return found
 
 

@@ -204,7 +204,7 @@ class SampleLog(Log):
 
 
 def _entry(entry: Sample | Stretch) -> dict[str, Any]:
-    return {type(entry).__name__.lower(): asdict(entry)}
+    return {type(entry).__name__.lower(): vars(entry)}  # plain values, which are not copied
 
 
 # -- figures ---------------------------------------------------------------------------------------
