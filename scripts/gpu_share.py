@@ -70,10 +70,10 @@ class Questions:
         asked = Asked(owner, self.asked, lengths, list(range(self.count)), self._make)
         return fast.shared(asked, **self.inputs, **options)
 
-    def _make(self, indices: list[int]) -> tuple[dict[str, torch.Tensor], list[int]]:
+    def _make(self, indices: list[int]) -> tuple[dict[str, torch.Tensor], list[float]]:
         ids = torch.tensor([[*self.prefix, self.asked[0][0]]] * len(indices), device=self.device)
         made = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        return {**made, "pixel_values": self.pixels[indices]}, [1] * len(indices)
+        return {**made, "pixel_values": self.pixels[indices]}, [1.0] * len(indices)
 
 
 def per_question(call: Callable[[], Any], rows: int, repeat: int) -> float:

@@ -162,10 +162,15 @@ def test_tokens_and_trace_are_those_of_the_ordinary_path(tiny: Any, name: str, b
     assert not found.is_inference()
 
 
-@pytest.mark.parametrize("name", ["none", "fastv", "himap", "random", "pdrop"])
-def test_internvl(tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
-    folder = tmp_path_factory.mktemp("internvl")
-    family_makers.internvl(folder)
+OTHERS = [("internvl", name) for name in ("none", "fastv", "himap", "random", "pdrop")]
+MROPE = ("none", "fastv", "himap", "random", "random-later", "divprune", "sparsevlm", "dart")
+OTHERS += [("qwen2_5_vl", name) for name in MROPE] + [("qwen2_vl", "fastv"), ("qwen2_vl", "none")]
+
+
+@pytest.mark.parametrize(("family", "name"), OTHERS)
+def test_other_families(tmp_path_factory: pytest.TempPathFactory, family: str, name: str) -> None:
+    folder = tmp_path_factory.mktemp(family)
+    getattr(family_makers, family)(folder, layers=6)
     model, processor = vp.load(folder, device=DEVICE, dtype="float32", fast=False)
     inputs = processor.batch(*BATCHES["padded"](makers.photos(3)))
     with vp.prune(model, METHODS[name]) as ordinary:
@@ -185,8 +190,8 @@ def test_the_catalogue_says_which_families_have_it() -> None:
 
 
 def test_a_family_without_it(tmp_path: Path) -> None:
-    family_makers.qwen2_5_vl(tmp_path)
-    with pytest.raises(InputError, match=r"Qwen2\.5-VL has no fast path"):
+    family_makers.gemma3(tmp_path)
+    with pytest.raises(InputError, match="Gemma 3 has no fast path"):
         vp.load(tmp_path, fast=True)
 
 

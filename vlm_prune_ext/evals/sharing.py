@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -54,6 +54,7 @@ class Sharing:
     def __init__(self, model: Any, processor: Any, method: Method | None) -> None:
         self.model, self.processor, self.method = model, processor, method
         self._met = _MET.setdefault(model, OrderedDict())
+        self._known: OrderedDict[Hashable, tuple[str, list[int]]] = OrderedDict()
 
     def plan(self, queries: Sequence[Question]) -> list[tuple[list[int], Plan | None]]:
         """Runs: rows, and how they are answered together (``None``: with whole prompts)."""
@@ -81,34 +82,46 @@ class Sharing:
         """Rows that share something with another, or with one that was answered before."""
         found: dict[Hashable, _Group] = {}
         settings = self.processor.picture_settings()
-        known = [query for query in queries if query.digests]
-        for row, query in enumerate(queries):
-            if not query.images or (len(queries) == 1 and not known):
+        pictures = [self._pictures_of(query, len(queries) == 1) for query in queries]
+        counts = Counter(one for one in pictures if one)
+        for row, (query, digests) in enumerate(zip(queries, pictures, strict=True)):
+            if not digests or (counts[digests] == 1 and digests not in self._met):
                 continue
-            digests = query.digests or tuple(map(digest_of, query.images))
-            ids = self.processor.ids_of(query.text, query.images, style=query.style)
-            if ids is None:
-                return []
+            ids = self._ids(query, (digests, query.style, settings))
             token = self.processor.image_token_id
-            length = len(ids) - ids[::-1].index(token) if token in ids else 0
-            if not 0 < length < len(ids):
+            if ids is None or token not in ids or ids[-1] == token:
                 continue
+            length = len(ids) - ids[::-1].index(token)
             key: Hashable = (digests, tuple(ids[:length]), settings)
             group = found.setdefault(key, _Group(key, length, [], []))
             group.rows.append(row)
             group.ids.append(ids)
-        there = engine.known(found, self.method)
-        shared = [
-            group
-            for (key, group), is_there in zip(found.items(), there, strict=True)
-            if len(group.rows) > 1 or is_there or key in self._met
-        ]
-        for key in found:
-            self._met[key] = None
-            self._met.move_to_end(key)
+        for digests in counts:
+            self._met[digests] = None
+            self._met.move_to_end(digests)
         while len(self._met) > _REMEMBERED:
             self._met.popitem(last=False)
-        return shared
+        return list(found.values())
+
+    def _pictures_of(self, query: Question, alone: bool) -> tuple[str, ...]:
+        """Digests of its pictures; none where it has none, or where looking would not pay."""
+        if query.digests or not query.images or alone:
+            return query.digests
+        return tuple(map(digest_of, query.images))
+
+    def _ids(self, query: Question, about: Hashable) -> list[int] | None:
+        """Token ids of its prompt, ``about`` pictures that others are about, too."""
+        processor, images = self.processor, list(query.images)
+        ids = processor.ids_of(query.text, images, style=query.style)
+        if ids is not None:
+            return list(ids)
+        if about not in self._known:
+            whole = processor.batch([query.text], [images], style=query.style)
+            self._known[about] = (query.text, whole["input_ids"][0].tolist())
+            while len(self._known) > _REMEMBERED:
+                self._known.popitem(last=False)
+        found = processor.ids_like(query.text, images, self._known[about], style=query.style)
+        return None if found is None else list(found)
 
 
 def _even(groups: list[_Group]) -> list[list[_Group]]:
@@ -162,7 +175,7 @@ class Plan:
 
     def tiles(self) -> list[float]:
         """Of each row, what its pictures are for the tower."""
-        return [float(self._asked.found[index].tiles) for index in self._asked.owner]
+        return [self._asked.found[index].tiles for index in self._asked.owner]
 
     def told(self) -> list[dict[str, Any]]:
         """Of each row, fields of its answer about what was shared."""
@@ -173,7 +186,7 @@ class Plan:
             for size, ids in zip(sizes, self._asked.questions, strict=True)
         ]
 
-    def _make(self, indices: list[int]) -> tuple[dict[str, torch.Tensor], list[int]]:
+    def _make(self, indices: list[int]) -> tuple[dict[str, torch.Tensor], list[float]]:
         firsts = [self._queries[self._asked.owner.index(index)] for index in indices]
         processor = self._sharing.processor
         images = [list(query.images) for query in firsts]
@@ -181,7 +194,7 @@ class Plan:
         counts = tower_images(self._sharing.model.config, whole, list(map(len, images)))
         prompts = [len(self.groups[index].ids[0]) for index in indices]
         lengths = [self.groups[index].length + 1 for index in indices]
-        return _cut(whole, prompts, lengths), [int(count) for count in counts]
+        return _cut(whole, prompts, lengths), counts
 
 
 def _cut(

@@ -89,7 +89,9 @@ class FastGenerate:
         model: Any = self._model()
         self.pieces = Pieces(self._parts, _Head(model), capture=capture)
         vision = self._parts.vision
-        self._tower = RecordedTower(vision.tower, self.pieces.recorder) if vision else None
+        # A tower that takes all images as one sequence asks the device how long they are.
+        recorded = vision is not None and vision.packed is None
+        self._tower = RecordedTower(vision.tower, self.pieces.recorder) if recorded else None  # type: ignore[union-attr]
         self._rules = RecordedRules(self.pieces.recorder)
         layers = {id(p) for layer in self._parts.layers for p in layer.parameters()}
         self._front = [p for p in model.parameters() if id(p) not in layers]
@@ -270,8 +272,8 @@ class FastGenerate:
     ) -> tuple[Prompt, Call | None, DecoderPruner | None]:
         """A prompt as it enters the decoder, through the recorded tower and rules."""
         inputs = {name: given[name] for name in INPUTS if given.get(name) is not None}
-        mask = inputs["attention_mask"]
-        positions = (mask.long().cumsum(dim=1) - 1).masked_fill(mask == 0, 0)
+        # The model's own way, which knows of pictures where positions have axes.
+        positions = model._prepare_position_ids_for_generation(inputs["input_ids"], inputs)
         site, pruner = site_of(session), _pruner_of(session)
         if self._tower is not None and not drops_inside(session):
             self._tower.take_over(site.watch if site is not None else None)
@@ -381,6 +383,9 @@ class FastGenerate:
         missing = [index for index, key in enumerate(keys) if found[key] is None]
         if missing:
             inputs, tiles = asked.make(missing)
+            unknown = sorted(set(inputs) - INPUTS)
+            if unknown:
+                raise _NotHere(f"the model is given {unknown[0]}")
             prompt, call, _ = self._enter(model, session, inputs)
             lengths = [asked.lengths[index] for index in missing]
             trace = None if session is None else session.trace

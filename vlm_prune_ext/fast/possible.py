@@ -14,13 +14,30 @@ from transformers import GenerationConfig
 
 from vlm_prune_ext.engine import masks
 from vlm_prune_ext.engine.parts import ModelParts
+from vlm_prune_ext.fast.segments import axes
 from vlm_prune_ext.methods.base import Method
 
 # Decoders whose forward does nothing around its layers but embedding, rotary positions and the last
 # norm: what else one did (Granite scales its embeddings) would be passed over.
-KNOWN = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
+KNOWN = (
+    "LlamaModel",
+    "MistralModel",
+    "Qwen2Model",
+    "Qwen3Model",
+    "Qwen2VLTextModel",
+    "Qwen2_5_VLTextModel",
+)
 # Arguments of greedy decoding, and those that do not matter to it.
-INPUTS = frozenset({"input_ids", "attention_mask", "pixel_values", "image_sizes"})
+INPUTS = frozenset(
+    {
+        "input_ids",
+        "attention_mask",
+        "pixel_values",
+        "image_sizes",
+        "image_grid_thw",
+        "mm_token_type_ids",
+    }
+)
 _GREEDY: dict[str, tuple[Any, ...]] = {
     "do_sample": (False, None),
     "num_beams": (1, None),
@@ -42,7 +59,8 @@ def why_not(parts: ModelParts, method: Method | None) -> str | None:
     if name not in KNOWN or not type(decoder).__module__.startswith("transformers.models."):
         return f"{name} is not one of {', '.join(KNOWN)}"
     config = getattr(decoder, "config", None)
-    if not parts.plain_rotary or parts.counts_real or not hasattr(decoder, "rotary_emb"):
+    rotary = parts.plain_rotary or (hasattr(decoder, "rotary_emb") and bool(axes(config)))
+    if not rotary or parts.counts_real or not hasattr(decoder, "rotary_emb"):
         return f"{name} does not have one rotary position per token"
     if any(masks.sliding_windows(config, len(parts.layers))):
         return f"{name} has sliding windows"

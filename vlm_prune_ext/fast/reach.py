@@ -67,5 +67,8 @@ class _Watch:
             # Also where a model passes a mask for each kind of layer (Gemma 3): it has no fast
             # path, and comes here for its embeddings only.
             real = None
-        self.prompt = Prompt(embeds, real, kwargs["position_ids"])
+        positions = kwargs["position_ids"]
+        if positions.dim() == 3 and len(positions) == 4:  # those of text stand in front
+            positions = positions[1:]
+        self.prompt = Prompt(embeds, real, positions)
         raise _Reached

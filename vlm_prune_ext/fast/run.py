@@ -19,7 +19,7 @@ from vlm_prune_ext.engine.evidence import AttentionReader, Looker, Seen, reads
 from vlm_prune_ext.engine.layout import Layout, iota, sent, take
 from vlm_prune_ext.engine.prefill import Prefill
 from vlm_prune_ext.fast.pieces import Pieces
-from vlm_prune_ext.fast.segments import Bundle, Part, Segment, Step
+from vlm_prune_ext.fast.segments import Bundle, Part, Segment, Step, turns
 from vlm_prune_ext.methods.evidence import Stage, attention_needs
 
 ROOM = 128  # for decoded tokens at first: limits are high, answers short
@@ -32,7 +32,8 @@ class Prompt:
     Attributes:
         embeds: ``(batch, n, hidden)``.
         real: bool ``(batch, n)``, False at padding; ``None`` if there is none.
-        positions: int64 ``(batch, n)``, rotary positions.
+        positions: int64 ``(batch, n)``, rotary positions; where these have several axes,
+            ``(axes, batch, n)``.
     """
 
     embeds: torch.Tensor
@@ -181,7 +182,7 @@ class Run:
 
         Args:
             hidden: ``(batch, n, hidden)``, what enters the first of these layers.
-            positions: int64 ``(batch or 1, n)``, rotary positions.
+            positions: int64 ``([axes,] batch or 1, n)``, rotary positions.
             stages: by layer.
             layers: to run; ``None``: all.
             room: places that the caches have besides those for decoded tokens.
@@ -191,8 +192,9 @@ class Run:
         """
         layers = range(len(self.pieces.parts.layers)) if layers is None else layers
         counts = self.aligned.counts[:, None]
-        whole = positions.expand(len(counts), -1)
-        behind = whole.gather(1, counts - 1) + 1
+        whole = positions.expand(*positions.shape[:-2], len(counts), -1)
+        behind = take(whole, counts - 1, -1) + 1
+        behind = behind if behind.dim() == 2 else behind.amax(dim=0)
         room = room or min(self.limit, ROOM)
         starts = sorted({layers.start, *(layer for layer in stages if layer in layers)})
         for first, stop in zip(starts, [*starts[1:], layers.stop], strict=True):
@@ -279,7 +281,7 @@ class Run:
     def _coming(self, stage: Stage, hidden: torch.Tensor, positions: torch.Tensor) -> Seen:
         """What a stage wants to see of the layer behind it, if nothing were dropped."""
         parts, decoder = self.pieces.parts, self.pieces.parts.decoder
-        rotary = decoder.rotary_emb(hidden, position_ids=positions)  # type: ignore[union-attr,operator]
+        rotary = turns(decoder, hidden, positions)
         normed = parts.input_norm(parts.layers[stage.layer]).forward(hidden)
         return self._reader(stage.layer, normed, None, rotary).read(stage.needs, "coming")
 

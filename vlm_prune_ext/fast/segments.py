@@ -30,6 +30,21 @@ def head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def axes(config: Any) -> tuple[int, ...]:
+    """Dimensions that positions have besides batch and tokens: three axes (time, height, width) in
+    Qwen's models, of which text has the same number on each; else none."""
+    scaling = getattr(config, "rope_parameters", None) or {}
+    return (3,) if "mrope_section" in scaling else ()
+
+
+def turns(decoder: Any, hidden: torch.Tensor, positions: torch.Tensor) -> Any:
+    """The rotary embedding of positions ``(batch, n)``, or with axes in front."""
+    own = axes(decoder.config)
+    if own and positions.dim() == 2:
+        positions = positions.expand(*own, -1, -1)
+    return decoder.rotary_emb(hidden, position_ids=positions)
+
+
 class SegmentCache:
     """Keys and values of the layers ``first`` ... ``stop - 1``, which hold the same tokens.
 
@@ -110,7 +125,7 @@ class Activations:
         output: the same, what comes out.
         attended: the same, what the last layer's attention received.
         cosines, sines: ``(batch, tokens, head_dim)``, the rotary embedding.
-        positions: int64 ``(batch, tokens)``.
+        positions: int64 ``(batch, tokens)``, see :func:`axes`.
         last: int64 ``(batch,)``, each sample's last token.
     """
 
@@ -131,14 +146,15 @@ class Activations:
             arena.view(name, (batch, tokens, width), dtype)
             for name, width in zip(names, widths, strict=True)
         )
-        positions = arena.view("positions", (batch, tokens), torch.int64)
+        shape = (*axes(config), batch, tokens)
+        positions = arena.view("positions", shape, torch.int64)
         last = arena.view("last", (batch,), torch.int64)
         return Activations(hidden, output, attended, cosines, sines, positions, last)
 
     def turn(self, decoder: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The rotary embedding of :attr:`positions`, which is kept here."""
         rotary = self.cosines, self.sines
-        made = decoder.rotary_emb(hidden, position_ids=self.positions)
+        made = turns(decoder, hidden, self.positions)
         for part, one in zip(rotary, made, strict=True):
             part.copy_(one)
         return rotary
@@ -204,7 +220,7 @@ class Segment:
         memory.hidden[:, :count].copy_(hidden)
         if count < self.tokens:  # nobody looks there, but it must stay finite
             memory.hidden[:, count:].zero_()
-        memory.positions[:, :count].copy_(positions)
+        memory.positions[..., :count].copy_(positions)
         memory.last.copy_(last)
 
     def _work(self) -> torch.Tensor:
@@ -333,7 +349,7 @@ class Step:
     def _work(self) -> torch.Tensor:
         decoder: Any = self.parts.decoder
         hidden = decoder.get_input_embeddings()(self.token)
-        rotaries = [decoder.rotary_emb(hidden, position_ids=own) for own in self._positions]
+        rotaries = [turns(decoder, hidden, own) for own in self._positions]
         packed = False
         for index, (cache, n) in enumerate(zip(self.caches, self.together, strict=True)):
             rotary = rotaries[index % len(rotaries)]

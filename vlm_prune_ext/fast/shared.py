@@ -26,7 +26,7 @@ from vlm_prune_ext.engine.trace import Trace
 from vlm_prune_ext.fast.follow import own_places
 from vlm_prune_ext.fast.pieces import QUESTION_STEP, Pieces, round_up
 from vlm_prune_ext.fast.run import ROOM, Aligned, Behind, Prompt, Run
-from vlm_prune_ext.fast.segments import Bundle
+from vlm_prune_ext.fast.segments import Bundle, turns
 from vlm_prune_ext.methods.base import Method
 from vlm_prune_ext.methods.evidence import Stage
 
@@ -52,7 +52,7 @@ class Asked:
     questions: list[list[int]]
     lengths: list[int]
     keys: list[Hashable]
-    make: Callable[[list[int]], tuple[Mapping[str, Any], list[int]]]
+    make: Callable[[list[int]], tuple[Mapping[str, Any], list[float]]]
     found: list[Prefix] = field(default_factory=list)
 
 
@@ -61,8 +61,8 @@ class Prefix:
     """A prompt's beginning, as it enters layer 0.
 
     Attributes:
-        embeds: ``(n, hidden)``; positions: int64 ``(n,)``, rotary; after: int64 ``(1,)``, of what
-            follows.
+        embeds: ``(n, hidden)``; positions: int64 ``(n [, axes])``, rotary; after: int64 ``(1,)``,
+            of what follows.
         images: places of each image's tokens.
         length: tokens before anything was dropped; visual: those of images; tiles: that went
             through the tower.
@@ -77,7 +77,7 @@ class Prefix:
     images: list[list[int]]
     length: int
     visual: int
-    tiles: int
+    tiles: float
     places: torch.Tensor | None = None
     tower: dict[int, torch.Tensor] = field(default_factory=dict)
     added: int | None = None
@@ -168,7 +168,7 @@ def take_prefixes(
     prompt: Prompt,
     call: Call | None,
     lengths: Sequence[int],
-    tiles: Sequence[int],
+    tiles: Sequence[float],
     trace: Trace | None,
 ) -> list[Prefix]:
     """Prefixes out of prompts that end with one token more.
@@ -189,14 +189,15 @@ def take_prefixes(
             images[image.sample].append(image.slots)
     if short is not None:
         counts = [held - longest + n - 1 for held, n in zip(short.held, lengths, strict=True)]
-    positions = prompt.positions.expand(len(lengths), -1)
+    positions = prompt.positions
+    positions = positions.expand(*positions.shape[:-2], len(lengths), -1)
     found = []
     for row, (count, length) in enumerate(zip(counts, lengths, strict=True)):
         here = slice(width - 1 - count, width - 1)
         prefix = Prefix(
             prompt.embeds[row, here].clone(),
-            positions[row, here].clone(),
-            positions[row, -1:].clone(),
+            positions[..., row, here].movedim(-1, 0).clone(),
+            positions[..., row, -1:].flatten()[-1:].clone(),
             [[slot - here.start for slot in slots] for slots in images[row]],
             length,
             0 if trace is None or call is None else trace.visual_input[row],
@@ -210,12 +211,12 @@ def take_prefixes(
     return found
 
 
-def _note_tower(found: list[Prefix], tiles: Sequence[int], trace: Trace) -> None:
+def _note_tower(found: list[Prefix], tiles: Sequence[float], trace: Trace) -> None:
     for prefix in found:
         prefix.added, prefix.attention = trace.merged.get(-1), trace.vision_attention
     for layer, kept in trace.vision_kept.items():
         each = [len(prefix.images) for prefix in found]
-        sizes = next((s for s in (list(tiles), each) if sum(s) == len(kept)), None)
+        sizes = next((s for s in ([int(n) for n in tiles], each) if sum(s) == len(kept)), None)
         if sizes is not None:
             for prefix, rows in zip(found, kept.split(sizes), strict=True):
                 prefix.tower[layer] = rows.clone()
@@ -356,7 +357,9 @@ class _Joint:
         self.after = torch.stack([p.after for p in prefixes])
         steps = iota(table.length, table.device).repeat(table.together)
         self.ids, asks = table.ids(), self.after + steps
-        self.positions = torch.cat([positions, asks], dim=1)
+        wide = asks if positions.dim() == 2 else asks[..., None].expand(-1, -1, positions.shape[2])
+        self.positions = torch.cat([positions, wide], dim=1)
+        positions = _axes_first(positions)
         counts = [prefix.count for prefix in prefixes]
         images = [
             Image.of(row, runs_of(slots))
@@ -396,7 +399,7 @@ class _Joint:
         aligned, state = _state(table.totals, pads, images, table.device)
         run = Run(pieces, aligned, state, self.limit)
         count = self.embeds.shape[1]
-        positions = table.of(self.positions, count)
+        positions = _axes_first(table.of(self.positions, count))
         observe = stages.get(0)
         if observe is not None:
             decoder: Any = pieces.parts.decoder
@@ -418,8 +421,12 @@ class _Joint:
             layer,
             self.table.of(attended, count),
             self.table.of(keys, follow.starts[-1]).transpose(1, 2),
-            self.pieces.parts.decoder.rotary_emb(hidden, position_ids=positions),  # type: ignore[union-attr,operator]
+            turns(self.pieces.parts.decoder, hidden, positions),
         )
+
+
+def _axes_first(positions: torch.Tensor) -> torch.Tensor:
+    return positions if positions.dim() == 2 else positions.movedim(-1, 0)
 
 
 def _state(

@@ -141,6 +141,48 @@ class AutoPrompts(PromptProcessor):
         """``None``: how many tokens an image becomes, the processor says with its pixels."""
         return None
 
+    def ids_like(
+        self,
+        text: str,
+        images: Sequence[ImageLike],
+        known: tuple[str, list[int]],
+        *,
+        style: str | None = None,
+    ) -> list[int] | None:
+        """Token ids of one question's prompt, by another about the same images; ``None``: it is
+        not plain what of that one stands for an image.
+
+        Args:
+            text, images, style: as in :meth:`prompt`.
+            known: the other's text, and its token ids.
+        """
+        before, ids = self._unfilled(known[0], images, style), known[1]
+        places = [place for place, token in enumerate(before) if token == self.image_token_id]
+        runs = runs_of([place for place, token in enumerate(ids) if token == self.image_token_id])
+        if len(places) == 1 and len(runs):  # whatever stands for the one image, its frame included
+            behind = len(before) - places[0] - 1
+            filled = [ids[places[0] : len(ids) - behind]]
+        else:
+            filled = [ids[start : start + count] for start, count in runs]
+        special = set(self.tokenizer.get_added_vocab().values()) | {self.image_token_id}
+        if not all(one and one[0] in special and one[-1] in special for one in filled):
+            return None
+        if self._filled(before, filled) != ids:
+            return None
+        return self._filled(self._unfilled(text, images, style), filled)
+
+    def _unfilled(self, text: str, images: Sequence[ImageLike], style: str | None) -> list[int]:
+        """A prompt's tokens with one placeholder for each image."""
+        marked = self._marked(self._style(style).single(text, len(images)), list(images))  # type: ignore[arg-type]
+        with self._tokenizing:
+            return list(self.tokenizer(marked).input_ids)
+
+    def _filled(self, ids: list[int], images: list[list[int]]) -> list[int]:
+        waiting, made = iter(images), list[int]()
+        for token in ids:
+            made += next(waiting, []) if token == self.image_token_id else [token]
+        return made
+
     def _encode(self, prompts: list[str], pictures: list[list[Image]]) -> BatchFeature:
         texts = [self._marked(text, own) for text, own in zip(prompts, pictures, strict=True)]
         # Processors take a batch whose samples all have images, or none that has.

@@ -399,6 +399,18 @@ class PromptProcessor:
         prompt = self._style(style).single(text, len(images))
         return self.token_ids(prompt, self.visual_lengths([open_image(i) for i in images]))
 
+    def ids_like(
+        self,
+        text: str,
+        images: Sequence[ImageLike],
+        known: tuple[str, list[int]],
+        *,
+        style: str | None = None,
+    ) -> list[int] | None:
+        """As :meth:`ids_of`, where another question about the same images is ``known``: its text
+        and its token ids."""
+        return self.ids_of(text, images, style=style)
+
     def picture_settings(self) -> str:
         """What pixels depend on besides the picture."""
         plain = {n: v for n, v in vars(self).items() if isinstance(v, int | str | list | None)}

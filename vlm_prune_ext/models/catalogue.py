@@ -73,8 +73,8 @@ FAMILIES: dict[str, FamilyLine] = {
             fast=True,
         ),
         FamilyLine("llava_onevision", "LLaVA-OneVision", _hf("LlavaOnevision"), video=True),
-        FamilyLine("qwen2_vl", "Qwen2-VL", _hf("Qwen2VL"), video=True),
-        FamilyLine("qwen2_5_vl", "Qwen2.5-VL", _hf("Qwen2_5_VL"), video=True),
+        FamilyLine("qwen2_vl", "Qwen2-VL", _hf("Qwen2VL"), video=True, fast=True),
+        FamilyLine("qwen2_5_vl", "Qwen2.5-VL", _hf("Qwen2_5_VL"), video=True, fast=True),
         FamilyLine("qwen3_vl", "Qwen3-VL", _hf("Qwen3VL"), video=True),
         FamilyLine("internvl", "InternVL", _hf("InternVL"), fast=True),
         FamilyLine(
