@@ -24,8 +24,7 @@ from vlm_prune_ext.evals import rows as rows_of
 from vlm_prune_ext.evals.pictures import keep, unpack
 from vlm_prune_ext.evals.rows import class_of, open_table
 from vlm_prune_ext.evals.vlmeval_files import own_reading
-from vlm_prune_ext.profiling.data import read_folder
-from vlm_prune_ext.profiling.sources import entries_from
+from vlm_prune_ext.profiling.data import entries_from, read_folder
 from vlm_prune_ext.tables import MISSING, read_leniently
 
 HEADER = ["index", "question", "answer"]

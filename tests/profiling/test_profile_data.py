@@ -25,9 +25,8 @@ from vlm_prune_ext.experiment.metrics import (
     vqa_score,
     word_error_rate,
 )
-from vlm_prune_ext.profiling.data import CSV, read_folder
+from vlm_prune_ext.profiling.data import CHOOSE, CSV, SHORT, entries_from, read_folder
 from vlm_prune_ext.profiling.measuring import quality_of
-from vlm_prune_ext.profiling.sources import CHOOSE, SHORT, entries_from
 
 
 def picture_bytes(seed: int) -> bytes:

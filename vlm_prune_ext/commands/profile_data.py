@@ -40,8 +40,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--samples {args.samples} is not valid: a whole number, 1 to 1000000.")
     if args.seed < 0:
         raise InputError(f"--seed {args.seed} is not valid: a whole number of at least 0.")
-    from vlm_prune_ext.profiling.data import check_target, write_folder
-    from vlm_prune_ext.profiling.sources import entries_from
+    from vlm_prune_ext.profiling.data import check_target, entries_from, write_folder
 
     check_target(args.out)
     entries, failures = entries_from(args.source, args.samples, args.seed, args.prompt)

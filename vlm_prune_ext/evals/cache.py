@@ -15,7 +15,7 @@ VARIABLE = "VLM_PRUNE_DEMO_DATA"
 SEED = 0
 SAMPLES = 100
 # The code that draws pictures, asks questions and writes files.
-_RECIPE = ("drawing", "questions", "scenes", "writers")
+_RECIPE = ("drawing", "questions", "writers")
 
 
 def cache_folder() -> Path:
