@@ -10,13 +10,13 @@ DEMO_DIR ?= outputs_demo
 # One environment for everything, at the exact versions of constraints.txt.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[vlmeval,lmms,dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[vlmeval,lmms,show,dev]"
 	@touch $@
 
 # Tests need the tools of all commands, and compare with the original LLaVA package. It pins a 2023
 # stack, but runs on this one.
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[profile,ablate]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[profile,ablate,play]"
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llava-torch
 	@touch $@
 

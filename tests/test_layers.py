@@ -24,7 +24,7 @@ LAYERS = [
     {"pruning", "resets", "demo"},
     {"evals"},
     {"bench"},
-    {"profiling", "ablation"},
+    {"profiling", "ablation", "pages"},
     {"commands"},
     {"cli"},
 ]

@@ -13,19 +13,11 @@ from skimage import data
 
 import vlm_prune_ext as vp
 from vlm_prune_ext import cli
-from vlm_prune_ext.commands.inspect import look, make_panels
-from vlm_prune_ext.commands.patch_figure import (
-    GREY,
-    MAX_CHARACTERS,
-    MAX_LINES,
-    Panel,
-    draw,
-    fonts_for,
-    grey_out,
-    wrap,
-)
+from vlm_prune_ext.commands.inspect import look
+from vlm_prune_ext.commands.patch_figure import MAX_CHARACTERS, MAX_LINES, draw, fonts_for, wrap
 from vlm_prune_ext.demo import CHECKPOINT
 from vlm_prune_ext.demo.drawing import make_scene, render
+from vlm_prune_ext.pages.patches import GREY, Panel, grey_out
 from vlm_prune_ext.select import random_places, uniform_places
 
 SIDE = 24
@@ -44,7 +36,7 @@ def scene():
 
 def panels_of(demo, image, method):
     seen = look(*demo, method, image, "What color is the ring?", 2)
-    return seen, make_panels(seen.trace, method, seen.start, seen.side)
+    return seen, seen.panels
 
 
 def places(panel: Panel) -> list[int]:
@@ -81,10 +73,10 @@ def test_tower_then_language_model(demo, scene):
     seen, panels = panels_of(demo, scene, method)
     kept = list(map(places, panels[1:]))
     assert [len(p) for p in kept[:2]] == [400, 300]
-    assert kept[1] == seen.trace.vision_kept[2][0].tolist()
+    assert kept[1] == seen.kept.tower[2]
     for before, after in pairwise(kept):
         assert set(after) <= set(before)
-    assert len(kept) == 4 and len(kept[-1]) == seen.trace.visual_tokens[4][0] < 300
+    assert len(kept) == 4 and len(kept[-1]) == seen.kept.counts[4] < 300
     # The candidates are the even places among what the tower left: odd ones all stay.
     assert set(kept[1][1::2]) <= set(kept[2])
 
@@ -123,7 +115,7 @@ def test_next_shows_the_whole_picture_tile(demo_next):
     wide = Image.fromarray(data.astronaut()[:200])
     method = vp.CustomSelection("uniform", kept_tokens=300, agg_layer=2)
     seen, panels = panels_of(demo_next, wide, method)
-    total = seen.trace.visual_input[0]
+    total = seen.kept.total
     assert total > 1.5 * PATCHES
     here = [place for place in uniform_places(total, 300) if place < PATCHES]
     assert places(panels[1]) == here
@@ -136,7 +128,7 @@ def test_next_with_dropping_in_the_tower(demo_next):
     method = vp.SAINT(start=3, end=3, threshold=0.0, vit=vit)
     seen, panels = panels_of(demo_next, Image.fromarray(data.astronaut()[:200]), method)
     tower, decoder = map(places, panels[1:])
-    assert tower == seen.trace.vision_kept[2][0].tolist() and len(tower) == 300
+    assert tower == seen.kept.tower[2] and len(tower) == 300
     assert set(tower[1::2]) <= set(decoder) < set(tower)
 
 
@@ -168,10 +160,10 @@ def test_grey_out_exactly_the_dropped_patches():
     image = np.zeros((48, 48, 3), dtype=np.uint8)
     kept = np.ones((24, 24), dtype=bool)
     kept[3, 5] = False
-    changed = (grey_out(image, kept) != image).any(axis=2)
+    changed = (grey_out(image, Panel("", kept)) != image).any(axis=2)
     assert np.argwhere(changed).tolist() == [[6, 10], [6, 11], [7, 10], [7, 11]]
-    assert abs(int(grey_out(image, kept)[6, 10, 0]) - GREY) < 40
-    assert grey_out(image, None) is image
+    assert abs(int(grey_out(image, Panel("", kept))[6, 10, 0]) - GREY) < 40
+    assert grey_out(image, Panel("")) is image
 
 
 def read(path):

@@ -28,6 +28,7 @@ from vlm_prune_ext.methods.registry import (
     standard_method,
 )
 from vlm_prune_ext.methods.saint import PRUNE_MODE, SAINT, SAINTViT, saint_drop
+from vlm_prune_ext.methods.sparsevlm import SparseVLM
 
 CONFIGS = [
     path
@@ -425,6 +426,7 @@ PARSED = [
     ),
     ("random:100,seed=2", RandomDrop(100, seed=2)),
     ("downsample:0.25", Downsample(0.25)),
+    ("sparsevlm:stages=[[2, 66], [6, 0.1]],noise=none", SparseVLM(stages=((2, 66), (6, 0.1)))),
 ]
 
 

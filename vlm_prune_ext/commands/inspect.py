@@ -25,13 +25,13 @@ from vlm_prune_ext.experiment.settings import (
     required,
     text,
 )
+from vlm_prune_ext.pages.asking import Asker
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from vlm_prune_ext.commands.patch_figure import Panel
-    from vlm_prune_ext.engine.trace import Trace
     from vlm_prune_ext.methods.base import Method
+    from vlm_prune_ext.pages.patches import Kept, Panel
 
 
 @dataclass(frozen=True)
@@ -69,19 +69,18 @@ def run(args: argparse.Namespace) -> int:
 
     from vlm_prune_ext.commands.patch_figure import draw
 
-    panels = make_panels(seen.trace, method, seen.start, seen.side)
     texts = [
         ("Question", question),
         ("Without pruning", seen.answer),
         (f"With {method.label()}", seen.pruned_answer),
     ]
     try:
-        missing = draw(seen.picture, panels, texts, out)
+        missing = draw(seen.picture, seen.panels, texts, out)
     except OSError as error:
         raise InputError(f"--out {str(out)!r} cannot be written ({error.strerror}).") from error
     for label, answer in texts:
         say(f"{label}: {answer}")
-    for panel in panels[1:]:
+    for panel in seen.panels[1:]:
         print(panel.title.replace("\n", " "))
     if missing:
         print(f"No installed font has {' '.join(missing)}: boxes in the picture.")
@@ -107,21 +106,19 @@ def check_out(text: str) -> Path:
 
 @dataclass
 class Seen:
-    """What one look gave: both answers, what was kept, and the picture in the model's eyes.
+    """What one look gave.
 
     Attributes:
         answer, pruned_answer: without and with the method.
-        trace: what the method kept.
-        start: place of the first visual token in the prompt.
-        side: patches per side.
-        picture: ``(height, width, 3)`` uint8.
+        kept: what the method kept.
+        panels: the same, drawn.
+        picture: ``(height, width, 3)`` uint8, in the model's eyes.
     """
 
     answer: str
     pruned_answer: str
-    trace: Trace
-    start: int
-    side: int
+    kept: Kept
+    panels: list[Panel]
     picture: np.ndarray
 
 
@@ -133,98 +130,11 @@ def look(
     Raises:
         InputError: the model has no square grid of patches to draw, or the method does not fit it.
     """
-    from vlm_prune_ext.models import parts_of
-    from vlm_prune_ext.pruning import prune
-
-    parts = parts_of(model)
-    if parts.vision is None:
-        raise InputError(
-            "inspect draws the square patch grid of LLaVA-1.5 and LLaVA-NeXT models; "
-            f"in this one, {parts.why_no_vision}."
-        )
-    inputs = processor.prompt(question, image)
-
-    def answer() -> str:
-        output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
-        return processor.decode(output, inputs)[0].strip()
-
-    with prune(model, method) as trace:
-        pruned_answer = answer()
-    plain_answer = answer()
-    visual = inputs["input_ids"][0] == processor.image_token_id
-    picture = _picture(inputs, processor)
-    start, side = int(visual.int().argmax()), parts.vision.grid
-    return Seen(plain_answer, pruned_answer, trace, start, side, picture)
-
-
-def _picture(inputs: Any, processor: Any) -> np.ndarray:
-    """The first tile of the pixel values, with the normalisation undone."""
-    pixels = inputs["pixel_values"].detach().float().cpu()
-    pixels = pixels.reshape(-1, *pixels.shape[-3:])[0].permute(1, 2, 0).numpy()
-    scale = processor.image_processor
-    pixels = pixels * scale.image_std + scale.image_mean
-    return (pixels.clip(0, 1) * 255).round().astype("uint8")
-
-
-# -- what to draw ------------------------------------------------------------------------------
-def make_panels(trace: Trace, method: Method, start: int, side: int) -> list[Panel]:
-    """The picture itself, then one panel per drop, in the order in which they happen.
-
-    Args:
-        trace: of a run with one sample.
-        method: what ran.
-        start: place of the first visual token in the prompt.
-        side: patches per side of the grid.
-    """
-    from vlm_prune_ext.commands.patch_figure import Panel
-
-    total, patches = trace.visual_input[0], side * side
-    panels = [Panel(f"what the model sees\n{total} visual tokens")]
-    left = list(range(patches))  # patches of the tile that became visual tokens, in order
-    pooled = _pooled_side(method, side)
-    for layer, rows in sorted(trace.vision_kept.items()) if not pooled else ():
-        left = _patches(rows[0].tolist(), method)
-        where = f"after vision layer {layer}" if layer >= 0 else "behind the vision tower"
-        title = f"{where}\n{len(left)} of {patches} patches kept"
-        panels.append(Panel(title, _grid(left, side)))
-    if pooled:
-        title = f"averaged to {pooled} x {pooled}\n{trace.visual_tokens[0][0]} of {total} tokens"
-        panels.append(Panel(title, cells=pooled))
-    for layer, rows in sorted(trace.kept.items()):
-        places = [place - start for place in rows[0].tolist()]
-        here = [left[place] for place in places if 0 <= place < len(left)]
-        where = f"layer {layer}" if layer < len(trace.lengths) else "the last layer's output"
-        title = f"entering {where}" if layer < len(trace.lengths) else f"in {where}"
-        title += f"\n{trace.visual_tokens[layer][0]} of {total} visual tokens kept"
-        if total != patches:
-            title += f", {len(here)} here"
-        panels.append(Panel(title, _grid(here, side)))
-    return panels
-
-
-def _patches(kept: list[int], method: Method) -> list[int]:
-    """Patches of one row of ``Trace.vision_kept``: without filling, and without CLS in front."""
-    from vlm_prune_ext.methods.visionzip import VisionZip
-
-    cls = int(isinstance(method, VisionZip) and 0 in kept)
-    return sorted(place - cls for place in kept if place >= cls)
-
-
-def _grid(places: list[int], side: int) -> np.ndarray:
-    import numpy as np
-
-    kept = np.zeros(side * side, dtype=bool)
-    kept[places] = True
-    return kept.reshape(side, side)
-
-
-def _pooled_side(method: Method, side: int) -> int:
-    """Cells per side that a resizing method leaves; 0 where it does not resize."""
-    import torch
-
-    from vlm_prune_ext.methods.downsample import Downsample
-
-    if not isinstance(method, Downsample):
-        return 0
-    small = method.resize(torch.zeros(1, side, side, 1))
-    return 0 if small is None else small.shape[1]
+    asker = Asker(model, processor)
+    if asker.why_no_grid:
+        raise InputError(f"inspect cannot draw: {asker.why_no_grid}")
+    pruned = asker.ask(image, question, method, new_tokens)
+    plain = asker.ask(image, question, None, new_tokens)
+    assert pruned.kept is not None
+    said = [reply.sample.prediction for reply in (plain, pruned)]
+    return Seen(*said, pruned.kept, pruned.panels, asker.seen(image))

@@ -6,7 +6,6 @@ import io
 import math
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
@@ -16,6 +15,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from PIL import Image
+
+from vlm_prune_ext.pages.patches import Panel, grey_out
 
 PANEL_INCHES = 2.9
 TITLE_INCHES = 0.42
@@ -28,24 +29,6 @@ FONT_SIZE = 9.5
 # Longest text drawn; the terminal shows all of it.
 MAX_CHARACTERS = 1200
 MAX_LINES = 10
-GREY = 176
-# How much of a dropped patch still shines through.
-DROPPED_OPACITY = 0.14
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One copy of the image.
-
-    Attributes:
-        title: what happened, with counts.
-        kept: ``(side, side)`` bool, patches that are still there; ``None``: all of them.
-        cells: draw the lines of a grid of this many cells per side; 0: none.
-    """
-
-    title: str
-    kept: np.ndarray | None = None
-    cells: int = 0
 
 
 def draw(
@@ -99,26 +82,9 @@ def _draw_panel(
     figure: Figure, box: tuple[float, float, float, float], image: np.ndarray, panel: Panel
 ) -> None:
     axes = figure.add_axes(box)
-    axes.imshow(grey_out(image, panel.kept), interpolation="lanczos")
-    height, width = image.shape[:2]
-    for line in range(1, panel.cells):
-        axes.axvline(line * width / panel.cells - 0.5, color="white", linewidth=0.7)
-        axes.axhline(line * height / panel.cells - 0.5, color="white", linewidth=0.7)
+    axes.imshow(grey_out(image, panel), interpolation="lanczos")
     axes.set_title(panel.title, fontsize=FONT_SIZE, pad=4)
     axes.set_axis_off()
-
-
-def grey_out(image: np.ndarray, kept: np.ndarray | None) -> np.ndarray:
-    """``image`` with the patches that are not in ``kept`` ``(side, side)`` nearly grey."""
-    if kept is None:
-        return image
-    height, width = image.shape[:2]
-    rows = np.arange(height) * kept.shape[0] // height
-    columns = np.arange(width) * kept.shape[1] // width
-    gone = ~kept[rows[:, None], columns[None, :]]
-    result = image.astype(np.float32)
-    result[gone] = DROPPED_OPACITY * result[gone] + (1 - DROPPED_OPACITY) * GREY
-    return result.round().astype(np.uint8)
 
 
 def _save(canvas: FigureCanvasAgg, path: Path) -> None:

@@ -134,8 +134,9 @@ def parse_settings(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def _split(text: str) -> list[str]:
-    """Split at commas outside of brackets and braces."""
-    return re.findall(r"(?:[^,\[{]|\[[^\]]*\]|\{(?:[^{}\[]|\[[^\]]*\])*\}|[\[{])+", text)
+    """Split at commas outside of brackets, which may hold brackets once more, and braces."""
+    brackets = r"\[(?:[^\[\]]|\[[^\[\]]*\])*\]"
+    return re.findall(rf"(?:[^,\[{{]|{brackets}|\{{(?:[^{{}}\[]|{brackets})*\}}|[\[{{])+", text)
 
 
 def _value(key: str, text: str) -> Any:

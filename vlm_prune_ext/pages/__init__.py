@@ -1,0 +1,1 @@
+"""Pages for a browser: what a sweep found, and one question at a time; both work offline."""
