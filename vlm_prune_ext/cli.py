@@ -31,6 +31,7 @@ COMMANDS = {
     "methods": "pruning methods with their parameters, defaults and papers",
     "models": "models with a short name, and what each supports",
     "inspect": "draw which patches of a picture a method drops, layer by layer",
+    "play": "a local web page: ask about a picture, drag the budget, see what is kept",
     "scienceqa": "accuracy and seconds per example on ScienceQA as LLaVA lays it out",
     "bench": "how fast pruning is, beside transformers and the floor of the device",
     "profile": "latency, energy, FLOPs, memory and answers of a grid of settings",

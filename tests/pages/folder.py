@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from vlm_prune_ext.experiment.results import LOG
 
 from vlm_prune_ext.experiment.grid import DONE, SKIPPED, Cell, line_of
 from vlm_prune_ext.experiment.log import Log
@@ -21,7 +22,6 @@ from vlm_prune_ext.experiment.record import (
     Spread,
     ranges,
 )
-from vlm_prune_ext.experiment.results import LOG
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 QUESTIONS = ("How many shapes are there?", f"What is {EVIL}?", "Which colour is the star?")
@@ -45,9 +45,7 @@ def write_folder(
             stem = f"demo-{label}_{name}"
             (folder / stem).mkdir()
             right = [RIGHT[label][n % 3] for n in range(rows)]
-            _record(method, label, name, left, right).write(
-                folder / stem / f"{stem}_results.json"
-            )
+            _record(method, label, name, left, right).write(folder / stem / f"{stem}_results.json")
             SampleLog(folder / stem / f"{stem}_samples.jsonl").add(
                 *(_sample(n, method, left, ok, evil) for n, ok in enumerate(right))
             )
@@ -77,7 +75,11 @@ def _picture(path: Path, number: int) -> str:
 
 def _settings(method: str, left: int, data: str) -> dict:
     parameters = {} if method == "none" else {"budget": left}
-    return {"model_path": None, "method": {"name": method, "parameters": parameters}, "data": [data]}
+    return {
+        "model_path": None,
+        "method": {"name": method, "parameters": parameters},
+        "data": [data],
+    }
 
 
 def _record(method: str, label: str, data: str, left: int, right: Sequence[int]) -> Record:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 import socket
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 
 import pytest
@@ -55,14 +57,13 @@ def test_every_method_has_its_fields_and_its_lines(name):
     assert all(len(box["info"]) > 20 and box["placeholder"] for box in shown)
     assert len(boxes) == len(play.boxes("fastv"))
     method, settings = play.chosen(name, 100, {})
-    python, shell = play.lines_of(method, settings, "demo", "", "a b.png", "It's what?")
+    python, shell = play.lines_of(method, settings, "demo", "", "a b.png", "It's what?", 9)
     line = next(line for line in python.splitlines() if line.startswith("with"))
     call = line.removeprefix("with vp.prune(model, ").removesuffix(") as trace:")
     assert eval(call, {"vp": vp}) == method
-    import shlex
-
     words = shlex.split(shell)
-    assert parse_method(words[-1]) == method and words[2] == "a b.png" and words[4] == "It's what?"
+    assert words[:5] == ["vlm-prune", "inspect", "a b.png", "--question", "It's what?"]
+    assert parse_method(words[6]) == method and words[7:] == ["--max-new-tokens", "9"]
 
 
 def test_typed_fields_win_over_the_budget():
@@ -206,7 +207,9 @@ def test_an_upload_is_answered_and_leaves_nothing(visit, address, temporary, tmp
 
 @needs_gradio
 def test_the_route_for_uploads_takes_nothing(address, temporary):
-    body = b"--x\r\nContent-Disposition: form-data; name=files; filename=a.png\r\n\r\n12345\r\n--x--"
+    body = (
+        b"--x\r\nContent-Disposition: form-data; name=files; filename=a.png\r\n\r\n12345\r\n--x--"
+    )
     head = {"Content-Type": "multipart/form-data; boundary=x"}
     request = urllib.request.Request(f"{address}gradio_api/upload", body, head)
     with pytest.raises(urllib.error.HTTPError) as refused:

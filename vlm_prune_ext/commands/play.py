@@ -10,37 +10,48 @@ side, and the patches that each layer still sees. The page is served on this mac
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 
-from vlm_prune_ext.commands.common import add_model_arguments, load_model, model_name
-from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.commands.common import load_model, model_name
+from vlm_prune_ext.experiment.settings import (
+    WHOLE,
+    ModelSettings,
+    add_options,
+    named,
+    option,
+    text,
+    whole,
+)
+from vlm_prune_ext.methods.registry import METHODS
+from vlm_prune_ext.pages import play
+
+
+@dataclass(frozen=True)
+class PlaySettings(ModelSettings):
+    """What is asked, and where the page is."""
+
+    method: str = option(
+        "fastv", named(name for name in METHODS if name != "none"), "chosen at first: fastv"
+    )
+    host: str = option(
+        "127.0.0.1", text("an address", "ADDRESS"), "default: 127.0.0.1, this machine alone"
+    )
+    port: int = option(play.PORT, whole(1, 65535), f"default: {play.PORT}")
+    max_new_tokens: int = option(64, WHOLE, "default: 64")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    add_model_arguments(parser)
-    parser.add_argument(
-        "--method", default="fastv", metavar="NAME", help="chosen at first (default: fastv)"
-    )
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to serve on (default: 127.0.0.1, this machine)"
-    )
-    parser.add_argument("--port", type=int, default=7860, metavar="N", help="default: 7860")
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: 64")
+    add_options(parser, of=PlaySettings)
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve until Ctrl-C."""
-    from vlm_prune_ext.methods.registry import method_class
-    from vlm_prune_ext.pages import play
-
-    if method_class(args.method) is None:
-        raise InputError(f"--method {args.method} drops nothing: name one that does.")
-    if args.max_new_tokens < 1:
-        raise InputError(f"--max-new-tokens {args.max_new_tokens} is not valid: at least 1.")
-    play.check_port(args.host, args.port)
+    said = PlaySettings.of(vars(args))
+    play.check_address(said.host, said.port)
     play.gradio()
-    player = play.Player(model_name(args), load_model(args), args.max_new_tokens)
-    blocks, url = play.serve(player, args.method, args.host, args.port)
+    player = play.Player(model_name(said), load_model(said), said.max_new_tokens)
+    blocks, url = play.serve(player, said.method, said.host, said.port)
     print(f"Open {url} in a browser. Ctrl-C ends it.", flush=True)
     blocks.block_thread()
     return 0

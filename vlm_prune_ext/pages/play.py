@@ -29,7 +29,6 @@ from vlm_prune_ext.pages.patches import data_uri, veil
 from vlm_prune_ext.pages.show import static
 
 PORT = 7860
-MAX_NEW_TOKENS = 64
 MAX_BYTES = 20 << 20
 """Of a picture."""
 _SCENES, _SEED = 6, 11
@@ -116,7 +115,13 @@ def chosen(name: str, budget: int, stated: Mapping[str, str]) -> tuple[Any, dict
 
 
 def lines_of(
-    method: Any, settings: Mapping[str, Any], model: str, picked: str, file: str, question: str
+    method: Any,
+    settings: Mapping[str, Any],
+    model: str,
+    picked: str,
+    file: str,
+    question: str,
+    max_new_tokens: int,
 ) -> tuple[str, str]:
     """What gives the same again: Python lines, and command lines."""
     scene = scenes().get(picked)
@@ -133,7 +138,7 @@ def lines_of(
         f"image = {drawn or repr(file)}",
         f"inputs = processor.prompt({question!r}, image)",
         f"with vp.prune(model, {call}) as trace:",
-        f"    out = model.generate(**inputs, max_new_tokens={MAX_NEW_TOKENS})",
+        f"    out = model.generate(**inputs, max_new_tokens={max_new_tokens})",
         "print(processor.decode(out, inputs)[0], trace.lengths)",
     ]
     shell = []
@@ -145,6 +150,7 @@ def lines_of(
     words = ["vlm-prune", "inspect", file, "--question", question, "--method", short.rstrip(":")]
     if model != "demo":
         words += ["--model", model]
+    words += ["--max-new-tokens", str(max_new_tokens)]
     return "\n".join(python), "\n".join([*shell, shlex.join(words)])
 
 
@@ -152,7 +158,9 @@ def _typed(value: Any) -> str:
     """A value as it is typed on a command line."""
     if isinstance(value, tuple | list):
         return f"[{', '.join(map(_typed, value))}]"
-    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return (
+        "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    )
 
 
 # -- what is shown ---------------------------------------------------------------------------------
@@ -204,7 +212,8 @@ class Player:
             seen = self._seen(picked) if pruned.panels else ""
         except InputError as error:
             return {"error": str(error)}
-        python, shell = lines_of(method, settings, self.model, picked, file, question)
+        asked = (picked, file, question, self.max_new_tokens)
+        python, shell = lines_of(method, settings, self.model, *asked)
         return {
             "question": question,
             "answers": [
@@ -336,7 +345,11 @@ def build(player: Player, start: str) -> Any:
         asking = {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private"}
         asking |= {"show_progress": "minimal", "trigger_mode": "always_last"}
         method.change(
-            change, method, [about, budget, *fields], api_visibility="private", show_progress="hidden"
+            change,
+            method,
+            [about, budget, *fields],
+            api_visibility="private",
+            show_progress="hidden",
         ).then(answer, inputs, result, **asking)
         picker.select(
             lambda picked: picked["question"] or gr.skip(),
@@ -378,7 +391,13 @@ def boxes(name: str) -> list[dict[str, Any]]:
     for option in cls.options().values():
         info, inside = field_text(option)
         found.append(
-            {"label": option.name, "info": info, "placeholder": inside, "value": "", "visible": True}
+            {
+                "label": option.name,
+                "info": info,
+                "placeholder": inside,
+                "value": "",
+                "visible": True,
+            }
         )
     blank = {"label": "", "info": "", "placeholder": "", "value": "", "visible": False}
     return found + [blank] * (_FIELDS - len(found))
@@ -401,23 +420,21 @@ def gradio() -> Any:
     return found
 
 
-def check_port(host: str, port: int) -> None:
+def check_address(host: str, port: int) -> None:
     """Refuse an address that cannot be served on, before a model is loaded.
 
     Raises:
         InputError: it is taken, not allowed, or not one of this machine.
     """
-    if not 0 < port < 65536:
-        raise InputError(f"--port {port} is not valid: an integer from 1 to 65535.")
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:
-        reason = error.strerror or str(error)
+        reason = (error.strerror or str(error)).lower()
         raise InputError(
-            f"--host {host} --port {port} cannot be served on ({reason}): give another --port."
+            f"--host {host} --port {port} cannot be served on ({reason}): give another."
         ) from error
 
 
