@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from vlm_prune_ext.experiment.results import LOG
 
 from vlm_prune_ext.experiment.grid import DONE, SKIPPED, Cell, line_of
 from vlm_prune_ext.experiment.log import Log
@@ -22,6 +21,7 @@ from vlm_prune_ext.experiment.record import (
     Spread,
     ranges,
 )
+from vlm_prune_ext.experiment.results import LOG
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 QUESTIONS = ("How many shapes are there?", f"What is {EVIL}?", "Which colour is the star?")

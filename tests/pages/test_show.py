@@ -6,12 +6,12 @@ import json
 import re
 
 import pytest
-from vlm_prune_ext.experiment.results import read
 
 from tests.pages.conftest import fits
 from tests.pages.folder import EVIL, write_folder
 from vlm_prune_ext import cli
 from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.experiment.results import read
 from vlm_prune_ext.pages import show
 from vlm_prune_ext.pages.show import content, page, write_page
 
@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(folder):
-    return write_page(folder).as_uri()
+    return write_page(read(folder)).as_uri()
 
 
 # -- the file --------------------------------------------------------------------------------------

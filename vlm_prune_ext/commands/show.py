@@ -1,10 +1,13 @@
-"""Make a sweep's tables, plots and page again, from its result files alone.
+"""Make a sweep's page, tables and plots, from its result files alone.
 
-    vlm-prune show outputs_sweep --format md csv tex json png pdf
+    vlm-prune show outputs_sweep
+    vlm-prune show outputs_sweep --format html md csv tex json png pdf
 
-Tables (sweep.md, .csv, .json: all runs with intervals and paired tests; sweep.tex: one row per
-setting, with booktabs; sweep_pairs and sweep_categories beside them) and Pareto plots against
-visual tokens, FLOPs, time to first token and joules, where these were measured.
+The page (index.html) is one file that needs no network: the Pareto figure, the table of all runs,
+and every row's picture, answers and kept patches. Tables: sweep.md, .csv, .json with intervals and
+paired tests of all runs; sweep.tex with one row per setting, with booktabs; sweep_pairs and
+sweep_categories beside them. Pareto plots: against visual tokens, FLOPs, time to first token and
+joules, where these were measured.
 """
 
 from __future__ import annotations
@@ -15,14 +18,14 @@ from pathlib import Path
 from vlm_prune_ext.experiment.report import terminal_text
 from vlm_prune_ext.experiment.settings import CONVENTIONS
 
-FORMATS = ("md", "csv", "tex", "json", "png", "pdf")
+FORMATS = ("html", "md", "csv", "tex", "json", "png", "pdf")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("folder", metavar="DIR", help="what vlm-prune sweep --out named")
     parser.add_argument(
-        "--format", nargs="+", choices=FORMATS, default=list(FORMATS), help="default: all of them"
+        "--format", nargs="+", choices=FORMATS, default=["html"], help="default: html"
     )
     parser.add_argument(
         "--flops-convention",
@@ -34,8 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the files; their names go to standard output."""
     from vlm_prune_ext.experiment import results, show
+    from vlm_prune_ext.pages.show import write_page
 
     found = results.read(Path(args.folder))
-    for path in show.write(found, args.format, convention=args.flops_convention):
+    pages = [write_page(found)] if "html" in args.format else []
+    for path in pages + show.write(found, args.format, convention=args.flops_convention):
         print(terminal_text(path))
     return 0

@@ -103,7 +103,7 @@ def curves(results: Results, data: str, cost: Cost) -> list[Line]:
         if costs and scores:
             name = f"{Path(runs[0].model).name} {runs[0].method}" if several else runs[0].method
             score = mean_of(scores)
-            points.setdefault(name, []).append((mean_of(costs), score, *_ends(runs, score)))
+            points.setdefault(name, []).append((mean_of(costs), score, *ends(runs, score)))
     names = [name for name in points if not name.endswith("none")]
     found = []
     for place, name in enumerate(names):
@@ -118,7 +118,7 @@ def curves(results: Results, data: str, cost: Cost) -> list[Line]:
     return found or [Line("none", every)] if every else []
 
 
-def _ends(runs: Sequence[Run], score: float) -> tuple[float, float]:
+def ends(runs: Sequence[Run], score: float) -> tuple[float, float]:
     """Ends of the error bar: the rows' interval, where the score is their mean, or the spread of
     seeds; else none."""
     rows = Rows(runs[0].scores)

@@ -54,8 +54,8 @@ class Asker:
         self.why_no_grid = (
             ""
             if parts.vision is not None
-            else "what is drawn is the square patch grid of LLaVA-1.5 and LLaVA-NeXT models; in this "
-            f"one, {parts.why_no_vision}."
+            else "what is drawn is the square patch grid of LLaVA-1.5 and LLaVA-NeXT models; "
+            f"in this one, {parts.why_no_vision}."
         )
 
     def ask(

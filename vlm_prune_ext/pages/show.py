@@ -23,7 +23,7 @@ from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.experiment.comparison import by_setting, long_table, mean_of
 from vlm_prune_ext.experiment.log import write_whole
 from vlm_prune_ext.experiment.pareto import COSTS, ends
-from vlm_prune_ext.experiment.results import Results, RowAnswer, Run, read
+from vlm_prune_ext.experiment.results import Results, RowAnswer, Run
 from vlm_prune_ext.pages.patches import (
     Kept,
     as_seen,
@@ -58,23 +58,21 @@ SHOWN = (
 """Columns of the table that are not hidden at first."""
 
 
-def write_page(folder: Path, path: Path | None = None) -> Path:
-    """Write the page about a folder of results.
+def write_page(results: Results, path: Path | None = None) -> Path:
+    """Write the page about a sweep.
 
     Args:
-        folder: of a sweep, done or under way.
-        path: where to; ``None``: ``index.html`` in it.
+        results: of a sweep, done or under way.
+        path: where to; ``None``: ``index.html`` in its folder.
 
     Returns:
         where it is.
 
     Raises:
-        InputError: no results in the folder, nowhere to write, or the extra ``show`` is missing.
+        InputError: nowhere to write, or the extra ``show`` is missing.
     """
-    results = read(folder)
-    bundle = library()
-    target = path or folder / PAGE
-    write_whole(target, page(results, bundle))
+    target = path or results.folder / PAGE
+    write_whole(target, page(results, library()))
     return target
 
 
