@@ -136,5 +136,5 @@ def look(
     pruned = asker.ask(image, question, method, new_tokens)
     plain = asker.ask(image, question, None, new_tokens)
     assert pruned.kept is not None
-    said = [reply.sample.prediction for reply in (plain, pruned)]
-    return Seen(*said, pruned.kept, pruned.panels, asker.seen(image))
+    said, pruned_said = (reply.sample.prediction for reply in (plain, pruned))
+    return Seen(said, pruned_said, pruned.kept, pruned.panels, asker.seen(image))

@@ -89,7 +89,7 @@ def library() -> str:
             "The page needs Vega-Lite: pip install 'vlm-prune-ext[show]' brings it; "
             "--format md csv tex json png pdf does without."
         ) from error
-    return str(vl_convert.javascript_bundle())
+    return str(vl_convert.javascript_bundle(None))
 
 
 def page(results: Results, bundle: str) -> str:
