@@ -92,33 +92,64 @@ def _powers(panels: Mapping[str, Sequence[Line]]) -> list[float]:
     return [2.0**power for power in range(low, high + 1)]
 
 
+@dataclass(frozen=True)
+class Point:
+    """A setting on a data set.
+
+    Attributes:
+        runs: one, or one per seed.
+        score: mean over them.
+        low, high: ends of its error bar.
+        costs: name of a :class:`Cost` -> mean over the runs; those that are known.
+    """
+
+    runs: Sequence[Run]
+    score: float
+    low: float
+    high: float
+    costs: Mapping[str, float]
+
+
+def points(results: Results, data: str) -> list[Point]:
+    """Settings that have a score on a data set, in order."""
+    found = []
+    for runs in by_setting(run for run in results.done if run.data == data):
+        scores = [run.record.score.value for run in runs if run.record and run.record.score]
+        if not scores:
+            continue
+        known = {c.name: [v for run in runs if (v := c.of(run)) is not None] for c in COSTS}
+        costs = {name: mean_of(values) for name, values in known.items() if values}
+        score = mean_of(scores)
+        found.append(Point(runs, score, *_ends(runs, score), costs))
+    return found
+
+
 def curves(results: Results, data: str, cost: Cost) -> list[Line]:
     """A panel's lines: each method from the unpruned model on, with 95 % intervals, and which
     settings no other beats in both."""
-    points: dict[str, list[tuple[float, float, float, float]]] = {}
+    lines: dict[str, list[tuple[float, float, float, float]]] = {}
     several = len(results.models) > 1
-    for runs in by_setting(run for run in results.done if run.data == data):
-        costs = [value for run in runs if (value := cost.of(run)) is not None]
-        scores = [run.record.score.value for run in runs if run.record and run.record.score]
-        if costs and scores:
-            name = f"{Path(runs[0].model).name} {runs[0].method}" if several else runs[0].method
-            score = mean_of(scores)
-            points.setdefault(name, []).append((mean_of(costs), score, *ends(runs, score)))
-    names = [name for name in points if not name.endswith("none")]
+    for point in points(results, data):
+        if cost.name in point.costs:
+            run = point.runs[0]
+            name = f"{Path(run.model).name} {run.method}" if several else run.method
+            place = (point.costs[cost.name], point.score, point.low, point.high)
+            lines.setdefault(name, []).append(place)
+    names = [name for name in lines if not name.endswith("none")]
     found = []
-    for place, name in enumerate(names):
-        whole = points.get(f"{name.rpartition(' ')[0]} none" if several else "none", [])
-        mine = sorted([*points[name], *whole])
+    for number, name in enumerate(names):
+        whole = lines.get(f"{name.rpartition(' ')[0]} none" if several else "none", [])
+        mine = sorted([*lines[name], *whole])
         xs_ys = [(x, y) for x, y, _, _ in mine]
         low, high = [p[2] for p in mine], [p[3] for p in mine]
-        found.append(Line(name, xs_ys, color=place, low=low, high=high, bars=True))
-    every = [(x, y) for own in points.values() for x, y, _, _ in own]
+        found.append(Line(name, xs_ys, color=number, low=low, high=high, bars=True))
+    every = [(x, y) for own in lines.values() for x, y, _, _ in own]
     if len(every) > 2:
         found.append(Line("no other is better", front(every), ":", color=7))
     return found or [Line("none", every)] if every else []
 
 
-def ends(runs: Sequence[Run], score: float) -> tuple[float, float]:
+def _ends(runs: Sequence[Run], score: float) -> tuple[float, float]:
     """Ends of the error bar: the rows' interval, where the score is their mean, or the spread of
     seeds; else none."""
     rows = Rows(runs[0].scores)

@@ -26,7 +26,7 @@ from vlm_prune_ext.methods.option import Option
 from vlm_prune_ext.methods.registry import METHODS, classes, get_method, method_class
 from vlm_prune_ext.pages.asking import Asker, Reply
 from vlm_prune_ext.pages.patches import data_uri, veil
-from vlm_prune_ext.pages.show import static
+from vlm_prune_ext.pages.show import fill, static
 
 PORT = 7860
 MAX_BYTES = 20 << 20
@@ -50,7 +50,7 @@ class Scene:
 
     def draw(self) -> Image.Image:
         """The picture."""
-        from vlm_prune_ext.demo.scenes import make_scene, render
+        from vlm_prune_ext.demo.drawing import make_scene, render
 
         return render(make_scene(self.seed))
 
@@ -131,7 +131,7 @@ def lines_of(
     load = "vp.load()" if model == "demo" else f"vp.load({model!r})"
     python = ["import vlm_prune_ext as vp"]
     if scene:
-        python.append("from vlm_prune_ext.demo.scenes import make_scene, render")
+        python.append("from vlm_prune_ext.demo.drawing import make_scene, render")
     python += [
         "",
         f"model, processor = {load}",
@@ -144,7 +144,7 @@ def lines_of(
     shell = []
     if scene:
         file = f"scene_{scene.seed}.png"
-        code = f'from vlm_prune_ext.demo.scenes import *; {drawn}.save("{file}")'
+        code = f'from vlm_prune_ext.demo.drawing import *; {drawn}.save("{file}")'
         shell.append(f"python -c {shlex.quote(code)}")
     short = f"{method.name}:" + ",".join(f"{k}={_typed(getattr(method, k))}" for k in settings)
     words = ["vlm-prune", "inspect", file, "--question", question, "--method", short.rstrip(":")]
@@ -280,7 +280,7 @@ def build(player: Player, start: str) -> Any:
     names = [name for name in METHODS if name != "none"]
     first = next(iter(scenes()))
     with gr.Blocks(analytics_enabled=False, title="vlm-prune play", fill_width=True) as blocks:
-        gr.HTML(static("play_head.html").replace("{{ model }}", html.escape(player.model)))
+        gr.HTML(fill("play_head.html", {"model": html.escape(player.model)}))
         with gr.Row(elem_id="columns"):
             with gr.Column(scale=4, min_width=320):
                 picker = gr.HTML(

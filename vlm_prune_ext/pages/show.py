@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -20,9 +21,9 @@ from PIL import Image
 
 from vlm_prune_ext import __version__
 from vlm_prune_ext.errors import InputError
-from vlm_prune_ext.experiment.comparison import by_setting, long_table, mean_of
+from vlm_prune_ext.experiment.comparison import long_table
 from vlm_prune_ext.experiment.log import write_whole
-from vlm_prune_ext.experiment.pareto import COSTS, ends
+from vlm_prune_ext.experiment.pareto import COSTS, Point, points
 from vlm_prune_ext.experiment.results import Results, RowAnswer, Run
 from vlm_prune_ext.pages.patches import (
     Kept,
@@ -89,7 +90,7 @@ def library() -> str:
             "The page needs Vega-Lite: pip install 'vlm-prune-ext[show]' brings it; "
             "--format md csv tex json png pdf does without."
         ) from error
-    return str(vl_convert.javascript_bundle(None))
+    return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
 
 
 def page(results: Results, bundle: str) -> str:
@@ -128,7 +129,7 @@ def content(results: Results) -> dict[str, Any]:
         "settings": [[str(k), _shown(v)] for k, v in results.settings.items() if v is not None],
         "costs": [{"name": c.name or "tokens", "label": c.label, "log": c.log} for c in COSTS],
         "methods": list(dict.fromkeys(run.method for run in results.runs)),
-        "points": [point for data in results.data for point in _points(results, data)],
+        "points": [_point(data, one) for data in results.data for one in points(results, data)],
         "table": _table(results),
         "data": [_rows(results, data, shelf) for data in results.data],
         "pictures": shelf.pictures,
@@ -158,36 +159,27 @@ def _facts(results: Results) -> list[str]:
     ]
 
 
-def _points(results: Results, data: str) -> list[dict[str, Any]]:
-    """A data set's points: a setting's score and costs, the mean where it has several seeds."""
-    found = []
-    for runs in by_setting(run for run in results.done if run.data == data):
-        scores = [run.record.score.value for run in runs if run.record and run.record.score]
-        if not scores:
-            continue
-        score = mean_of(scores)
-        low, high = ends(runs, score)
-        costs = {}
-        for cost in COSTS:
-            values = [value for run in runs if (value := cost.of(run)) is not None]
-            costs[cost.name or "tokens"] = mean_of(values) if values else None
-        record = runs[0].record
-        assert record is not None
-        found.append(
-            {
-                "data": data,
-                "model": Path(runs[0].model).name,
-                "method": runs[0].method,
-                "setting": runs[0].setting if len(runs) == 1 else f"{len(runs)} seeds",
-                "score": score,
-                "low": low,
-                "high": high,
-                "rows": record.samples,
-                "steps": record.token_steps,
-                **costs,
-            }
-        )
-    return found
+def _point(data: str, point: Point) -> dict[str, Any]:
+    """A mark of the figure."""
+    run, record = point.runs[0], point.runs[0].record
+    assert record is not None
+    return {
+        "data": data,
+        "model": Path(run.model).name,
+        "method": run.method,
+        "setting": run.setting if len(point.runs) == 1 else f"{len(point.runs)} seeds",
+        "score": _number(point.score),
+        "low": _number(point.low),
+        "high": _number(point.high),
+        "rows": record.samples,
+        "steps": record.token_steps,
+        **{cost.name or "tokens": _number(point.costs.get(cost.name)) for cost in COSTS},
+    }
+
+
+def _number(value: Any) -> float | None:
+    """A number that JSON has."""
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def _table(results: Results) -> dict[str, Any]:
@@ -208,10 +200,7 @@ def _table(results: Results) -> dict[str, Any]:
             for one, place in zip(columns, order, strict=True)
         ],
         "rows": [
-            [
-                [row[place] if isinstance(row[place], int | float) else None, str(cells[place])]
-                for place in order
-            ]
+            [[_number(row[place]), str(cells[place])] for place in order]
             for row, cells in zip(table.rows, table.cells(), strict=True)
         ],
     }

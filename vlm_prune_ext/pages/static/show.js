@@ -62,6 +62,8 @@ function front(points, cost) {
   return sorted.filter((point) => point.score > best && (best = point.score, true));
 }
 
+const POWERS = Array.from({ length: 20 }, (_, power) => 2 ** power);
+
 function specOf(points, cost) {
   const soft = isDark() ? "#a2aab4" : "#5c636b";
   const line = isDark() ? "#33383f" : "#e4e6e9";
@@ -69,7 +71,7 @@ function specOf(points, cost) {
   const x = {
     field: cost.name, type: "quantitative", title: cost.label,
     scale: cost.log ? { type: "log", nice: false, padding: 16 } : { zero: false, padding: 16 },
-    axis: { grid: false, tickCount: 5, labelOverlap: "greedy", labelSeparation: 8 },
+    axis: { grid: false, tickCount: 5, labelOverlap: "greedy", labelSeparation: 8, ...(cost.log ? { values: POWERS, format: "d" } : {}) },
   };
   const y = {
     field: "score", type: "quantitative", title: "score",
@@ -147,7 +149,7 @@ async function draw() {
   const cost = content.costs.find((one) => one.name === at("cost").value);
   const model = at("model").value;
   const mineOnly = content.points
-    .filter((point) => point.model === model && shown.has(point.method) && point[cost.name] !== null)
+    .filter((point) => point.model === model && shown.has(point.method) && point[cost.name] !== null && point.score !== null)
     .map(spoken);
   const names = [...new Set(content.points.map((point) => point.data))];
   const made = names.map((name) => [name, mineOnly.filter((point) => point.data === name)]).filter(([, points]) => points.length);
