@@ -210,7 +210,7 @@ function drawTable() {
   if (sorting.place >= 0) rows.sort(compare);
   at("table").tBodies[0].replaceChildren(...rows.map((row) => make("tr", {}, ...visible.map((column) =>
     make("td", { class: column.left ? "left" : "" },
-      ...(column.left ? breakable(row[column.place][1]) : [row[column.place][1] === "-" ? "–" : row[column.place][1]]))))));
+      ...(column === visible[0] ? breakable(row[column.place][1]) : [row[column.place][1] === "-" ? "–" : row[column.place][1]]))))));
   at("notes").replaceChildren(...visible.filter((column) => column.note).map((column) =>
     make("div", {}, make("dt", {}, column.name), make("dd", {}, column.note))));
 }
