@@ -17,8 +17,9 @@ from tests.fast.test_fast import write
 from tests.pruning_checks import fingerprint
 from vlm_prune_ext.evals.answer import Answer, Answerer, Query, Sizes
 from vlm_prune_ext.evals.sharing import Sharing
-from vlm_prune_ext.fast import shared
+from vlm_prune_ext.fast import pieces, run, shared
 from vlm_prune_ext.fast.generate import sharing_of
+from vlm_prune_ext.fast.graphs import Recorded
 from vlm_prune_ext.models import parts_of
 
 TEXTS = (
@@ -209,3 +210,45 @@ def test_what_is_kept_is_bounded(models: Any, monkeypatch: pytest.MonkeyPatch) -
     kept = engine.prefixes
     assert 1 <= len(kept._items) < 8
     assert kept.bytes == sum(prefix.bytes for prefix in kept._items.values()) <= shared.BYTES
+
+
+@pytest.mark.parametrize("name", ["none", "fastv", "sparsevlm"])
+def test_answers_that_outgrow_their_caches(
+    models: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = models("original")
+    queries = [replace(query, max_new_tokens=24) for query in mixed()]
+    model.generation_config.eos_token_id, before = -1, model.generation_config.eos_token_id
+    try:
+        whole = Answerer(model, processor, METHODS[name], share=False).answer(queries)
+        monkeypatch.setattr(pieces, "CACHE_STEP", 8)
+        for module in (run, shared):
+            monkeypatch.setattr(module, "ROOM", 2)
+        found = Answerer(model, processor, METHODS[name]).answer(queries)
+    finally:
+        model.generation_config.eos_token_id = before
+    assert [answer.new_tokens for answer in found] == [24] * len(queries)
+    assert [content(answer) for answer in found] == [content(answer) for answer in whole]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_nothing_reads_what_a_later_piece_may_overwrite(
+    models: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recorded pieces share memory: the output of one is gone when the next one runs."""
+    answerer = Answerer(*models("original"), METHODS[name])
+    expected = [content(answer) for answer in answerer.answer(mixed())]
+    earlier: list[torch.Tensor] = []
+    plain = Recorded._run
+
+    def poisoned(self: Recorded, work: Any) -> Any:
+        for tensor in earlier:
+            tensor.fill_(float("nan"))
+        output = plain(self, work)
+        memory = getattr(getattr(work, "__self__", None), "memory", None)
+        attended = memory.attended if memory is not None else None
+        earlier[:] = [t for t in (output, attended) if isinstance(t, torch.Tensor)]
+        return output
+
+    monkeypatch.setattr(Recorded, "_run", poisoned)
+    assert [content(answer) for answer in answerer.answer(mixed())] == expected

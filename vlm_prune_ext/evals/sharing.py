@@ -166,7 +166,17 @@ class Plan:
 
     def inputs(self, processor: Any) -> BatchFeature:
         """The whole prompts, without pixels."""
-        made = processor._pad([ids for group in self.groups for ids in group.ids])
+        lengths = [len(ids) for group in self.groups for ids in group.ids]
+        width, row = max(lengths), 0
+        table = torch.full((len(lengths), width), processor.pad_token_id)
+        for group in self.groups:
+            prefix = torch.tensor(group.ids[0][: group.length])
+            for ids in group.ids:
+                behind = torch.tensor(ids[group.length :])
+                table[row, width - len(ids) :] = torch.cat([prefix, behind])
+                row += 1
+        real = torch.arange(width) >= width - torch.tensor(lengths)[:, None]
+        made = {"input_ids": table, "attention_mask": real.long()}
         return BatchFeature({name: value.to(processor.device) for name, value in made.items()})
 
     def answer(self, inputs: Any, options: Mapping[str, Any]) -> torch.Tensor | None:
