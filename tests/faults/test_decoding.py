@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM, StaticCache
+from transformers.cache_utils import QuantizedLayer
 
 import vlm_prune_ext as vp
 from tests import makers
@@ -292,6 +293,30 @@ def test_a_cache_made_anew_from_tensors_is_refused(loaded: tuple[Any, Any]) -> N
             step(model, made, [inputs["input_ids"].shape[1]])
 
 
+class Quantised(QuantizedLayer):
+    """transformers' layer of quantised keys, whose ``keys`` do not hold the prompt's; the numbers
+    stay as they are, so that answers can be compared."""
+
+    def _quantize(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
+        return tensor.clone()
+
+    def _dequantize(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+
+@pytest.mark.parametrize("name", ASSISTED)
+@torch.no_grad()
+def test_quantised_caches_answer_alike(loaded: tuple[Any, Any], name: str) -> None:
+    model, processor = loaded
+    inputs = inputs_of(processor, "What colour is the cat?")
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    cache = DynamicCache(config=model.config.text_config)
+    cache.layers = [Quantised(residual_length=5) for _ in cache.layers]
+    with vp.prune(model, ASSISTED[name]):
+        want = model.generate(**inputs, **options)
+        assert torch.equal(model.generate(**inputs, **options, past_key_values=cache), want)
+
+
 def test_a_model_is_not_copied_with_its_hooks(loaded: tuple[Any, Any]) -> None:
     with vp.prune(loaded[0], METHODS["fastv"]), pytest.raises(vp.InputError, match="copied"):
         copy.deepcopy(loaded[0])
@@ -319,6 +344,11 @@ def test_compiled_models_are_refused(loaded: tuple[Any, Any]) -> None:
         ):
             pass
         del part.forward
+    whole = model.model.language_model
+    model.model.language_model = torch.compile(whole, backend="eager")
+    with pytest.raises(vp.InputError, match=r"torch\.compile"), vp.prune(model, METHODS["fastv"]):
+        pass
+    model.model.language_model = whole
     mlp = model.model.language_model.layers[1].mlp
     mlp.forward = torch.compile(mlp.forward, backend="eager")  # no hook is on it
     with vp.prune(model, METHODS["fastv"]) as trace:

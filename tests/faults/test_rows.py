@@ -17,6 +17,7 @@ from run_vlmeval import main
 from tests import family_makers as fm
 from tests import makers, vlmeval_files
 from vlm_prune_ext.errors import InputError, RowError
+from vlm_prune_ext.experiment.record import SampleLog
 
 
 def png(width: int, height: int) -> str:
@@ -28,22 +29,27 @@ def png(width: int, height: int) -> str:
 def test_a_row_that_a_family_does_not_take_fails_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A strip of 1 x 1500 pixels, which Qwen's processor refuses, and text with its placeholder."""
+    """A strip of 1 x 1500 pixels, which Qwen's processor refuses, and text with its placeholder. A
+    picture of fewer tokens than are to be kept keeps them all."""
     monkeypatch.setenv("LMUData", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     rows = vlmeval_files.mcq_rows(4)
     rows[1]["image"] = png(1, 1500)
     rows[2]["question"] = "What is <|image_pad|>?"
+    rows[0]["image"], rows[3]["image"] = png(200, 200), png(1, 1)
     vlmeval_files.write(tmp_path, "Mine", rows)
     (tmp_path / "model").mkdir()
     fm.KINDS["qwen2_5_vl"].make(tmp_path / "model")
-    words = ["--model-path", str(tmp_path / "model"), "--data", "Mine", "--method", "random:2"]
+    words = ["--model-path", str(tmp_path / "model"), "--data", "Mine", "--method", "random:5"]
     words += ["--max-new-tokens", "1", "--mode", "infer", "--work-dir", str(tmp_path / "out")]
     assert main(words) == 1
     (path,) = (tmp_path / "out").rglob("*_results.json")
     record = json.loads(path.read_text())
     failed = {row["index"]: row["reason"] for row in record["failed"]}
     assert record["samples"] == 4 and set(failed) == {"1", "2"}
+    (log,) = (tmp_path / "out").rglob("*_samples.jsonl")
+    kept = {one.index: one.visual_kept["0"] for one in SampleLog(log).samples()[0] if one.lengths}
+    assert kept == {0: 5, 3: 4}
     assert "1 x 1500 pixels" in failed["1"] and "<|image_pad|>" in failed["2"]
 
 

@@ -178,6 +178,31 @@ def test_numbers_of_the_environment(name: str, value: str, monkeypatch: pytest.M
         pass
 
 
+@pytest.mark.parametrize(("stated", "seconds"), [(None, 3600), ("120", 120), (" ", 3600)])
+def test_processes_wait_for_each_other_for_an_hour_or_what_is_said(
+    stated: str | None, seconds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first may download or score for long: a library's own ten minutes end such runs."""
+    pytest.importorskip("vlmeval")
+    from vlm_prune_ext.evals import vlmeval_run
+
+    waits: list[float] = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("DIST_TIMEOUT", raising=False)
+    if stated is not None:
+        monkeypatch.setenv("DIST_TIMEOUT", stated)
+
+    def begin(backend: str, timeout: Any) -> None:
+        waits.append(timeout.total_seconds())
+
+    monkeypatch.setattr(vlmeval_run.dist, "init_process_group", begin)
+    for name in ("barrier", "destroy_process_group"):
+        monkeypatch.setattr(vlmeval_run.dist, name, lambda: None)
+    with vlmeval_run.Ranks.here().connected("cpu"):
+        pass
+    assert waits == [seconds]
+
+
 def test_no_spelling_of_a_file_gets_past_the_import(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
