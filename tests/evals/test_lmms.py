@@ -7,9 +7,11 @@ import os
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from PIL import Image
@@ -206,6 +208,37 @@ def test_requests_are_grouped_by_how_they_are_answered(
     for result in got:
         assert result.token_counts.output_tokens <= 6
         assert result.token_counts.input_tokens > 16
+
+
+def test_rows_with_one_picture_go_together_and_auto_answers_alike(make: Make) -> None:
+    """Stored pictures are told apart by their bytes, without being decoded; answers keep the
+    order of the requests."""
+    pictures = [makers.photo(40 + 9 * n, 50, seed=n) for n in range(3)]
+    shown = datasets.Dataset.from_list(
+        [
+            {"images": pictures[n % 3], "question": makers.QUESTIONS[n % 4]}
+            for n in (0, 1, 2, 3, 4, 5, 6, 7, 8)
+        ]
+    ).cast_column("images", datasets.Image())
+    asked = []
+    answers = {}
+    for batch in (1, 4, "auto"):
+        model = make(batch=batch)
+        model.task_dict = {"t": {"test": shown}}
+        inner = model.answerer.answer
+        asked.clear()
+        model.answerer.answer = lambda queries, inner=inner: (  # type: ignore[method-assign]
+            asked.extend(query.digests for query in queries) or inner(queries)
+        )
+        given = requests(range(9), kwargs={**KWARGS, "max_new_tokens": 3})
+        for one in given:
+            to_list = lambda row: to_messages({**row, "images": [row["images"]]})  # noqa: E731
+            one.arguments = (one.args[0], to_list, *one.args[2:])
+        answers[batch] = texts(model.generate_until(given))
+        if batch != "auto":  # which begins with a batch of one
+            assert len(list(groupby(asked))) == 3
+    assert answers[1] == answers[4] == answers["auto"]
+    assert len(set(answers[1])) > 2
 
 
 def test_until_ends_an_answer(make: Make) -> None:
