@@ -76,7 +76,7 @@ class BatchSize:
             larger = next((n for n in (4, 2) if self._allowed(n)), 1)
             self._grows, self._tries = larger > 1, 0
             self.now *= larger
-        elif self._tries == 2:  # the first batch of a size pays for its recordings
+        elif self._tries == 3:  # kernels are compiled for the first, and recorded at the second
             self.now, self._grows = max(self._rates, key=lambda n: self._rates[n]), False
 
     def _allowed(self, times: int) -> bool:
