@@ -71,12 +71,17 @@ METHODS: dict[str, Any] = {
     "sparsevlm": vp.SparseVLM(stages=((1, 9), (3, 4))),
     "sparsevlm-plus": vp.SparseVLMPlus(stages=((1, 9), (3, 4))),
 }
-NOT_STATIC = {
-    "mask": vp.FastV(agg_layer=2, attention_rank=0.4, mode="mask"),
+VARYING = {
     "saint": vp.SAINT(start=1, end=3, threshold=0.2, min_neighbors=1),
-    "prumerge": vp.PruMerge(),
+    "prumerge-free": vp.PruMerge(),
     "prumerge-plus": vp.PruMergePlus(ratio=0.12),
     "feather": vp.FEATHER(layers=(1, 3)),
+}
+"""Of counts that depend on the picture."""
+METHODS |= VARYING
+NOT_STATIC = {
+    "mask": vp.FastV(agg_layer=2, attention_rank=0.4, mode="mask"),
+    "behind": vp.SAINT(start=4, end=5, threshold=0.2, min_neighbors=1),
 }
 TEXTS = ("What is this?", "How many circles are there in the picture?", "Red?")
 BATCHES: dict[str, Any] = {

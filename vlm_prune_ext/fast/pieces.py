@@ -16,6 +16,7 @@ from vlm_prune_ext.fast.graphs import LRU, Recorder
 from vlm_prune_ext.fast.segments import Activations, Head, Part, Segment, SegmentCache, Step, widen
 
 PROMPT_STEP = 4  # what a piece holds is filled up to a multiple; fillers stay to the last layer
+VARYING_STEP = 16  # the same where counts depend on the picture, so that many share a recording
 CACHE_STEP = 128  # likewise caches, so that many lengths share one decode step
 QUESTION_STEP = 8  # likewise questions about one picture
 CACHES, SEGMENTS, FOLLOWS, STEPS = 48, 128, 32, 24  # kept at a time
@@ -73,10 +74,12 @@ class Pieces:
         self.recent = recent = _Recent()
         self.arena = Arena(first.device, recent.let_go)
 
-    def segment(self, first: int, stop: int, hidden: torch.Tensor, room: int) -> Segment:
-        """The layers ``first`` ... ``stop - 1`` for prompts of up to a bucket's length, with
-        ``room`` for decoded tokens."""
-        batch, tokens = hidden.shape[0], round_up(hidden.shape[1], PROMPT_STEP)
+    def segment(
+        self, first: int, stop: int, hidden: torch.Tensor, room: int, step: int = PROMPT_STEP
+    ) -> Segment:
+        """The layers ``first`` ... ``stop - 1`` for prompts of up to a bucket's length, a multiple
+        of ``step``, with ``room`` for decoded tokens."""
+        batch, tokens = hidden.shape[0], round_up(hidden.shape[1], step)
         key = (first, stop, batch, round_up(tokens + room, CACHE_STEP))
         segment = self.recent.segments.get((*key, tokens), lambda: self._make(key, tokens))
         self.recent.caches.get(key, lambda: segment.cache)  # used just now

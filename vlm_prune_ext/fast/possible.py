@@ -82,16 +82,9 @@ def why_not_now(parts: ModelParts, method: Method | None) -> str | None:
 
 
 def _why_not_method(method: Method, layers: int) -> str | None:
-    between = method.feature_stage()
-    if between is not None and between.budget is None and between.left is None:
-        return f"{method.name} keeps a number of tokens that depends on the picture"
     for stage in method.decoder_stages(layers):
         if stage.mode == "mask":
             return f"{method.name} with mode='mask' drops nothing"
-        if stage.mode == "observe":
-            continue
-        if stage.budget is None and stage.left is None:
-            return f"{method.name} keeps a number of tokens that depends on the picture"
         if stage.layer == layers:
             return f"{method.name} drops behind the last layer"
     if any(method.decode_position_shift(layer) for layer in range(layers)):

@@ -18,9 +18,9 @@ from vlm_prune_ext.engine.decoder import DecoderPruner
 from vlm_prune_ext.engine.evidence import AttentionReader, Looker, Seen, reads
 from vlm_prune_ext.engine.layout import Layout, iota, sent, take
 from vlm_prune_ext.engine.prefill import Prefill
-from vlm_prune_ext.fast.pieces import Pieces
+from vlm_prune_ext.fast.pieces import PROMPT_STEP, VARYING_STEP, Pieces
 from vlm_prune_ext.fast.segments import Bundle, Part, Segment, Step, turns
-from vlm_prune_ext.methods.evidence import Stage, attention_needs
+from vlm_prune_ext.methods.evidence import FeatureStage, Stage, attention_needs
 
 ROOM = 128  # for decoded tokens at first: limits are high, answers short
 
@@ -167,6 +167,7 @@ class Run:
         self.behind: Behind | None = None  # the last layer that ran
         self.notes: list[_Note] = []
         self.bundle: Bundle | None = None
+        self.varying = False  # what enters depends on the picture
         self.logits: torch.Tensor
         self._step: Step | None = None
 
@@ -196,12 +197,14 @@ class Run:
         behind = take(whole, counts - 1, -1) + 1
         behind = behind if behind.dim() == 2 else behind.amax(dim=0)
         room = room or min(self.limit, ROOM)
+        step = VARYING_STEP if self.varying else PROMPT_STEP
         starts = sorted({layers.start, *(layer for layer in stages if layer in layers)})
         for first, stop in zip(starts, [*starts[1:], layers.stop], strict=True):
             if first in stages:
                 hidden = self.choose(stages[first], hidden, positions)
                 positions = self._positions(whole)
-            segment = self.pieces.segment(first, stop, hidden, room)
+                step = VARYING_STEP if _varies(stages[first]) else step
+            segment = self.pieces.segment(first, stop, hidden, room, step)
             real = self._real_tokens()
             segment.fill(hidden, positions, real - 1)
             seen = iota(segment.tokens, hidden.device) < real[:, None, None]
@@ -351,6 +354,11 @@ class Run:
         self._step.start(self.held, positions + self.done, self.done, self.bundle)
 
 
+def _varies(stage: Stage | FeatureStage) -> bool:
+    """Does the number of tokens that a stage leaves depend on the picture?"""
+    return stage.budget is None and stage.left is None
+
+
 def start(
     pieces: Pieces,
     prompt: Prompt,
@@ -373,6 +381,8 @@ def start(
         done = {0} if pruner.entrance.first_stage is not None else set()
         stages = {layer: stage for layer, stage in pruner.stages.items() if layer not in done}
     run = Run(pieces, aligned, state, max_new_tokens)
+    between = None if pruner is None else pruner.method.feature_stage()
+    run.varying = between is not None and _varies(between)
     run.prefill(aligned(prompt.embeds, -2), aligned(prompt.positions, -1), stages)
     if pruner is not None and call is not None:
         run.write_trace(pruner, call)

@@ -114,7 +114,7 @@ def load(
             to transformers.
         fast: let ``model.generate`` run greedy decoding, pruned or not, as CUDA graphs with fixed
             shapes; the arguments and the answers stay the same. ``True`` is an error where that is
-            not possible (no GPU, another family, a method whose counts depend on the picture).
+            not possible (no GPU, another family, a method that only masks).
             ``None``: on a GPU, where it is possible; one line in the log says why where it is not.
         **kw: further arguments of transformers' ``from_pretrained``, e.g. ``device_map="auto"``;
             ``trust_remote_code=True`` for formats that come with code of their own; settings of
