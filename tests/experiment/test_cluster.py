@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.experiment.cluster import run_on_ray
 from vlm_prune_ext.experiment.grid import DONE, FAILED, Cell
 
@@ -54,6 +55,12 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 def cells(count: int) -> list[Cell]:
     return [Cell({"number": number}, group="one") for number in range(count)]
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere", ":", "127.0.0.1:port"])
+def test_an_address_without_a_cluster_is_refused_at_once(address: str) -> None:
+    with pytest.raises(InputError, match="no Ray cluster answers"):
+        list(run_on_ray([], Job, address=address))
 
 
 @pytest.mark.slow

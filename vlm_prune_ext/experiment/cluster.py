@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,6 +28,22 @@ def needs_ray() -> None:
     """Raise InputError where Ray is not installed."""
     if importlib.util.find_spec("ray") is None:
         raise InputError('--launcher ray needs Ray: pip install -e ".[cluster]" brings it.')
+
+
+def check_address(address: str) -> None:
+    """Refuse an address at which nobody listens: Ray itself would try for minutes.
+
+    Raises:
+        InputError: naming it.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--address {address!r}: no Ray cluster answers there; HOST:PORT of `ray start --head` "
+            "is accepted."
+        ) from error
 
 
 class _Worker:
@@ -80,6 +97,8 @@ def run_on_ray(
         InputError: Ray is not installed, or there is no cluster at the address.
     """
     needs_ray()
+    if address is not None:
+        check_address(address)
     import ray
     from ray.exceptions import RayError
 
