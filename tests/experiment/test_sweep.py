@@ -127,7 +127,8 @@ def rows_and_files_again(out: Path, copy: Path) -> None:
     for path in copy.glob("sweep*.*"):
         if path.suffix != ".jsonl":
             path.unlink()
-    assert cli.main(["show", str(copy)]) == 0
+    formats = ["md", "csv", "tex", "json", "png", "pdf"]
+    assert cli.main(["show", str(copy), "--format", *formats]) == 0
     for ending in ("md", "csv", "json", "tex"):
         for path in out.glob(f"sweep*.{ending}"):
             assert path.read_bytes() == (copy / path.name).read_bytes(), path.name
