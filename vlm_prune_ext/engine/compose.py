@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from vlm_prune_ext.engine.features import Seen, Watch, read_addresses, watch_on
 from vlm_prune_ext.engine.layout import Layout, sent, take
-from vlm_prune_ext.engine.parts import Joint, ModelParts, Undo
+from vlm_prune_ext.engine.parts import Joint, ModelParts, Undo, VisionParts
 from vlm_prune_ext.engine.shorten import DecoderInput, Shortened, count_anew, images_left
 from vlm_prune_ext.engine.spans import Image
 from vlm_prune_ext.engine.trace import Trace
@@ -269,8 +269,17 @@ class FeatureSite:
         }
 
 
-def feature_site(parts: ModelParts, method: Method, trace: Trace) -> FeatureSite | None:
+def feature_site(
+    parts: ModelParts,
+    method: Method,
+    trace: Trace,
+    watch: Callable[[VisionParts, tuple[str, ...]], Watch] = watch_on,
+) -> FeatureSite | None:
     """What carries a method's feature stage out; ``None`` where it has none.
+
+    Args:
+        parts, method, trace: of the model, what to do, and what to write to.
+        watch: makes what notes the rule's needs, for towers that are not of transformers.
 
     Raises:
         InputError: the model lacks what the stage needs.
@@ -289,7 +298,7 @@ def feature_site(parts: ModelParts, method: Method, trace: Trace) -> FeatureSite
         if parts.joint is None:
             raise InputError(f"{method.name} needs a CLIP text tower: {parts.why_no_vision}.")
         joint = parts.joint(stage.text_tower)
-    site = FeatureSite(stage, watch_on(vision, stage.needs), trace, joint)
+    site = FeatureSite(stage, watch(vision, stage.needs), trace, joint)
     if site.attention == "received":
         say_once(
             f"{method.name}: {type(vision.tower).__name__} has no CLS token; the mean attention "

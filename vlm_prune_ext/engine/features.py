@@ -173,15 +173,21 @@ class TowerWatch(Watch):
             else:
                 assert parts.projector is not None
                 handles.append(parts.projector.register_forward_pre_hook(self._projects))
-        queries, keys = _projections(layer)
-        if "attention" in needs:
-            handles.append(queries.register_forward_hook(self._see_queries))
-        if "attention" in needs or "keys" in needs:
-            handles.append(keys.register_forward_hook(self._see_keys))
+        handles += self._in_attention(layer)
         if "last" in needs:
             queries, keys = _projections(parts.layers[-1])
             handles.append(queries.register_forward_hook(self._last_queries))
             handles.append(keys.register_forward_hook(self._last_keys))
+        return handles
+
+    def _in_attention(self, layer: Any) -> list[Any]:
+        """Hooks that see queries and keys of the feature layer."""
+        queries, keys = _projections(layer)
+        handles: list[Any] = []
+        if "attention" in self.needs:
+            handles.append(queries.register_forward_hook(self._see_queries))
+        if "attention" in self.needs or "keys" in self.needs:
+            handles.append(keys.register_forward_hook(self._see_keys))
         return handles
 
     def _features(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -232,7 +238,8 @@ class PackedWatch(Watch):
             see = self._attends
             handles.append(packed.attn.register_forward_pre_hook(see, with_kwargs=True))
         if "features" in self.needs:
-            handles.append(projector.register_forward_pre_hook(self._projects))
+            entrance = packed.entrance or projector
+            handles.append(entrance.register_forward_pre_hook(self._projects))
         return handles
 
     @torch.no_grad()
@@ -249,7 +256,8 @@ class PackedWatch(Watch):
     def _projects(self, module: nn.Module, args: Any) -> None:
         packed = self.parts.packed
         assert packed is not None
-        by_token = args[0].unflatten(0, (-1, packed.group)).mean(dim=1)
+        patches = args[0].flatten(0, -2)  # an engine may run them as a batch of one
+        by_token = patches.unflatten(0, (-1, packed.group)).mean(dim=1)
         self.seen.note("features", by_token[None])
 
 

@@ -57,11 +57,13 @@ class Packed:
         read: the keyword arguments of its call -> queries and keys ``(patches, heads, head_dim)``,
             after rotary embedding, and the lengths of the images.
         group: consecutive patches that the projector makes one token of.
+        entrance: module that is called with the projector's input; ``None``: the projector.
     """
 
     attn: nn.Module
     read: Callable[[torch.Tensor, dict[str, Any]], tuple[torch.Tensor, torch.Tensor, list[int]]]
     group: int
+    entrance: nn.Module | None = None
 
 
 @dataclass
