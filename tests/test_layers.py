@@ -22,6 +22,7 @@ LAYERS = [
     {"fast"},
     {"models"},
     {"pruning", "resets", "demo"},
+    {"serve"},
     {"evals"},
     {"bench"},
     {"profiling", "ablation", "pages"},

@@ -129,6 +129,8 @@ def most_tokens(config: Any, tower: str) -> int | None:
     side = vision.image_size // vision.patch_size
     if tower == "one":
         return int(side * side)
-    grids = [(high // vision.image_size, wide // vision.image_size)
-             for high, wide in config.image_grid_pinpoints]
+    grids = [
+        (high // vision.image_size, wide // vision.image_size)
+        for high, wide in config.image_grid_pinpoints
+    ]
     return int(max(side * side * (1 + rows * columns) + side * rows for rows, columns in grids))

@@ -48,9 +48,7 @@ FAMILIES = {
     line.architecture: line
     for line in (
         ServedFamily("LLaVA-1.5", "LlavaForConditionalGeneration", "PrunedLlava", "one"),
-        ServedFamily(
-            "LLaVA-NeXT", "LlavaNextForConditionalGeneration", "PrunedLlavaNext", "tiles"
-        ),
+        ServedFamily("LLaVA-NeXT", "LlavaNextForConditionalGeneration", "PrunedLlavaNext", "tiles"),
         ServedFamily(
             "LLaVA-OneVision",
             "LlavaOnevisionForConditionalGeneration",
@@ -183,9 +181,7 @@ def _uses_tower(stage: FeatureStage) -> bool:
     return stage.over != "span"
 
 
-def _why_not(
-    method: Method, stages: tuple[Stage, ...], between: FeatureStage | None
-) -> str | None:
+def _why_not(method: Method, stages: tuple[Stage, ...], between: FeatureStage | None) -> str | None:
     """Why no engine can do it that makes room for tokens first; ``None``: one can."""
     if "tower" in method.working_sites:
         return "it drops patches inside the vision tower, which the engine runs whole"

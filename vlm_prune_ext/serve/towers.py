@@ -117,6 +117,8 @@ def served_watch(gather: Gather) -> Callable[[VisionParts, tuple[str, ...]], Wat
     """What notes a rule's needs on a tower of vLLM."""
 
     def make(parts: VisionParts, needs: tuple[str, ...]) -> Watch:
-        return FusedWatch(parts, needs, gather) if parts.packed is None else PackedWatch(parts, needs)
+        return (
+            FusedWatch(parts, needs, gather) if parts.packed is None else PackedWatch(parts, needs)
+        )
 
     return make
