@@ -407,22 +407,25 @@ def qwen2_vl(folder: Path, layers: int = 4) -> None:
     _qwen_processor("Qwen2VL", folder, HELPFUL)
 
 
-def qwen2_5_vl(folder: Path, layers: int = 4) -> None:
+def qwen_text(layers: int, head_dim: int, **rope: Any) -> dict[str, Any]:
+    """Qwen's language model with heads of a width."""
+    section = [head_dim // 8, 3 * head_dim // 16, 3 * head_dim // 16]
+    width = {"hidden_size": HEADS * head_dim, "head_dim": head_dim}
+    return _text(layers, **width, rope_parameters={**MROPE, "mrope_section": section, **rope})
+
+
+def qwen2_5_vl(folder: Path, layers: int = 4, head_dim: int = 16) -> None:
     vision = {**QWEN_VISION, "window_size": 56, "fullatt_block_indexes": [1]}
-    _save(
-        "Qwen2_5_VL",
-        folder,
-        text_config=_text(layers, rope_parameters=MROPE),
-        vision_config=vision,
-        **QWEN_IDS,
-    )
+    vision["out_hidden_size"] = HEADS * head_dim
+    text = qwen_text(layers, head_dim)
+    _save("Qwen2_5_VL", folder, text_config=text, vision_config=vision, **QWEN_IDS)
     _qwen_processor("Qwen2_5_VL", folder, HELPFUL)
 
 
-def qwen3_vl(folder: Path, layers: int = 4) -> None:
+def qwen3_vl(folder: Path, layers: int = 4, head_dim: int = 16) -> None:
     vision = {**QWEN_VISION, "depth": 3, "patch_size": 16, "num_position_embeddings": 16}
-    vision["deepstack_visual_indexes"] = [0, 1, 2]
-    text = _text(layers, head_dim=16, rope_parameters=MROPE)
+    vision |= {"deepstack_visual_indexes": [0, 1, 2], "out_hidden_size": HEADS * head_dim}
+    text = qwen_text(layers, head_dim, mrope_interleaved=True)
     _save("Qwen3VL", folder, text_config=text, vision_config=vision, **QWEN_IDS)
     _qwen_processor("Qwen3VL", folder, side=32)
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from vlm_prune_ext.serve.positions import (
-    placed_positions,
     planned_positions,
     read_places,
     with_places,
@@ -35,29 +34,18 @@ def whole() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.cat(parts, dim=1), torch.cat(images), torch.cat(stays)
 
 
-@pytest.mark.parametrize("cut", [None, 5, 7, 12])
-def test_tokens_that_stay_keep_their_positions(cut: int | None) -> None:
-    """Also where a prompt comes in parts, and where a part comes twice."""
+def test_tokens_that_stay_keep_their_positions() -> None:
     positions, is_image, stays = whole()
     wanted, is_image = positions[:, stays], is_image[stays]
-    length = wanted.shape[1]
     images = [(4, 4, *GRIDS[0]), (11, 2, *GRIDS[1])]
-    made, beyond = planned_positions(length, images)
-    assert length + beyond == int(positions.max()) + 1
+    made, beyond = planned_positions(wanted.shape[1], images)
+    assert wanted.shape[1] + beyond == int(positions.max()) + 1
     assert torch.equal(made[:, ~is_image], wanted[:, ~is_image])
     rows = [
         with_places(torch.zeros(len(kept), 8, dtype=torch.bfloat16), kept, grid[1])
         for kept, grid in zip(KEPT, GRIDS, strict=True)
     ]
-    places = torch.cat([read_places(one)[1] for one in rows], dim=1)
-    before = 0 if cut is None else int(is_image[:cut].sum())
-    parts = [
-        (0, places[:, :before]),
-        (cut or 0, places[:, before:]),
-        (cut or 0, places[:, before:]),
-    ]
-    for computed, part in parts:
-        made = placed_positions(made, is_image, [part] if part.shape[1] else [], computed)
+    made[:, is_image] += torch.cat([read_places(one)[1] for one in rows], dim=1)
     assert torch.equal(made, wanted)
 
 

@@ -3,6 +3,9 @@ transformers does it, with the eager attention maps that published pruning codes
 package's hooks, and on its fast path. Beside each figure stands the floor that the device sets.
 
 Of a named shape (random weights), of a checkpoint, or of the demo model.
+
+With --serve: vLLM's server on loopback instead, one for each method, under arrivals that do not
+wait for answers (needs the environment of `make vllm`).
 """
 
 from __future__ import annotations
@@ -89,6 +92,13 @@ class BenchSettings(Declared):
     )
     device: str | None = shared("device")
     out: str = option("bench", text("a folder", "DIR"), "default: bench")
+    serve: bool = option(False, FLAG, "load test of vLLM's server, of --model and --method")
+    rate: Any = option(
+        ("1", "2", "4"),
+        many(text("a number", "N")),
+        "of --serve: arrivals a second; default: 1 2 4",
+    )
+    requests: int = option(24, WHOLE, "of --serve: questions at each rate; default: 24")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,6 +114,8 @@ def run(args: argparse.Namespace) -> int:
     _check(said)
     if said.end_to_end:
         return _end_to_end(said)
+    if said.serve:
+        return _serve(said)
     from vlm_prune_ext.bench import cases, report
     from vlm_prune_ext.experiment import grid
     from vlm_prune_ext.experiment.log import Log, put_aside
@@ -172,6 +184,68 @@ def _end_to_end(said: BenchSettings) -> int:
     )
     runs = end_to_end.run(plan, folder)
     return 1 if any(one.error for one in runs) else 0
+
+
+def _serve(said: BenchSettings) -> int:
+    """The load test: servers one after the other, each at all rates."""
+    from importlib.util import find_spec
+
+    from vlm_prune_ext.bench import load
+    from vlm_prune_ext.experiment import host
+    from vlm_prune_ext.experiment.log import write_json
+    from vlm_prune_ext.experiment.report import write_table
+
+    if said.model_path is None:
+        raise InputError("--serve needs --model: a folder or hub name that vLLM loads.")
+    rates = [_rate(value) for value in said.rate]
+    if find_spec("vllm") is None:
+        raise InputError("--serve needs vLLM, which is not installed here: see docs/serve.md.")
+    folder = Path(said.out)
+    make_folder(folder, "--out ")
+    options = ["--dtype", said.dtype or "auto", "--max-model-len", "1024"]
+    device = device_for(said)
+    if device.type == "cpu":
+        options.append("--enforce-eager")  # compiling takes minutes there
+    hardware = host.hardware(device)
+    where = hardware.get("gpu") or hardware["cpu"]
+    title = f"{said.model_path}, vLLM, {where}, {date.today().isoformat()}"
+    results: list[dict[str, Any]] = []
+    times: list[Any] = []
+    asked = ("none", "divprune:64") if tuple(said.method) == METHODS else said.method
+    for method in dict.fromkeys(asked):
+        log = folder / f"server_{len(times)}.log"
+        with load.server(said.model_path, method, log, options) as address:
+            load.measure(address, said.model_path, 2.0, 3, said.new_tokens, 900)  # warms up
+            for place, rate in enumerate(rates):
+                print(f"{method}, {rate} arrivals a second", file=sys.stderr, flush=True)
+                seed = 1000 * (place + 1)
+                given = (said.model_path, rate, said.requests, said.new_tokens, seed)
+                times.append(load.measure(address, *given))
+                results.append(load.summary(method, rate, times[-1]))
+                made = load.table(results, title)
+                write_table(folder, "serve", made, ("md", "csv"))
+                record = {
+                    "title": title,
+                    "command": "vlm-prune bench " + " ".join(sys.argv[2:]),
+                    "hardware": hardware,
+                    "versions": host.versions() | load.versions(),
+                    "environment": load.environment(),
+                    "results": load.as_json(results, times),
+                }
+                write_json(folder / "serve.json", record)
+    made.show()
+    print(f"Written to {said.out}: serve.json, serve.md, serve.csv")
+    return 1 if any(one["failed"] for one in results) else 0
+
+
+def _rate(value: str) -> float:
+    try:
+        rate = float(value)
+    except ValueError:
+        rate = 0.0
+    if not 0.0 < rate < float("inf"):
+        raise InputError(f"--rate {value} is not valid: arrivals a second, above 0.")
+    return rate
 
 
 def _cell(case: Case, said: BenchSettings) -> grid.Cell:

@@ -13,7 +13,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from vllm.config.multimodal import MultiModalConfig
 from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.models import (
     llava,
@@ -28,12 +27,7 @@ from vllm.multimodal.parse import ImageProcessorItems
 from vlm_prune_ext.engine.parts import VisionParts
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.serve.plugin import selection_of
-from vlm_prune_ext.serve.positions import (
-    placed_positions,
-    planned_positions,
-    read_places,
-    with_places,
-)
+from vlm_prune_ext.serve.positions import planned_positions, read_places, with_places
 from vlm_prune_ext.serve.rows import Left, RowPruner
 from vlm_prune_ext.serve.selection import KEY, Picture, Selection
 from vlm_prune_ext.serve.towers import PackedRead, packed_parts, served_watch, tile_parts
@@ -144,7 +138,10 @@ class _Pruned:
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         selection = selection_of(vllm_config.model_config)
         assert selection is not None
-        _refuse(vllm_config, selection)
+        for what, on in self._unfit(vllm_config, selection).items():
+            if on:
+                name = selection.method.name
+                raise InputError(f"{KEY} with {name} is not possible with {what}: turn it off.")
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self._limit = vllm_config.scheduler_config.max_num_batched_tokens
         vision = self._vision() if selection.uses_tower else None
@@ -154,6 +151,17 @@ class _Pruned:
             vision,
             served_watch(tensor_model_parallel_all_gather),
         )
+
+    def _unfit(self, vllm_config: Any, selection: Selection) -> dict[str, bool]:
+        """What would pass a rule by -> whether it is on."""
+        compilation = vllm_config.compilation_config
+        shared_out = vllm_config.model_config.multimodal_config.mm_encoder_tp_mode == "data"
+        return {
+            "compile_mm_encoder=True": selection.uses_tower and compilation.compile_mm_encoder,
+            "cudagraph_mm_encoder=True": compilation.cudagraph_mm_encoder,
+            "mm_encoder_tp_mode='data'": selection.uses_tower and shared_out,
+            "speculative decoding": vllm_config.speculative_config is not None,
+        }
 
     def _vision(self) -> VisionParts:
         raise NotImplementedError
@@ -208,9 +216,15 @@ class _Packed(_Pruned):
     _read: PackedRead | None = None
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        # What the runner asks before it lets a model move positions.
-        vllm_config.model_config.multimodal_config.__class__ = _MovedPositions
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        # Of the tokens of a step, as far as its graphs may know them: always the same memory.
+        device = vllm_config.device_config.device
+        self._moves = torch.zeros(3, self._limit, dtype=torch.int64, device=device)
+
+    def _unfit(self, vllm_config: Any, selection: Selection) -> dict[str, bool]:
+        several = vllm_config.parallel_config.pipeline_parallel_size > 1
+        # Only the first stage learns where tokens stand.
+        return super()._unfit(vllm_config, selection) | {"pipeline_parallel_size above 1": several}
 
     def _vision(self) -> VisionParts:
         config, blocks = self.config.vision_config, self.visual.blocks
@@ -238,9 +252,6 @@ class _Packed(_Pruned):
         left = self._pruner.prune(images, grids, self.config.vision_config.out_hidden_size)
         return [_placed(one, grid) for one, grid in zip(left, grids, strict=True)]
 
-    def _postprocess_image_embeds_evs(self, images: Any, image_input: Any) -> Any:
-        return images
-
     def get_mrope_input_positions(
         self, input_tokens: list[int], mm_features: list[Any]
     ) -> tuple[torch.Tensor, int]:
@@ -252,27 +263,33 @@ class _Packed(_Pruned):
             images.append((where.offset, where.length, rows // merge, columns // merge))
         return planned_positions(len(input_tokens), images)
 
-    def recompute_mrope_positions(
+    def embed_input_ids(
         self,
-        input_ids: Any,
-        multimodal_embeddings: Sequence[torch.Tensor],
-        mrope_positions: torch.Tensor,
-        num_computed_tokens: int,
-    ) -> tuple[list[torch.Tensor], torch.Tensor, int]:
-        """Rows without their places, and positions with them."""
-        read = [read_places(rows) for rows in multimodal_embeddings]
-        ids = torch.as_tensor(input_ids, device=mrope_positions.device)
-        is_image = ids == self.config.image_token_id
-        places = [place.to(ids.device) for _, place in read]
-        made = placed_positions(mrope_positions, is_image, places, num_computed_tokens)
-        return [rows for rows, _ in read], made, int(made.max()) + 1 - len(ids)
+        input_ids: torch.Tensor,
+        multimodal_embeddings: Sequence[torch.Tensor] | None = None,
+        *,
+        is_multimodal: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As the family's; notes where tokens stand in their images."""
+        self._moves.zero_()
+        if multimodal_embeddings:
+            assert is_multimodal is not None
+            read = [read_places(rows) for rows in multimodal_embeddings]
+            places = torch.cat([place for _, place in read], dim=1)
+            moves = self._moves[:, : len(input_ids)]
+            moves[:, is_multimodal.to(moves.device)] = places
+            multimodal_embeddings = [rows for rows, _ in read]
+        return super().embed_input_ids(  # type: ignore[misc,no-any-return]
+            input_ids, multimodal_embeddings, is_multimodal=is_multimodal
+        )
 
-
-class _MovedPositions(MultiModalConfig):
-    """Has the runner call ``recompute_mrope_positions``, as it does where videos are pruned."""
-
-    def is_multimodal_pruning_enabled(self) -> bool:
-        return True
+    def forward(
+        self, input_ids: torch.Tensor | None, positions: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As the family's, with tokens of images at their places. The runner writes positions anew
+        for each step; graphs read them where they are."""
+        positions.add_(self._moves[:, : positions.shape[-1]])
+        return super().forward(input_ids, positions, *args, **kwargs)  # type: ignore[misc]
 
 
 def _placed(left: Left, grid: tuple[int, int]) -> torch.Tensor:
@@ -289,23 +306,6 @@ def _within(costs: Sequence[int], limit: int) -> Iterator[slice]:
         total += cost
     if first < len(costs):
         yield slice(first, len(costs))
-
-
-def _refuse(vllm_config: Any, selection: Selection) -> None:
-    """Raise InputError for what the engine may do to encoders that would pass a rule by."""
-    compilation, parallel = vllm_config.compilation_config, vllm_config.model_config
-    unfit = {
-        "compile_mm_encoder=True": selection.uses_tower and compilation.compile_mm_encoder,
-        "cudagraph_mm_encoder=True": compilation.cudagraph_mm_encoder,
-        "mm_encoder_tp_mode='data'": selection.uses_tower
-        and parallel.multimodal_config.mm_encoder_tp_mode == "data",
-        "speculative decoding": vllm_config.speculative_config is not None,
-    }
-    for what, on in unfit.items():
-        if on:
-            raise InputError(
-                f"{KEY} with {selection.method.name} is not possible with {what}: turn it off."
-            )
 
 
 def _refuse_embeddings(image_input: Any) -> None:
