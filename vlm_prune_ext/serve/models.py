@@ -287,8 +287,10 @@ class _Packed(_Pruned):
         self, input_ids: torch.Tensor | None, positions: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         """As the family's, with tokens of images at their places. The runner writes positions anew
-        for each step; graphs read them where they are."""
+        for each step; graphs read them where they are. A step of decoded tokens alone may come
+        without its tokens being embedded here."""
         positions.add_(self._moves[:, : positions.shape[-1]])
+        self._moves.zero_()
         return super().forward(input_ids, positions, *args, **kwargs)  # type: ignore[misc]
 
 
