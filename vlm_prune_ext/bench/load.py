@@ -39,7 +39,7 @@ class Request:
     Attributes:
         planned: arrival, from the start of the test.
         first: from arrival to the first token; ``None``: it failed.
-        last: from arrival to the end of the answer.
+        last: from arrival to the end of the answer; ``None`` likewise.
         tokens: of the answer.
         prompt: tokens of the prompt.
     """
@@ -65,19 +65,20 @@ def arrivals(rate: float, count: int, seed: int = 0) -> list[float]:
 
 def summary(method: str, rate: float, requests: Sequence[Request]) -> dict[str, Any]:
     """Figures of one server at one rate."""
-    done = [one for one in requests if one.first is not None and one.last is not None]
+    done = [one for one in requests if one.last is not None]
     result: dict[str, Any] = {"method": method, "rate": rate, "requests": len(requests)}
     result["failed"] = len(requests) - len(done)
     if not done:
         return result
-    firsts = [one.first for one in done]
-    end = max(one.planned + (one.last or 0.0) for one in done)
+    firsts = [one.first for one in done if one.first is not None]
+    lasts = [one.last for one in done if one.last is not None]
+    end = max(one.planned + last for one, last in zip(done, lasts, strict=True))
     seconds = max(end - done[0].planned, 1e-9)
     result |= {
         "prompt_tokens": float(np.mean([one.prompt for one in done])),
         "ttft_p50": float(np.percentile(firsts, 50)),
         "ttft_p95": float(np.percentile(firsts, 95)),
-        "answer_p50": float(np.percentile([one.last for one in done], 50)),
+        "answer_p50": float(np.percentile(lasts, 50)),
         "tokens_per_second": sum(one.tokens for one in done) / seconds,
         "answers_per_second": len(done) / seconds,
     }
@@ -250,7 +251,8 @@ async def _ask(
             if first is None and delta.get("content"):
                 first = time.perf_counter() - due
     last = time.perf_counter() - due
-    return Request(planned, first, last, usage["completion_tokens"], usage["prompt_tokens"])
+    counts = usage["completion_tokens"], usage["prompt_tokens"]
+    return Request(planned, last if first is None else first, last, *counts)
 
 
 def as_json(results: Sequence[Mapping[str, Any]], requests: Sequence[Sequence[Request]]) -> Any:
