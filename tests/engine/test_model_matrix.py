@@ -1,9 +1,14 @@
 """Every method on every form of model: original LLaVA-1.5, Hugging Face, the `llava` package,
-LLaVA-NeXT with both backbones, on eager, SDPA and what FlashAttention-2 takes."""
+LLaVA-NeXT with both backbones, on eager, SDPA and what FlashAttention-2 takes.
+
+All pairs of method and form, of method and attention, and of form and attention are there; one
+method of each kind goes through all three."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pytest
@@ -22,6 +27,20 @@ STEPS = 4
 LATER = ("vtw", "pdrop", "dart", "sparsevlm", "sparsevlm_plus", "feather")
 METHODS = pick(*EVERYWHERE, "fastv-mask", *LATER, *TOWER)
 KEEP_ALL = {name: method for name, method in tables.KEEP_ALL.items() if name in METHODS}
+THROUGH_ALL = ("fastv", "fastv-mask", "himap", "saint-hybrid", "visionzip", "downsample")
+ALL_ATTENTIONS = "next-mistral"  # the form with crops, padding between them and grouped heads
+
+
+def cases(names: Iterable[str]) -> pytest.MarkDecorator:
+    """Which methods run on which form with which attention."""
+    made = []
+    for form in FORMS:
+        for attention in ATTENTIONS:
+            where = f"{form}/{attention}"
+            whole = attention == "sdpa" or form == ALL_ATTENTIONS
+            mine = [name for name in names if whole or name in THROUGH_ALL]
+            made += [pytest.param(where, name, id=f"{name}-{where}") for name in mine]
+    return pytest.mark.parametrize(("form", "name"), made, indirect=["form"])
 
 
 @dataclass
@@ -68,6 +87,12 @@ class Form:
             "image_sizes": [image.size for image in images],
         }
 
+    @cached_property
+    def baseline(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of all samples, unpruned."""
+        with torch.no_grad():
+            return self.generate([0, 1, 2])
+
     def generate(self, samples: list[int], steps: int = STEPS) -> tuple[torch.Tensor, torch.Tensor]:
         """New tokens ``(batch, steps)`` and their logits."""
         out = self.model.generate(
@@ -104,10 +129,22 @@ def load_form(name: str, attention: str, folder: Any) -> Form:
     return form
 
 
-@pytest.fixture(scope="module", params=[f"{f}/{a}" for f in FORMS for a in ATTENTIONS])
-def form(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Form:
-    name, attention = request.param.split("/")
-    return load_form(name, attention, tmp_path_factory.mktemp("model"))
+@pytest.fixture(scope="module")
+def made() -> dict[str, Form]:
+    """Each form with each attention once, whatever order tests run in."""
+    return {}
+
+
+@pytest.fixture
+def form(
+    request: pytest.FixtureRequest,
+    made: dict[str, Form],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Form:
+    if request.param not in made:
+        name, attention = request.param.split("/")
+        made[request.param] = load_form(name, attention, tmp_path_factory.mktemp("model"))
+    return made[request.param]
 
 
 @pytest.fixture(autouse=True)
@@ -116,13 +153,12 @@ def no_grad():
         yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def baseline(form: Form) -> tuple[torch.Tensor, torch.Tensor]:
-    with torch.no_grad():
-        return form.generate([0, 1, 2])
+    return form.baseline
 
 
-@pytest.mark.parametrize("name", [*KEEP_ALL, *KEEP_ALL_OF_ONE_CROP])
+@cases([*KEEP_ALL, *KEEP_ALL_OF_ONE_CROP])
 def test_keep_all_is_the_baseline(form: Form, baseline, name: str) -> None:
     if name in KEEP_ALL_OF_ONE_CROP and form.name.startswith("next"):
         pytest.skip("row-end tokens go")
@@ -132,7 +168,7 @@ def test_keep_all_is_the_baseline(form: Form, baseline, name: str) -> None:
     assert torch.equal(logits, baseline[1])
 
 
-@pytest.mark.parametrize("name", METHODS)
+@cases(METHODS)
 def test_batch_equals_singles(form: Form, baseline, name: str) -> None:
     with vp.prune(form.model, form.method(name, METHODS)) as trace:
         tokens, logits = form.generate([0, 1, 2])
@@ -147,7 +183,7 @@ def test_batch_equals_singles(form: Form, baseline, name: str) -> None:
     assert not torch.allclose(logits, baseline[1], atol=1e-4)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@cases(METHODS)
 def test_counts(form: Form, name: str) -> None:
     """Budgets are kept per image; the text is never touched."""
     with vp.prune(form.model, form.method(name, METHODS)) as trace:
@@ -170,7 +206,7 @@ def test_counts(form: Form, name: str) -> None:
         assert kept == text + trace.visual_tokens[layer][0]
 
 
-@pytest.mark.parametrize("name", METHODS)
+@cases(METHODS)
 def test_cached_equals_uncached(form: Form, name: str) -> None:
     """The answers of a first, uncached step and of the cached run agree, and cached decoding goes
     on from it (what later steps must be is proved in test_engine.py)."""
@@ -190,7 +226,7 @@ def test_cached_equals_uncached(form: Form, name: str) -> None:
     assert all(torch.equal(v, kept[k]) for k, v in trace.kept.items())
 
 
-@pytest.mark.parametrize("name", METHODS)
+@cases(METHODS)
 def test_restored_after_an_exception(form: Form, baseline, name: str) -> None:
     class Broken(Exception):
         pass
