@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from operator import is_
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from vlm_prune_ext.engine.call import Call
 from vlm_prune_ext.engine.layout import Layout
 from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.errors import InputError
+
+_GIVEN = ("attention_mask", "position_embeddings", "position_ids")
 
 
 class LayerArguments:
@@ -42,8 +45,30 @@ class LayerArguments:
         """
         prefill = call.state.prefill
         layout = prefill.layout_at(index)
+        hiding = sum(first <= index for first in prefill.hidden_keys) if prefill.hidden_keys else 0
+        # Most layers are handed what the layer before was handed, and hold what it held.
+        given = (layout, *map(kwargs.get, _GIVEN), self.windows[index], hiding)
+        if call.given is None or not all(map(is_, call.given, given)):
+            changes = self._changes(index, layout, hiding > 0, hidden, kwargs, call)
+            call.given = given
+            call.changes = {n: made for n, made in changes.items() if made is not kwargs.get(n)}
+        changes = call.changes
+        if not call.prefill and self.shift[index]:
+            shifted = kwargs["position_ids"] + self.shift[index]
+            changes = {**changes, "position_embeddings": self._rotary(index, hidden, shifted)}
+        return {**kwargs, **changes} if changes else kwargs
+
+    def _changes(
+        self,
+        index: int,
+        layout: Layout,
+        hiding: bool,
+        hidden: torch.Tensor,
+        kwargs: dict,
+        call: Call,
+    ) -> dict[str, Any]:
+        """What the layer must be handed in place of what the decoder hands it."""
         cut = not layout.is_whole
-        hiding = any(first <= index for first in prefill.hidden_keys)
         changes: dict[str, Any] = {}
         if cut or hiding or self._windows_gaps(index, call):
             changes["attention_mask"] = self._mask(index, layout, hidden, kwargs, call)
@@ -60,10 +85,7 @@ class LayerArguments:
         ):
             # FlashAttention-2 reads gaps in position ids as the borders of packed prompts.
             changes["position_ids"] = None
-        if not call.prefill and self.shift[index]:
-            shifted = kwargs["position_ids"] + self.shift[index]
-            changes["position_embeddings"] = self._rotary(index, hidden, shifted)
-        return {**kwargs, **changes} if changes else kwargs
+        return changes
 
     def _counted_anew(
         self, index: int, layout: Layout, hidden: torch.Tensor, kwargs: dict, call: Call

@@ -88,6 +88,9 @@ class Call:
         self.masks: dict[Any, tuple[Any, Any]] = {}
         self.positions: dict[Any, tuple[Any, Any]] = {}
         self.seen: Seen | None = None
+        # What the last layer was handed, and what was made of it; see LayerArguments.
+        self.given: tuple[Any, ...] | None = None
+        self.changes: dict[str, Any] = {}
 
     def take_seen(self) -> Seen | None:
         """What was read for a stage; it serves that stage only."""

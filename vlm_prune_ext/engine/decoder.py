@@ -245,20 +245,22 @@ class DecoderPruner:
     def _before_layer(
         self, index: int, module: nn.Module, args: tuple, kwargs: dict
     ) -> tuple[tuple, dict] | None:
-        call = self.call
+        call = self._now.call
         if call is None:
             return None
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = given = args[0] if args else kwargs["hidden_states"]
         call.cache = kwargs.get("past_key_values", call.cache)
         stage = self.stages.get(index)
         if call.prefill and stage is not None and (index > 0 or stage.mode == "observe"):
             if attention_needs(stage.needs, "coming"):
                 call.seen = self._foresee(index, module, hidden, kwargs, call)
             hidden = self.selection.run(index, hidden, call)
-        kwargs = self.arguments(index, hidden, kwargs, call)
+        made = self.arguments(index, hidden, kwargs, call)
+        if made is kwargs and hidden is given:
+            return None
         if args:
-            return (hidden, *args[1:]), kwargs
-        return (), {**kwargs, "hidden_states": hidden}
+            return (hidden, *args[1:]), made
+        return (), {**made, "hidden_states": hidden}
 
     @torch.no_grad()
     def _after_attention(

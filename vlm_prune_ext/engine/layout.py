@@ -139,8 +139,9 @@ class Layout:
         positions = self.positions
         if positions is not None and added is None:
             positions = positions.gather(1, index)
-        slots, names = slots.gather(1, index), names.gather(1, index)
-        return Layout(slots, valid, self.total, names, more, positions), index
+        kept = slots.gather(1, index)
+        names = kept if names is slots else names.gather(1, index)
+        return Layout(kept, valid, self.total, names, more, positions), index
 
     def at(self, index: torch.Tensor) -> Layout:
         """The tokens at places ``(batch, m)``."""

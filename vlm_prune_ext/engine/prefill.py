@@ -159,7 +159,10 @@ class Prefill:
 
     def layout_at(self, layer: int) -> Layout:
         """What ``layer`` holds."""
-        return self.segments[max(first for first in self.segments if first <= layer)]
+        for first in reversed(self.segments):
+            if first <= layer:
+                return self.segments[first]
+        raise AssertionError("layer 0 has a layout")
 
     def tail(self) -> Tail:
         """The text behind the images."""

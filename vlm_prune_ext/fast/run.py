@@ -96,6 +96,8 @@ class Aligned:
             layout: of a segment.
             before: of the prompt as it entered layer 0.
         """
+        if not self.padded and layout.valid is None and before.valid is None:
+            return layout
         slots = self.order.gather(1, layout.slots)
         inside = layout.names < layout.total
         places = self.order.gather(1, layout.names.clamp(max=layout.total - 1))
@@ -312,8 +314,9 @@ class Run:
             layout = self.aligned.back(note.layout, origin.layout)
             lost = self._lost(note.held)
             held = [before - n for before, n in zip(origin.held, lost, strict=True)]
-            last = iota(layout.count, layout.slots.device)[layout.count - max(held) :]
-            layout = layout.at(last.expand(len(held), -1))
+            if max(held) < layout.count:
+                last = iota(layout.count, layout.slots.device)[layout.count - max(held) :]
+                layout = layout.at(last.expand(len(held), -1))
             if min(held) == max(held):
                 layout = replace(layout, valid=None)
             pruner.selection.write_trace(note.layer, call, layout, note.visual, note.merged)
