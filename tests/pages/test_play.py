@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 import vlm_prune_ext as vp
+from tests.family_makers import qwen2_vl
 from tests.pages.conftest import fits
 from vlm_prune_ext import cli
 from vlm_prune_ext.errors import InputError
@@ -96,6 +97,18 @@ def test_python_lines_and_page_say_the_same(player):
     assert printed[0][0].strip() == shown["answers"][1]["text"]
     assert printed[0][1][3] - printed[0][1][2] == 64 - 576
     assert ["visual tokens", "576 → 64", ""] in shown["answers"][1]["figures"]
+
+
+def test_a_model_without_one_square_grid_answers_and_says_why(tmp_path):
+    """Its patches are merged on the way: what is drawn would be another place than what is kept."""
+    qwen2_vl(tmp_path)
+    other = play.Player("tiny", vp.load(str(tmp_path)), 2)
+    name = next(iter(play.scenes()))
+    shown = other.show(name, "", "What?", "fastv", other.total // 2, ["1"])
+    half = f"{other.total} → {other.total // 2}"
+    assert shown["answers"][1]["figures"][0][1] == half and shown["panels"] == []
+    assert "square patch grid" in shown["note"] and "one to one" in shown["note"]
+    assert "merges" in other.show(name, "", "What?", "visionzip", 8, [])["error"]
 
 
 def test_bad_input(tmp_path, capsys):

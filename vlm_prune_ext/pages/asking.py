@@ -51,11 +51,13 @@ class Asker:
         self._turn = threading.Lock()
         parts = parts_of(model)
         self._side = parts.vision.grid if parts.vision is not None else 0
+        merged = "patches and visual tokens are not one to one"
+        why = merged if parts.vision is not None else parts.why_no_vision
         self.why_no_grid = (
             ""
-            if parts.vision is not None
+            if self._side
             else "what is drawn is the square patch grid of LLaVA-1.5 and LLaVA-NeXT models; "
-            f"in this one, {parts.why_no_vision}."
+            f"in this one, {why}."
         )
 
     def ask(
