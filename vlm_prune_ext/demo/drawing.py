@@ -1,17 +1,22 @@
-"""Synthetic scenes: a few coloured shapes, sometimes a drawn digit or word, on a noisy background.
+"""Synthetic scenes: coloured shapes, often a sign with characters, on grey or on a photograph.
 
 A scene is a pure function of one integer, so a data set is a list of integers and anybody can draw
 fresh, never-seen images. Seeds below `FIRST_TRAINING_SEED` are for evaluation, seeds from there on
 for training; the two never meet.
 
-Objects are small on purpose: 3 to 5 of the model's 14-pixel patches across, so that an object
-covers few of the 576 visual tokens and losing the wrong tokens really hurts.
+Objects are small on purpose: 2 to 4 of the model's 14-pixel patches across, so that an object
+covers few of the 576 visual tokens and losing the wrong tokens really hurts. Questions differ in
+how many tokens they need: a colour needs those of one object, a count those of all of them, a sign
+each of its characters.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,12 +40,14 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "white": (246, 246, 246),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "diamond")
-RADII = {"small": (17.0, 20.0), "large": (25.0, 28.0)}
-DIGITS = tuple("0123456789")
-WORDS = ("cat", "dog", "sun", "box", "key", "map", "ant", "bus", "cup", "pen")
-TEXTS = DIGITS + WORDS
-MAX_OBJECTS = 5
+RADII = {"small": (11.0, 14.0), "large": (20.0, 25.0)}
+# Letters of "USER" and "ASSISTANT" are left out: the tokenizer has pieces of several of them.
+CHARACTERS = "BCDFGHJKLMPVXZ234679"
+TEXT_LENGTHS = (3, 4, 5)
+MAX_OBJECTS = 9
 QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
+# Photographs that ship with scikit-image, all CC0 or public domain; see the folder's README.
+PHOTOGRAPHS = Path(__file__).with_name("photographs")
 
 # Two objects never share a column this closely: "left to right" is then never a matter of taste.
 _MIN_X_GAP = 14.0
@@ -51,32 +58,26 @@ _OWNED_PIXELS = 24
 
 # 5 x 7 bitmaps, one string of rows per character.
 _GLYPHS = {
-    "0": "01110 10001 10011 10101 11001 10001 01110",
-    "1": "00100 01100 00100 00100 00100 00100 01110",
+    "B": "11110 10001 10001 11110 10001 10001 11110",
+    "C": "01111 10000 10000 10000 10000 10000 01111",
+    "D": "11110 10001 10001 10001 10001 10001 11110",
+    "F": "11111 10000 10000 11110 10000 10000 10000",
+    "G": "01111 10000 10000 10011 10001 10001 01111",
+    "H": "10001 10001 10001 11111 10001 10001 10001",
+    "J": "00111 00010 00010 00010 00010 10010 01100",
+    "K": "10001 10010 10100 11000 10100 10010 10001",
+    "L": "10000 10000 10000 10000 10000 10000 11111",
+    "M": "10001 11011 10101 10101 10001 10001 10001",
+    "P": "11110 10001 10001 11110 10000 10000 10000",
+    "V": "10001 10001 10001 10001 10001 01010 00100",
+    "X": "10001 10001 01010 00100 01010 10001 10001",
+    "Z": "11111 00001 00010 00100 01000 10000 11111",
     "2": "01110 10001 00001 00110 01000 10000 11111",
     "3": "11110 00001 00001 01110 00001 00001 11110",
     "4": "00010 00110 01010 10010 11111 00010 00010",
-    "5": "11111 10000 11110 00001 00001 10001 01110",
-    "6": "00110 01000 10000 11110 10001 10001 01110",
+    "6": "01110 10000 10000 11110 10001 10001 01110",
     "7": "11111 00001 00010 00100 01000 01000 01000",
-    "8": "01110 10001 10001 01110 10001 10001 01110",
-    "9": "01110 10001 10001 01111 00001 00010 01100",
-    "a": "01110 10001 10001 11111 10001 10001 10001",
-    "b": "11110 10001 10001 11110 10001 10001 11110",
-    "c": "01111 10000 10000 10000 10000 10000 01111",
-    "d": "11110 10001 10001 10001 10001 10001 11110",
-    "e": "11111 10000 10000 11110 10000 10000 11111",
-    "g": "01111 10000 10000 10011 10001 10001 01111",
-    "k": "10001 10010 10100 11000 10100 10010 10001",
-    "m": "10001 11011 10101 10101 10001 10001 10001",
-    "n": "10001 11001 10101 10101 10011 10001 10001",
-    "o": "01110 10001 10001 10001 10001 10001 01110",
-    "p": "11110 10001 10001 11110 10000 10000 10000",
-    "s": "01111 10000 10000 01110 00001 00001 11110",
-    "t": "11111 00100 00100 00100 00100 00100 00100",
-    "u": "10001 10001 10001 10001 10001 10001 01110",
-    "x": "10001 01010 00100 00100 00100 01010 10001",
-    "y": "10001 10001 01010 00100 00100 00100 00100",
+    "9": "01110 10001 10001 01111 00001 00001 01110",
 }
 
 
@@ -119,7 +120,8 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class SceneText:
-    """A digit or word drawn with square pixels of `scale` image pixels, centred at `x`, `y`."""
+    """A sign: characters drawn with square pixels of `scale` image pixels, centred at `x`, `y`, on
+    a plate that is dark where they are light."""
 
     text: str
     x: float
@@ -128,9 +130,14 @@ class SceneText:
     rgb: tuple[int, int, int]
 
     @property
-    def kind(self) -> str:
-        """`digit` or `word`."""
-        return "digit" if self.text in DIGITS else "word"
+    def width(self) -> int:
+        """In pixels of the image, margins included; a character and its gap are 6 square pixels."""
+        return (6 * len(self.text) + 1) * self.scale
+
+    @property
+    def plate(self) -> tuple[int, int, int]:
+        """Colour behind the characters."""
+        return (40, 42, 46) if self.rgb[0] > 128 else (226, 224, 218)
 
 
 @dataclass(frozen=True)
@@ -147,7 +154,8 @@ class Clutter:
 
 @dataclass(frozen=True)
 class Background:
-    """Two colours blended along `angle`, a ripple of `ripple` grey levels, and pixel noise."""
+    """Two colours blended along `angle`, a ripple of `ripple` grey levels, and pixel noise; or a
+    piece of photograph number `photograph` that begins at `corner`, mirrored or not."""
 
     first: tuple[int, int, int]
     second: tuple[int, int, int]
@@ -155,6 +163,9 @@ class Background:
     ripple: float
     noise: int
     noise_offset: tuple[int, int]
+    photograph: int | None = None
+    corner: tuple[int, int] = (0, 0)
+    mirrored: bool = False
 
 
 @dataclass(frozen=True)
@@ -201,6 +212,9 @@ def _make_background(rng: np.random.Generator) -> Background:
         ripple=float(rng.uniform(3, 8)) if style == 2 else 0.0,
         noise=int(rng.integers(len(_NOISE_SIGMAS))),
         noise_offset=(int(rng.integers(_NOISE_SIZE)), int(rng.integers(_NOISE_SIZE))),
+        photograph=int(rng.integers(len(PHOTOGRAPH_NAMES))) if rng.random() < 0.4 else None,
+        corner=(int(rng.integers(_PHOTOGRAPH_ROOM)), int(rng.integers(_PHOTOGRAPH_ROOM))),
+        mirrored=bool(rng.random() < 0.5),
     )
 
 
@@ -221,55 +235,80 @@ def _make_clutter(rng: np.random.Generator) -> tuple[Clutter, ...]:
     return tuple(items)
 
 
+Disc = tuple[float, float, float]
+
+
 def _place(
-    rng: np.random.Generator, radius: float, taken: list[tuple[float, float, float]]
-) -> tuple[float, float] | None:
-    """A centre for a thing of `radius` that touches nothing taken and shares no column with it."""
-    for _ in range(40):
+    rng: np.random.Generator, radius: float, objects: Sequence[Disc], fixed: Sequence[Disc]
+) -> Disc | None:
+    """A disc of `radius` that touches nothing, in no other object's column."""
+    for _ in range(60):
         x, y = rng.uniform(radius + 4, IMAGE_SIZE - radius - 4, size=2).tolist()
-        if all(
-            (x - u) ** 2 + (y - v) ** 2 > (radius + r + 8) ** 2 and abs(x - u) > _MIN_X_GAP
-            for u, v, r in taken
-        ):
-            return x, y
+        apart = all(
+            (x - u) ** 2 + (y - v) ** 2 > (radius + r + 6) ** 2 for u, v, r in (*objects, *fixed)
+        )
+        if apart and all(abs(x - u) > _MIN_X_GAP for u, _, _ in objects):
+            return x, y, radius
     return None
+
+
+def _make_text(rng: np.random.Generator) -> SceneText:
+    length = int(_pick(rng, TEXT_LENGTHS))
+    string = "".join(_pick(rng, tuple(CHARACTERS)) for _ in range(length))
+    scale = 4
+    half = (6 * length + 1) * scale / 2
+    x = float(rng.uniform(half + 4, IMAGE_SIZE - half - 4))
+    y = float(rng.uniform(4.5 * scale + 4, IMAGE_SIZE - 4.5 * scale - 4))
+    rgb = (250, 250, 250) if rng.random() < 0.5 else (8, 8, 8)
+    return SceneText(string, x, y, scale, rgb)
+
+
+def _discs_of(text: SceneText) -> list[Disc]:
+    """What a sign takes up, as discs in a row that objects keep away from."""
+    radius = 4.5 * text.scale
+    reach = max(0.0, text.width / 2 - radius)
+    count = 1 + math.ceil(2 * reach / radius)
+    return [(float(x), text.y, radius) for x in np.linspace(-reach, reach, count) + text.x]
+
+
+def _pairs(rng: np.random.Generator, count: int) -> list[tuple[str, str]]:
+    """`count` different pairs of colour and shape; in a third of the scenes most share one of the
+    two, or there would never be many circles or many red things to count."""
+    theme, share = float(rng.random()), 0.75
+    color, shape = str(_pick(rng, tuple(COLORS))), str(_pick(rng, SHAPES))
+    pairs: list[tuple[str, str]] = []
+    for _ in range(20 * count):
+        own = (str(_pick(rng, tuple(COLORS))), str(_pick(rng, SHAPES)))
+        if theme < 0.2 and rng.random() < share:
+            own = (own[0], shape)
+        elif theme < 0.35 and rng.random() < share:
+            own = (color, own[1])
+        if own not in pairs:
+            pairs.append(own)
+        if len(pairs) == count:
+            break
+    return pairs
 
 
 def make_scene(seed: int) -> Scene:
     """The scene of `seed`: always the same one, on every machine."""
     if seed < 0:
         raise InputError(f"seed is {seed}; a scene's seed is a whole number of at least 0.")
-    rng = np.random.default_rng([1729, seed])
+    rng = np.random.default_rng([1730, seed])
     background = _make_background(rng)
     clutter = _make_clutter(rng)
-
-    text = None
-    taken: list[tuple[float, float, float]] = []
-    if rng.random() < 0.4:
-        string = str(_pick(rng, DIGITS if rng.random() < 0.5 else WORDS))
-        scale = 6 if string in DIGITS else 4
-        half_width = (6 * len(string) - 1) * scale / 2
-        spot = _place(rng, half_width + 2, taken)
-        assert spot is not None  # an empty image has room
-        rgb = (250, 250, 250) if rng.random() < 0.5 else (8, 8, 8)
-        text = SceneText(string, spot[0], spot[1], scale, rgb)
-        taken.append((*spot, half_width))
-
+    text = _make_text(rng) if rng.random() < 0.5 else None
+    fixed = _discs_of(text) if text else []
     objects: list[SceneObject] = []
-    for _ in range(int(rng.integers(1, MAX_OBJECTS + 1))):
-        used = {(o.color, o.shape) for o in objects}
-        while True:
-            color, shape = str(_pick(rng, tuple(COLORS))), str(_pick(rng, SHAPES))
-            if (color, shape) not in used:
-                break
+    centres: list[Disc] = []
+    for color, shape in _pairs(rng, int(rng.integers(1, MAX_OBJECTS + 1))):
         size = str(_pick(rng, tuple(RADII)))
-        radius = float(rng.uniform(*RADII[size]))
-        spot = _place(rng, radius, taken)
+        spot = _place(rng, float(rng.uniform(*RADII[size])), centres, fixed)
         if spot is None:
             continue
-        taken.append((*spot, radius))
+        centres.append(spot)
         rgb = _jitter(rng, COLORS[color], 10)
-        objects.append(SceneObject(color, shape, size, spot[0], spot[1], radius, rgb))
+        objects.append(SceneObject(color, shape, size, *spot, rgb))
     return Scene(seed, background, clutter, tuple(sorted(objects, key=lambda o: o.x)), text)
 
 
@@ -287,6 +326,32 @@ def _noise_banks() -> list[np.ndarray]:
     return [rng.normal(0, sigma, shape).round().astype(np.int16) for sigma in _NOISE_SIGMAS]
 
 
+PHOTOGRAPH_NAMES = (
+    "astronaut",
+    "brick",
+    "camera",
+    "chelsea",
+    "coffee",
+    "grass",
+    "gravel",
+    "rocket",
+)
+_PHOTOGRAPH_SIZE = 400
+_PHOTOGRAPH_ROOM = _PHOTOGRAPH_SIZE - IMAGE_SIZE
+
+
+@lru_cache(maxsize=1)
+def _photographs() -> list[np.ndarray]:
+    """`(400, 400, 3)` int16 each, darkened and washed out, so that each colour stands out."""
+    found = []
+    for name in PHOTOGRAPH_NAMES:
+        with Image.open(PHOTOGRAPHS / f"{name}.jpg") as file:
+            pixels = np.asarray(file.convert("RGB"), dtype=np.float32)
+        grey = pixels.mean(axis=2, keepdims=True)
+        found.append((40 + 0.4 * grey + 0.15 * (pixels - grey)).astype(np.int16))
+    return found
+
+
 @lru_cache(maxsize=1)
 def _axis() -> np.ndarray:
     return np.arange(IMAGE_SIZE, dtype=np.float32) - (IMAGE_SIZE - 1) / 2
@@ -300,6 +365,12 @@ def _draw_background(background: Background) -> np.ndarray:
     row, column = background.noise_offset
     noise = _noise_banks()[background.noise]
     noise = noise[row : row + IMAGE_SIZE, 3 * column : 3 * (column + IMAGE_SIZE)]
+    if background.photograph is not None:
+        top, left = background.corner
+        piece = _photographs()[background.photograph]
+        piece = piece[top : top + IMAGE_SIZE, left : left + IMAGE_SIZE]
+        piece = piece[:, ::-1] if background.mirrored else piece
+        return piece + noise.reshape(IMAGE_SIZE, IMAGE_SIZE, 3) // 2
     canvas = noise + np.tile(np.array(background.first, dtype=np.int16), IMAGE_SIZE)
     cos, sin = np.float32(np.cos(background.angle)), np.float32(np.sin(background.angle))
     along = (_axis()[None, :] * cos + _axis()[:, None] * sin) / np.float32(IMAGE_SIZE)
@@ -374,7 +445,7 @@ def _text_bitmap(text: str, scale: int) -> np.ndarray:
     for character in text:
         rows = _GLYPHS[character].split()
         glyphs.append(np.array([[float(bit) for bit in row] + [0.0] for row in rows]))
-    bitmap = np.concatenate(glyphs, axis=1)[:, :-1]
+    bitmap = np.pad(np.concatenate(glyphs, axis=1)[:, :-1], 1)  # the plate's margin
     return np.kron(bitmap, np.ones((scale, scale))).astype(np.float32)
 
 
@@ -388,7 +459,7 @@ def draw(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     """The picture and who owns which patch.
 
     Returns `(336, 336, 3)` uint8 and `(576,)` int8 in grid order: 0 for background, `i + 1` for
-    object `i`, `-1` for the drawn digit or word.
+    object `i`, `-1` for the sign.
     """
     canvas = _draw_background(scene.background)
     for item in scene.clutter:
@@ -399,8 +470,9 @@ def draw(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
             continue
         if isinstance(thing, SceneText):
             rows, columns, alpha = _text_alpha(thing)
-            box = np.ones_like(alpha)  # gaps between strokes belong to the word as well
+            box = np.ones_like(alpha)  # gaps between strokes belong to the sign as well
             owner = -1
+            _paint(canvas, rows, columns, box, thing.plate)
         else:
             rows, columns, alpha = _object_alpha(thing)
             box, owner = alpha, index + 1

@@ -1,7 +1,9 @@
 """Questions with known answers over a scene, in the four formats of the demo data sets.
 
 Answers are balanced on purpose (even numbers of `Yes` and `No`, of each letter, of each count), so
-that a constant answer, or a model that does not look, stays near chance.
+that a constant answer, or a model that does not look, stays near chance. Categories need different
+amounts of the picture: `color`, `shape`, `existence` and `position` one object, `relation` and
+`comparison` two, `count` all of them, `text` each character of a sign.
 """
 
 from __future__ import annotations
@@ -15,14 +17,14 @@ import numpy as np
 from vlm_prune_ext.errors import InputError
 
 from .drawing import (
+    CHARACTERS,
     COLORS,
-    DIGITS,
     FIRST_TRAINING_SEED,
     MAX_OBJECTS,
     QUADRANTS,
     SHAPES,
-    WORDS,
     Scene,
+    SceneObject,
     make_scene,
 )
 
@@ -30,6 +32,10 @@ KINDS = ("mcq", "yn", "vqa", "caption")
 LETTERS = "ABCD"
 YES_NO_SUFFIX = " Please answer yes or no."
 TEXT_OWNER = -1
+# Which of two objects is further left (or up) is not asked when they are closer than this.
+_CLEAR = 24.0
+# A caption names at most so many objects.
+CAPTION_OBJECTS = 5
 
 
 @dataclass(frozen=True)
@@ -82,9 +88,23 @@ def _ask_shape(scene: Scene, rng: np.random.Generator) -> Question | None:
     return Question("shape", text.format(item.color), item.shape, (index + 1,))
 
 
+def _counted(scene: Scene, rng: np.random.Generator) -> tuple[str, tuple[int, ...]]:
+    """What is counted, in the plural, and which objects that are: all, or those of a shape or
+    colour (seldom one that is there once only)."""
+    field = _one_of(rng, ("all", "all", "shape", "color"))
+    value = "" if field == "all" else getattr(_one_of(rng, scene.objects), field)
+    owners = tuple(i + 1 for i, o in enumerate(scene.objects) if getattr(o, field, "") == value)
+    if field == "all" or (len(owners) == 1 and rng.random() < 0.8):
+        return "shapes", _all_owners(scene)
+    if field == "color":
+        return f"{value} shapes", owners
+    return value + ("es" if value == "cross" else "s"), owners
+
+
 def _ask_count(scene: Scene, rng: np.random.Generator) -> Question | None:
-    text = _one_of(rng, ("How many shapes are there?", "How many shapes are in the image?"))
-    return Question("count", text, str(len(scene.objects)), _all_owners(scene))
+    what, owners = _counted(scene, rng)
+    text = _one_of(rng, ("How many {} are there?", "How many {} are in the image?"))
+    return Question("count", text.format(what), str(len(owners)), owners)
 
 
 def _ask_position(scene: Scene, rng: np.random.Generator) -> Question | None:
@@ -100,11 +120,59 @@ def _ask_position(scene: Scene, rng: np.random.Generator) -> Question | None:
 def _ask_text(scene: Scene, rng: np.random.Generator) -> Question | None:
     if scene.text is None:
         return None
-    if scene.text.kind == "digit":
-        text = _one_of(rng, ("What digit is shown?", "Which digit is in the image?"))
-    else:
-        text = _one_of(rng, ("What word is written?", "Which word is in the image?"))
+    text = _one_of(rng, ("What does the sign say?", "What is written on the sign?"))
     return Question("text", text, scene.text.text, (TEXT_OWNER,))
+
+
+# The word for each way, the coordinate it is about, and whether more of it is further that way.
+_EXTREMES = {
+    "to the left": ("x", -1),
+    "to the right": ("x", 1),
+    "to the top": ("y", -1),
+    "to the bottom": ("y", 1),
+}
+_SIDES = {"x": ("left", "right", "left or right of"), "y": ("above", "below", "above or below")}
+
+
+def _pair(scene: Scene, axis: str, rng: np.random.Generator) -> tuple[int, int] | None:
+    """Two objects that are clearly apart along an axis."""
+    places = [getattr(o, axis) for o in scene.objects]
+    clear = [
+        (i, j)
+        for i, a in enumerate(places)
+        for j, b in enumerate(places)
+        if i != j and abs(a - b) >= _CLEAR
+    ]
+    return _one_of(rng, clear) if clear else None
+
+
+def _furthest(items: list[tuple[int, SceneObject]], way: str) -> int | None:
+    """Which of some objects is furthest that way; `None` when the next is as good as there."""
+    axis, sign = _EXTREMES[way]
+    ranked = sorted(items, key=lambda pair: -sign * getattr(pair[1], axis))
+    first, second = (getattr(item, axis) for _, item in ranked[:2])
+    return ranked[0][0] if abs(first - second) >= _CLEAR / 2 else None
+
+
+def _ask_relation(scene: Scene, rng: np.random.Generator) -> Question | None:
+    if len(scene.objects) < 2:
+        return None
+    if rng.random() < 0.4:
+        way = _one_of(rng, tuple(_EXTREMES))
+        index = _furthest(list(enumerate(scene.objects)), way)
+        if index is None:
+            return None
+        text = f"What is furthest {way}?"
+        return Question("relation", text, scene.objects[index].name, _all_owners(scene))
+    axis = _one_of(rng, ("x", "y"))
+    pair = _pair(scene, axis, rng)
+    if pair is None:
+        return None
+    one, other = (scene.objects[i] for i in pair)
+    less, more, words = _SIDES[axis]
+    answer = less if getattr(one, axis) < getattr(other, axis) else more
+    text = f"Is the {one.name} {words} the {other.name}?"
+    return Question("relation", text, answer, (pair[0] + 1, pair[1] + 1))
 
 
 OPEN_QUESTIONS: dict[str, Callable[[Scene, np.random.Generator], Question | None]] = {
@@ -113,30 +181,56 @@ OPEN_QUESTIONS: dict[str, Callable[[Scene, np.random.Generator], Question | None
     "count": _ask_count,
     "position": _ask_position,
     "text": _ask_text,
+    "relation": _ask_relation,
 }
 
 
-def _answer_pool(scene: Scene, question: Question) -> tuple[str, ...]:
-    """All answers that a question of this category could have."""
-    if question.category == "text":
-        return DIGITS if question.answer in DIGITS else WORDS
-    return {
-        "color": tuple(COLORS),
-        "shape": SHAPES,
-        "count": tuple(str(n) for n in range(1, MAX_OBJECTS + 1)),
-        "position": QUADRANTS,
-    }[question.category]
+def _other_sign(string: str, rng: np.random.Generator) -> str:
+    """Another sign of the same length."""
+    other = string
+    while other == string:
+        other = "".join(_one_of(rng, CHARACTERS) for _ in string)
+    return other
+
+
+def _wrong_counts(count: int, rng: np.random.Generator) -> list[str]:
+    """Other counts, near ones first."""
+    near = sorted(
+        (n for n in range(1, MAX_OBJECTS + 1) if n != count),
+        key=lambda n: abs(n - count) + float(rng.random()),
+    )
+    return [str(n) for n in near]
 
 
 def _distractors(scene: Scene, question: Question, rng: np.random.Generator) -> list[str]:
     """Three wrong options; those that other objects of the scene make tempting come first."""
+    if question.category == "text":
+        return list({_other_sign(question.answer, rng): None for _ in range(9)})[:3]
+    if question.category == "count":
+        return _wrong_counts(int(question.answer), rng)[:3]
+    pool = {"color": tuple(COLORS), "shape": SHAPES, "position": QUADRANTS}[question.category]
     tempting = {
         "color": {o.color for o in scene.objects},
         "shape": {o.shape for o in scene.objects},
     }.get(question.category, set())
-    pool = [a for a in _answer_pool(scene, question) if a != question.answer]
-    shuffled = [pool[i] for i in rng.permutation(len(pool))]
+    others = [a for a in pool if a != question.answer]
+    shuffled = [others[i] for i in rng.permutation(len(others))]
     return sorted(shuffled, key=lambda a: a not in tempting)[:3]
+
+
+def _choose_relation(scene: Scene, rng: np.random.Generator) -> tuple[Question, list[str]] | None:
+    """Which of four objects is furthest one way."""
+    if len(scene.objects) < 4:
+        return None
+    chosen = [int(i) for i in rng.permutation(len(scene.objects))[:4]]
+    way = _one_of(rng, tuple(_EXTREMES))
+    index = _furthest([(i, scene.objects[i]) for i in chosen], way)
+    if index is None:
+        return None
+    owners = tuple(i + 1 for i in chosen)
+    text = f"Which of these is furthest {way}?"
+    question = Question("relation", text, scene.objects[index].name, owners)
+    return question, [scene.objects[i].name for i in chosen if i != index]
 
 
 def open_question(scene: Scene, category: str, rng: np.random.Generator) -> Question | None:
@@ -148,10 +242,16 @@ def choice_question(
     scene: Scene, category: str, letter: str, rng: np.random.Generator
 ) -> Question | None:
     """The same as a multiple choice whose right answer is `letter`."""
-    question = open_question(scene, category, rng)
-    if question is None:
-        return None
-    options = _distractors(scene, question, rng)
+    if category == "relation":
+        made = _choose_relation(scene, rng)
+        if made is None:
+            return None
+        question, options = made
+    else:
+        found = open_question(scene, category, rng)
+        if found is None:
+            return None
+        question, options = found, _distractors(scene, found, rng)
     options.insert(LETTERS.index(letter), question.answer)
     return Question(category, question.text, letter, question.owners, tuple(options))
 
@@ -172,7 +272,7 @@ def _exists(scene: Scene, truth: bool, rng: np.random.Generator) -> Question | N
             for b in scene.objects
             if (a.color, b.shape) not in there
         ]
-        if crossed and rng.random() < 0.6:
+        if crossed and rng.random() < 0.8:
             color, shape = _one_of(rng, crossed)
         else:
             changed = [(c, shape) for c in COLORS] + [(color, s) for s in SHAPES]
@@ -213,22 +313,66 @@ def _has_side(scene: Scene, truth: bool, rng: np.random.Generator) -> Question |
 
 
 def _has_count(scene: Scene, truth: bool, rng: np.random.Generator) -> Question | None:
-    count = len(scene.objects)
+    what, owners = _counted(scene, rng)
+    count = str(len(owners))
     if not truth:
-        count = _one_of(rng, [n for n in range(1, MAX_OBJECTS + 1) if n != count])
-    text = f"Is the number of shapes in the image {count}?"
-    return Question("count", text, _yes(truth), _all_owners(scene))
+        count = _wrong_counts(len(owners), rng)[int(rng.integers(3))]
+    text = f"Is the number of {what} in the image {count}?"
+    return Question("count", text, _yes(truth), owners)
 
 
 def _has_text(scene: Scene, truth: bool, rng: np.random.Generator) -> Question | None:
     if scene.text is None:
         return None
-    shown = scene.text.text
-    if not truth:
-        pool = DIGITS if scene.text.kind == "digit" else WORDS
-        shown = _one_of(rng, [t for t in pool if t != shown])
-    text = f"Does the image show the {scene.text.kind} {shown}?"
-    return Question("text", text, _yes(truth), (TEXT_OWNER,))
+    shown = scene.text.text if truth else _other_sign(scene.text.text, rng)
+    return Question("text", f"Does the sign say {shown}?", _yes(truth), (TEXT_OWNER,))
+
+
+def _has_relation(scene: Scene, truth: bool, rng: np.random.Generator) -> Question | None:
+    axis = _one_of(rng, ("x", "y"))
+    pair = _pair(scene, axis, rng)
+    if pair is None:
+        return None
+    one, other = (scene.objects[i] for i in pair)
+    words = ("to the left of", "to the right of") if axis == "x" else ("above", "below")
+    is_less = getattr(one, axis) < getattr(other, axis)
+    text = f"Is the {one.name} {words[is_less != truth]} the {other.name}?"
+    return Question("relation", text, _yes(truth), (pair[0] + 1, pair[1] + 1))
+
+
+def _compares(scene: Scene, truth: bool, rng: np.random.Generator) -> Question | None:
+    """Size or colour of two objects."""
+    if rng.random() < 0.5:
+        return _compares_colors(scene, truth, rng)
+    pairs = [
+        (i, j)
+        for i, a in enumerate(scene.objects)
+        for j, b in enumerate(scene.objects)
+        if a.size != b.size
+    ]
+    if not pairs:
+        return None
+    i, j = _one_of(rng, pairs)
+    one, other = scene.objects[i], scene.objects[j]
+    word = ("smaller", "larger")[(one.size == "large") == truth]
+    text = f"Is the {one.name} {word} than the {other.name}?"
+    return Question("comparison", text, _yes(truth), (i + 1, j + 1))
+
+
+def _compares_colors(scene: Scene, truth: bool, rng: np.random.Generator) -> Question | None:
+    alone = _unique([o.shape for o in scene.objects])
+    pairs = [
+        (i, j)
+        for i in alone
+        for j in alone
+        if i != j and (scene.objects[i].color == scene.objects[j].color) == truth
+    ]
+    if not pairs:
+        return None
+    i, j = _one_of(rng, pairs)
+    one, other = scene.objects[i].shape, scene.objects[j].shape
+    text = f"Do the {one} and the {other} have the same color?"
+    return Question("comparison", text, _yes(truth), (i + 1, j + 1))
 
 
 YES_NO_QUESTIONS: dict[str, Callable[[Scene, bool, np.random.Generator], Question | None]] = {
@@ -237,6 +381,8 @@ YES_NO_QUESTIONS: dict[str, Callable[[Scene, bool, np.random.Generator], Questio
     "position": _has_side,
     "count": _has_count,
     "text": _has_text,
+    "relation": _has_relation,
+    "comparison": _compares,
 }
 
 
@@ -259,20 +405,13 @@ def caption_question(scene: Scene) -> Question:
 
 # ------------------------------------------------------------------------- data sets
 
-# How often each category comes up; existence is the question that needs most looking. Quadrants and
-# the left or right half are in the training data only: the shipped model tells top from bottom, but
-# never learnt to tell left from right.
+# How often each category comes up; existence is the question that needs most looking.
 _WEIGHTS = {
-    "vqa": ("color", "shape", "count", "text"),
-    "mcq": ("color", "shape", "count", "text"),
-    "yn": ("existence", "color", "position", "count", "text", "existence"),
+    "vqa": tuple(OPEN_QUESTIONS),
+    "mcq": tuple(OPEN_QUESTIONS),
+    "yn": (*YES_NO_QUESTIONS, "existence"),
     "caption": ("caption",),
 }
-
-
-def _is_asked(question: Question) -> bool:
-    """Whether the data sets ask this question."""
-    return not any(f"the {side} half" in question.text for side in ("left", "right"))
 
 
 def _ask(kind: str, category: str, turn: int, scene: Scene, rng: np.random.Generator) -> Any:
@@ -282,7 +421,7 @@ def _ask(kind: str, category: str, turn: int, scene: Scene, rng: np.random.Gener
         return yes_no_question(scene, category, turn % 2 == 0, rng)
     if kind == "vqa":
         return open_question(scene, category, rng)
-    return caption_question(scene)
+    return caption_question(scene) if len(scene.objects) <= CAPTION_OBJECTS else None
 
 
 def samples(kind: str, seed: int, count: int) -> list[dict[str, Any]]:
@@ -311,7 +450,7 @@ def samples(kind: str, seed: int, count: int) -> list[dict[str, Any]]:
         # Moves on once a round, so that answers are even within each category as well.
         turn = index // len(categories) + index % len(categories)
         question = None
-        while question is None or not _is_asked(question):
+        while question is None:
             scene_seed = int(rng.integers(FIRST_TRAINING_SEED))
             if scene_seed not in used:
                 question = _ask(kind, category, turn, make_scene(scene_seed), rng)

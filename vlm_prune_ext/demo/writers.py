@@ -24,7 +24,6 @@ from .drawing import FIRST_TRAINING_SEED, make_scene, render
 from .questions import (
     KINDS,
     LETTERS,
-    YES_NO_QUESTIONS,
     YES_NO_SUFFIX,
     check_count,
     samples,
@@ -41,9 +40,15 @@ CAPTION_PROMPT = "Provide a one-sentence caption for the provided image."
 
 # VQA scores count how many of ten people gave an answer; a drawn scene leaves no two opinions.
 _PEOPLE = 10
-_GROUPS = {"position": "relation", "count": "relation"}
-# MME has names of its own for two of our categories.
-_MME_NAMES = {"text": "OCR"}
+_GROUPS = dict.fromkeys(("position", "count", "relation", "comparison"), "relation")
+# Those of our categories that MME has, and its own name where that differs.
+_MME_NAMES = {
+    "existence": "existence",
+    "color": "color",
+    "position": "position",
+    "count": "count",
+    "text": "OCR",
+}
 
 
 def _picture(scene_seed: int) -> bytes:
@@ -238,7 +243,7 @@ def _caption_row(sample: dict[str, Any]) -> dict[str, Any]:
 def _mme_rows(seed: int, count: int) -> Iterator[dict[str, Any]]:
     """A question answered yes and one answered no for each picture."""
     rng = np.random.default_rng([len(KINDS), seed])
-    categories = tuple(YES_NO_QUESTIONS)
+    categories = tuple(_MME_NAMES)
     for pair in range(-(-count // 2)):
         category = categories[pair % len(categories)]
         questions: list[Any] = [None, None]
@@ -253,7 +258,7 @@ def _mme_rows(seed: int, count: int) -> Iterator[dict[str, Any]]:
                 "image": image,
                 "question": question.text + YES_NO_SUFFIX,
                 "answer": question.answer,
-                "category": _MME_NAMES.get(category, category),
+                "category": _MME_NAMES[category],
             }
 
 
