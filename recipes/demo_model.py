@@ -504,26 +504,25 @@ def tower_states(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     return output.hidden_states[model.config.vision_feature_layer][:, 1:], output.pooler_output
 
 
-def packed_layout(batch: dict[str, Tensor], blocks: bool = False) -> tuple[Tensor, Any]:
+def packed_layout(batch: dict[str, Tensor], rule: bool = False) -> tuple[Tensor, Any]:
     """Positions `(batch, n)` and mask `(batch, 1, n, n)` (true: is seen) of packed prompts: the
     prefix, the picture's 576, then questions, each as if it alone stood behind the picture.
 
-    `blocks` gives the mask in the form of PyTorch's FlexAttention, which skips what is not seen.
+    With `rule` the mask is a function of row, head, query and key, as FlexAttention takes it.
     """
     head = len(batch["prefix"]) + PATCHES
     slot = F.pad(batch["slot"], (head, 0), value=-1)
     positions = F.pad(batch["place"] + head, (head, 0))
     positions[:, :head] = torch.arange(head, device=slot.device)
-    if blocks:
 
-        def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return (query >= key) & ((slot[row, key] == -1) | (slot[row, query] == slot[row, key]))
+    def sees(row: Any, head: Any, query: Any, key: Any) -> Tensor:
+        return (query >= key) & ((slot[row, key] == -1) | (slot[row, query] == slot[row, key]))
 
-        size = slot.shape[1]
-        return positions, block_mask_of(sees, len(slot), None, size, size, device=slot.device)
+    if rule:
+        return positions, sees
+    row = torch.arange(len(slot), device=slot.device)[:, None, None]
     order = torch.arange(slot.shape[1], device=slot.device)
-    seen = (slot[:, None] == -1) | (slot[:, :, None] == slot[:, None])
-    return positions, (seen & (order[:, None] >= order))[:, None]
+    return positions, sees(row, None, order[:, None], order[None])[:, None]
 
 
 def answer_states(model: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -534,7 +533,10 @@ def answer_states(model: Any, batch: dict[str, Tensor]) -> Tensor:
     visual = model.model.multi_modal_projector(features)
     prefix = embed(batch["prefix"]).expand(len(visual), -1, -1).to(visual.dtype)
     text = embed(batch["ids"]).to(visual.dtype)
-    positions, mask = packed_layout(batch, model.config.text_config._attn_implementation == FLEX)
+    flex = model.config.text_config._attn_implementation == FLEX
+    positions, mask = packed_layout(batch, rule=flex)
+    if flex:
+        mask = block_mask_of(mask, len(visual), None, LENGTH, LENGTH, device=visual.device)
     states = model.model.language_model(
         inputs_embeds=torch.cat([prefix, visual, text], dim=1),
         attention_mask=mask,

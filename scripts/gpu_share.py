@@ -101,7 +101,7 @@ class Keep(LogitsProcessor):
         return scores
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def equality(note: Callable[..., None]) -> None:
     """Float32 on a shape of 8 layers."""
     config = SHAPES["llava-1.5-7b"]()
@@ -130,7 +130,7 @@ def equality(note: Callable[..., None]) -> None:
             note(kind="equality", way=way, method=name, largest_gap=gap, equal_tokens=same)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def speed(note: Callable[..., None], rows: int, repeat: int) -> None:
     """Milliseconds a question."""
     model = random_model("llava-1.5-7b", dtype=torch.bfloat16, device=torch.device(DEVICE))

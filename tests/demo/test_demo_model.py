@@ -67,7 +67,7 @@ def test_the_checkpoint_says_what_it_is_and_stays_small():
     assert config["architectures"] == ["LlavaLlamaForCausalLM"]
     assert (CHECKPOINT / config["mm_vision_tower"] / "config.json").is_file()
     size = sum(path.stat().st_size for path in CHECKPOINT.rglob("*") if path.is_file())
-    assert size <= 16e6
+    assert size <= 26e6
 
 
 def test_it_loads_from_anywhere(tmp_path: Path):
