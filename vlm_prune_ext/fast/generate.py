@@ -368,7 +368,7 @@ class FastGenerate:
 
             try:
                 ids = self._recorded(work)
-                if trace is not None and self._capture:
+                if trace is not None and model.generate is self:
                     trace.backend = "graphs"
                 return ids
             except _NotHere as not_here:
