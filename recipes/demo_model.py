@@ -482,7 +482,7 @@ class TextHalf(nn.Module):
         super().__init__()
         config = CLIPTextConfig(**{**fields, "eos_token_id": end})
         self.text = CLIPTextModelWithProjection(config)
-        self.visual_projection = nn.Linear(vision_width, config.projection_dim, bias=False)
+        self.visual_projection = nn.Linear(vision_width, fields["projection_dim"], bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(2.6592))
 
     def forward(self, pooled: Tensor, ids: Tensor, mask: Tensor) -> Tensor:

@@ -30,7 +30,10 @@ def test_a_seed_is_a_picture():
     assert int(first[0].astype(np.int64).sum()) == PINNED_SUM
 
 
-PINNED_CAPTION = "A white triangle, a white circle, a white ring, a white diamond, a white cross, a yellow star, a white star, a white square and a red cross."
+PINNED_CAPTION = (
+    "A white triangle, a white circle, a white ring, a white diamond, "
+    "a white cross, a yellow star, a white star, a white square and a red cross."
+)
 PINNED_SUM = 23_738_281
 
 
