@@ -204,7 +204,7 @@ class DecoderPruner:
                 "for those that it feeds with the prompt: use mode='drop'."
             )
         self.trace.visual_input[:] = tokens_by_sample(images, given.batch)
-        check_stated(self.method.stated_span, images, given.first_tokens())
+        check_stated(self.entrance.stated, images, given.first_tokens())
         state, kwargs = self.entrance.prompt(given, images, kwargs, self.trace)
         self._now.call = Call(state, prefill=True)
         return (), kwargs

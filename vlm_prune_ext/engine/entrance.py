@@ -46,6 +46,7 @@ class Entrance:
     ) -> None:
         self.parts, self.method, self.visual_span = parts, method, visual_span
         self.first_stage, self.site = first_stage, site
+        self.stated = method.stated_span
 
     def images(
         self, given: DecoderInput, pending: tuple[torch.Tensor, list[list[int]] | None] | None
@@ -75,7 +76,7 @@ class Entrance:
             return images_from_mask(mask, lengths)
         if self.parts.watch_spans is not None:
             return []
-        start, length = self.method.stated_span
+        start, length = self.stated
         if start is None or length is None:
             raise InputError(
                 "visual_span=None is not enough for a bare language model: give "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, Protocol
 
 import torch
@@ -132,7 +133,7 @@ class ModelParts:
     final_norm: nn.Module | None = None
     queries: Projection | None = None
     keys: Projection | None = None
-    scaling: Callable[[Any], float] = lambda attn: attn.scaling
+    scaling: Callable[[Any], float] = attrgetter("scaling")
     input_norm: Callable[[Any], Any] = lambda layer: layer.input_layernorm
     plain_rotary: bool = True
     rotate: Callable[[torch.Tensor, torch.Tensor, int], Any] | None = None
