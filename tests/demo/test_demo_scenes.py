@@ -14,19 +14,19 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from vlm_prune_ext.demo import drawing, questions, scenes, writers
+from vlm_prune_ext.demo import drawing, questions, writers
 
-WRITERS = [scenes.write_vlmeval_tsv, scenes.write_lmms_parquet, scenes.write_caption_csv]
+WRITERS = [writers.write_vlmeval_tsv, writers.write_lmms_parquet, writers.write_caption_csv]
 
 
 def test_a_seed_is_a_picture():
-    first, again = drawing.draw(scenes.make_scene(12)), drawing.draw(scenes.make_scene(12))
+    first, again = drawing.draw(drawing.make_scene(12)), drawing.draw(drawing.make_scene(12))
     assert np.array_equal(first[0], again[0])
     assert first[0].shape == (336, 336, 3)
     assert first[0].dtype == np.uint8
-    assert not np.array_equal(first[0], drawing.draw(scenes.make_scene(13))[0])
+    assert not np.array_equal(first[0], drawing.draw(drawing.make_scene(13))[0])
     # Pinned: the shipped model was trained on exactly such pictures.
-    assert scenes.make_scene(12).caption == PINNED_CAPTION
+    assert drawing.make_scene(12).caption == PINNED_CAPTION
     assert int(first[0].astype(np.int64).sum()) == PINNED_SUM
 
 
@@ -40,7 +40,7 @@ PINNED_SUM = 23_738_281
 def test_scenes_are_well_formed():
     counts = Counter()
     for seed in range(300):
-        scene = scenes.make_scene(seed)
+        scene = drawing.make_scene(seed)
         counts[len(scene.objects)] += 1
         names = [o.name for o in scene.objects]
         assert len(set(names)) == len(names)
@@ -54,23 +54,23 @@ def test_scenes_are_well_formed():
 
 
 def test_evaluation_and_training_never_share_a_scene():
-    for kind in scenes.KINDS:
-        seeds = [s["scene_seed"] for s in scenes.samples(kind, 3, 60)]
+    for kind in questions.KINDS:
+        seeds = [s["scene_seed"] for s in questions.samples(kind, 3, 60)]
         assert len(set(seeds)) == 60
-        assert max(seeds) < scenes.FIRST_TRAINING_SEED
+        assert max(seeds) < drawing.FIRST_TRAINING_SEED
 
 
 def test_samples_depend_on_nothing_but_the_arguments():
-    for kind in scenes.KINDS:
-        assert scenes.samples(kind, 5, 20) == scenes.samples(kind, 5, 20)
-        assert scenes.samples(kind, 5, 20) != scenes.samples(kind, 6, 20)
+    for kind in questions.KINDS:
+        assert questions.samples(kind, 5, 20) == questions.samples(kind, 5, 20)
+        assert questions.samples(kind, 5, 20) != questions.samples(kind, 6, 20)
 
 
-@pytest.mark.parametrize("kind", scenes.KINDS)
+@pytest.mark.parametrize("kind", questions.KINDS)
 def test_answers_are_true(kind):
     """Each by a way of its own to the answer: the words of the question and the scene's lists."""
-    for sample in scenes.samples(kind, 8, 140):
-        scene = scenes.make_scene(sample["scene_seed"])
+    for sample in questions.samples(kind, 8, 140):
+        scene = drawing.make_scene(sample["scene_seed"])
         answer, text = sample["answer"], sample["question"]
         if kind == "caption":
             assert answer == scene.caption
@@ -87,7 +87,7 @@ def test_answers_are_true(kind):
             assert answer == _open_answer(scene, sample["category"], text, options), text
 
 
-def _count(scene: scenes.Scene, what: str) -> int:
+def _count(scene: drawing.Scene, what: str) -> int:
     """`shapes`, `red shapes` or `circles`."""
     if what == "shapes":
         return len(scene.objects)
@@ -96,7 +96,7 @@ def _count(scene: scenes.Scene, what: str) -> int:
     return sum(what in (f"{o.shape}s", f"{o.shape}es") for o in scene.objects)
 
 
-def _open_answer(scene: scenes.Scene, category: str, text: str, options: list | None) -> str:
+def _open_answer(scene: drawing.Scene, category: str, text: str, options: list | None) -> str:
     named = {o.name: o for o in scene.objects}
     if category == "count":
         found = re.fullmatch(r"How many (.+?) are (there|in the image)\?", text)
@@ -124,7 +124,7 @@ def _open_answer(scene: scenes.Scene, category: str, text: str, options: list | 
     return "above" if first.y < second.y else "below"
 
 
-def _holds(scene: scenes.Scene, category: str, text: str) -> bool:
+def _holds(scene: drawing.Scene, category: str, text: str) -> bool:
     named = {o.name: o for o in scene.objects}
     if category == "existence":
         return re.fullmatch(r"Is there an? (.+) in the image\?", text)[1] in named
@@ -160,9 +160,9 @@ def _holds(scene: scenes.Scene, category: str, text: str) -> bool:
 def test_no_constant_answer_gets_far():
     share = {}
     for kind in ("mcq", "yn", "vqa"):
-        answers = Counter(s["answer"] for s in scenes.samples(kind, 1, 240))
+        answers = Counter(s["answer"] for s in questions.samples(kind, 1, 240))
         share[kind] = answers.most_common(1)[0][1] / 240
-        by_category = Counter((s["category"], s["answer"]) for s in scenes.samples(kind, 1, 240))
+        by_category = Counter((s["category"], s["answer"]) for s in questions.samples(kind, 1, 240))
         if kind != "vqa":
             values = by_category.values()
             assert max(values) / min(values) <= 2  # existence comes up twice as often
@@ -173,7 +173,7 @@ def test_no_constant_answer_gets_far():
 
 def test_distractors_are_other_objects_first():
     scene = next(
-        s for s in map(scenes.make_scene, range(100)) if len({o.color for o in s.objects}) == 4
+        s for s in map(drawing.make_scene, range(100)) if len({o.color for o in s.objects}) == 4
     )
     question = None
     rng = np.random.default_rng(0)
@@ -183,7 +183,7 @@ def test_distractors_are_other_objects_first():
 
 
 def test_vlmeval_files(tmp_path):
-    paths = scenes.write_vlmeval_tsv(tmp_path / "new", 1, 6)
+    paths = writers.write_vlmeval_tsv(tmp_path / "new", 1, 6)
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == sorted(
         p.name for p in paths.values()
     )
@@ -198,7 +198,7 @@ def test_vlmeval_files(tmp_path):
 
 
 def test_lmms_files(tmp_path):
-    paths = scenes.write_lmms_parquet(tmp_path, 1, 5)
+    paths = writers.write_lmms_parquet(tmp_path, 1, 5)
     tables = {kind: pd.read_parquet(path) for kind, path in paths.items()}
     assert {kind: len(table) for kind, table in tables.items()} == {
         "mcq": 5,
@@ -215,7 +215,7 @@ def test_lmms_files(tmp_path):
 
 
 def test_caption_csv_finds_its_pictures(tmp_path):
-    path = scenes.write_caption_csv(tmp_path, 1, 4)
+    path = writers.write_caption_csv(tmp_path, 1, 4)
     table = pd.read_csv(path)
     assert list(table.columns) == ["image", "prompt", "reference"]
     assert all((tmp_path / name).is_file() for name in table["image"])
@@ -259,4 +259,4 @@ def test_nothing_half_written_stays(writer, tmp_path, monkeypatch):
 
 def test_write_sets_refuses_unknown_formats(tmp_path):
     with pytest.raises(ValueError, match="xml"):
-        scenes.write_sets(Path(tmp_path), seed=1, samples=1, formats=("xml",))
+        writers.write_sets(Path(tmp_path), seed=1, samples=1, formats=("xml",))
