@@ -595,6 +595,7 @@ def test_out_of_memory_halves_the_batch(
     make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = make(batch=8)
+    model.answerer._sharing = None  # what is shared is not asked by `generate`
     expected = texts(model.generate_until(requests()))
     sizes = []
     inner = model.model.generate
@@ -616,6 +617,7 @@ def test_out_of_memory_halves_the_batch(
 
 def test_one_sample_too_large_is_reported(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make(batch=8)
+    model.answerer._sharing = None  # what is shared is not asked by `generate`
     expected = texts(model.generate_until(requests()))
     inner = model.model.generate
 
