@@ -3,6 +3,11 @@ gets, its logits and its answers."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -55,10 +60,31 @@ def method_of(case: str, run: dict) -> Method:
     return CLASSES[case.rpartition("_")[0]](**fields)
 
 
+# VisPruner's rule is chaotic: with 576 patches it answers another way where features differ by 1e-6,
+# as they do from one kind of processor to the next. These kernels are the same on all of them.
+CHAOTIC, SAME_KERNELS = "vispruner_576", {"MKL_CBWR": "COMPATIBLE"}
+
+
+def test_chaotic_runs() -> None:
+    """In a process of their own, since kernels are chosen when the library loads."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(
+        [*command, "-k", f"test_run and {CHAOTIC}"],
+        env={**os.environ, **SAME_KERNELS},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    count = 2 * sum(name == CHAOTIC for name, _ in RUNS)
+    assert done.returncode == 0 and f"{count} passed" in done.stdout, done.stdout[-3000:]
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize(("name", "run"), RUNS, ids=run_ids(RUNS))
 @torch.no_grad()
 def test_run(name: str, run: dict, attention: str) -> None:
+    if name == CHAOTIC and not SAME_KERNELS.items() <= os.environ.items():
+        pytest.skip("see test_chaotic_runs")
     case = load_case(name)
     model_name, images = case.info["model"], run.get("images", 1)
     model, want = llava_model(model_name, attention), case.of(run["name"])
