@@ -60,7 +60,7 @@ def method_of(case: str, run: dict) -> Method:
     return CLASSES[case.rpartition("_")[0]](**fields)
 
 
-# VisPruner's rule is chaotic: with 576 patches it answers another way where features differ by 1e-6,
+# VisPruner's rule is chaotic: with 576 patches its choice is another where features differ by 1e-6,
 # as they do from one kind of processor to the next. These kernels are the same on all of them.
 CHAOTIC, SAME_KERNELS = "vispruner_576", {"MKL_CBWR": "COMPATIBLE"}
 
