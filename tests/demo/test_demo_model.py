@@ -36,7 +36,7 @@ def _share(loaded, sets, image) -> float:
     right = []
     for samples in sets.values():
         items = [scenes.case(sample, image(sample)) for sample in samples]
-        given = scenes.ask(*loaded, items)
+        given = scenes.ask(*loaded, items, batch_size=1)
         right += [scenes.is_right(a, b.prediction) for a, b in zip(items, given, strict=True)]
     assert len(right) == 100
     return float(np.mean(right))

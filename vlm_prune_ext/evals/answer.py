@@ -136,6 +136,7 @@ class Answerer:
         check_method(model, method)
         stages = method.decoder_stages(self._num_layers) if method is not None else ()
         self._hiding = {stage.layer for stage in stages if stage.mode == "mask"}
+        self._pruned = prune(model, method)  # planned once, entered for each batch
 
     def answer(self, queries: Sequence[Query]) -> list[Answer]:
         """Answer a batch: one ``generate`` call, or more where it does not fit into memory.
@@ -205,7 +206,7 @@ class Answerer:
             "logits_processor": processors,
             "stopping_criteria": StoppingCriteriaList([] if beams else [ends]),
         }
-        with prune(self.model, self.method) as trace:
+        with self._pruned as trace:
             if plan is None:
                 output = self.model.generate(**inputs, **options)
             else:
