@@ -175,7 +175,7 @@ def random_question(
 ) -> qa.Question | None:
     """A training question, or `None` where the scene does not allow it."""
     if kind == "caption":
-        return qa.caption_question(scene) if len(scene.objects) <= qa.CAPTION_OBJECTS else None
+        return qa.caption_question(scene)
     if category == "place":
         return place_question(scene, rng)
     if category == "named":
@@ -450,13 +450,9 @@ def flex_layer(
 
 
 @lru_cache(maxsize=1)
-def _compiled_mask() -> Any:
+def block_mask_maker() -> Any:
+    """`create_block_mask` that never holds the whole mask."""
     return torch.compile(create_block_mask)
-
-
-def block_mask_of(*args: Any, **kwargs: Any) -> Any:
-    """`create_block_mask` without ever holding the whole mask."""
-    return _compiled_mask()(*args, **kwargs)
 
 
 def new_model(template: Path) -> LlavaForConditionalGeneration:
@@ -536,7 +532,7 @@ def answer_states(model: Any, batch: dict[str, Tensor]) -> Tensor:
     flex = model.config.text_config._attn_implementation == FLEX
     positions, mask = packed_layout(batch, rule=flex)
     if flex:
-        mask = block_mask_of(mask, len(visual), None, LENGTH, LENGTH, device=visual.device)
+        mask = block_mask_maker()(mask, len(visual), None, LENGTH, LENGTH, device=visual.device)
     states = model.model.language_model(
         inputs_embeds=torch.cat([prefix, visual, text], dim=1),
         attention_mask=mask,

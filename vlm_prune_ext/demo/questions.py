@@ -397,8 +397,11 @@ def yes_no_question(
     return YES_NO_QUESTIONS[category](scene, truth, rng)
 
 
-def caption_question(scene: Scene) -> Question:
-    """The request for a caption, worded as lmms-eval words it for COCO captions."""
+def caption_question(scene: Scene) -> Question | None:
+    """The request for a caption, worded as lmms-eval words it for COCO captions; `None` where there
+    are more things than a caption names."""
+    if len(scene.objects) > CAPTION_OBJECTS:
+        return None
     text = "Provide a one-sentence caption for the provided image."
     return Question("caption", text, scene.caption, _all_owners(scene))
 
@@ -421,7 +424,7 @@ def _ask(kind: str, category: str, turn: int, scene: Scene, rng: np.random.Gener
         return yes_no_question(scene, category, turn % 2 == 0, rng)
     if kind == "vqa":
         return open_question(scene, category, rng)
-    return caption_question(scene) if len(scene.objects) <= CAPTION_OBJECTS else None
+    return caption_question(scene)
 
 
 def samples(kind: str, seed: int, count: int) -> list[dict[str, Any]]:
