@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Every figure of docs/speed.md and the GPU figures of the README, again:
-#   scripts/gpu_figures.sh OUT tests bench hooks families ablation profile gpus
-# One H200 needs about 150, 220, 230, 45, 110 (20 GB of disk) and 320 s; the last wants two, and 180 s.
+#   scripts/gpu_figures.sh OUT tests bench hooks families ttft ablation profile gpus
+# One H200 needs about 150, 220, 230, 45, 600, 110 (20 GB of disk) and 320 s; the last wants two, and 180 s.
+# SHAPES and VISUAL (visual tokens of the picture) say what ttft measures.
 set -uo pipefail  # a stage that fails does not end the others
 cd "$(dirname "$0")/.."
 out=$1
@@ -44,6 +45,17 @@ families() {
             --method none fastv:0.5,agg_layer=2 fastv:0.25,agg_layer=2 \
             --out "$out/$shape" >"$out/$shape.log" 2>&1
         cat "$out/$shape/bench.md"
+    done
+}
+
+ttft() {
+    local shape keep methods=(none)
+    for keep in 0.5 0.25 0.1; do methods+=("fastv:$keep,agg_layer=2" "divprune:$keep"); done
+    for shape in ${SHAPES:-qwen2.5-vl-7b qwen3-vl-8b}; do
+        prune bench --shape "$shape" --visual "${VISUAL:-1296}" --batch-size 1 8 --repeat 9 --new-tokens 8 \
+            --backend transformers hooks graphs --method "${methods[@]}" \
+            --out "$out/ttft-$shape" >"$out/ttft-$shape.log" 2>&1
+        cat "$out/ttft-$shape/bench.md"
     done
 }
 

@@ -15,7 +15,13 @@ import vlm_prune_ext as vp
 from tests import family_makers, makers
 from vlm_prune_ext.bench import cases, report, shapes
 from vlm_prune_ext.cli import main
-from vlm_prune_ext.experiment.flops import DecoderShape, decoder_flops
+from vlm_prune_ext.experiment.flops import (
+    DecoderShape,
+    count_flops,
+    decoder_flops,
+    prefill_flops,
+    vision_modules,
+)
 from vlm_prune_ext.experiment.measure import Roofline, seconds_of
 from vlm_prune_ext.fast.pieces import PROMPT_STEP
 
@@ -189,6 +195,8 @@ def test_named_shapes(name: str) -> None:
         "llava-1.5-13b": 13.35,
         "llava-next-7b": 7.06,
         "qwen2.5-vl-3b": 3.75,
+        "qwen2.5-vl-7b": 8.29,
+        "qwen3-vl-8b": 8.77,
         "gemma-3-4b": 4.30,
     }
     assert billions == pytest.approx(known[name], rel=0.01)
@@ -211,6 +219,48 @@ def test_inputs_of_named_shapes(tmp_path: Path) -> None:
         output = model.generate(**made.batch(2), max_new_tokens=2, do_sample=False)
         assert output.shape[0] == 2
         assert made.tokens == 67 + {"llava": 576, "llava_next": 2928}[form]
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-vl-7b", "qwen3-vl-8b"])
+def test_ttft_beside_flops_of_qwens_shapes(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The published shape, narrow: whole answers are timed, tower included, at exact counts, and
+    what the formula says of tower and language model is what torch counts."""
+    config = shapes.SHAPES[name]()
+    for part in (config.text_config, config.vision_config):
+        part.hidden_size, part.intermediate_size = 32, 48
+    config.text_config.num_hidden_layers, config.text_config.num_attention_heads = 4, 2
+    config.text_config.num_key_value_heads, config.text_config.vocab_size = 1, 152000
+    config.text_config.rope_parameters["mrope_section"] = [2, 3, 3]
+    config.text_config.head_dim = 16
+    tower = config.vision_config
+    tower.depth, tower.num_heads, tower.out_hidden_size = 2, 2, 32
+    index = "deepstack_visual_indexes" if "qwen3" in name else "fullatt_block_indexes"
+    setattr(tower, index, [1])
+    monkeypatch.setattr(shapes, "SHAPES", {name: lambda: config})
+    argv = ["bench", "--shape", name, "--visual", "24", "--batch-size", "2", "--device", "cpu"]
+    argv += ["--method", "none", "fastv:0.25,agg_layer=2", "divprune:0.25", "--repeat", "1"]
+    assert (
+        main([*argv, "--backend", "hf", "hooks", "--out", str(tmp_path), "--new-tokens", "2"]) == 0
+    )
+    found = json.loads((tmp_path / "bench.json").read_text())["cells"]
+    base, later, early = found
+    assert base["lengths"] == [67 + 24] * 4 and base["flops_ratio_whole"] == 1.0
+    assert later["lengths"] == [67 + 24] * 2 + [67 + 6] * 2
+    assert early["lengths"] == [67 + 6] * 4
+    assert 0 < early["flops_ratio_whole"] < later["flops_ratio_whole"] < 1
+    for cell in (later, early):
+        ratio = cell["first_token"]["median"] / base["first_token"]["median"]
+        assert cell["ttft_ratio"] == pytest.approx(ratio)
+    model = shapes.random_model(name, dtype=torch.float32, device=torch.device("cpu"))
+    inputs = cases.of_shape(name, model, 24).batch(1)
+    with torch.no_grad(), count_flops(vision_modules(model)) as count:
+        model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    analytic = prefill_flops(config, inputs)
+    assert analytic is not None
+    assert count.vision == pytest.approx(analytic.vision, rel=0.001)
+    assert count.total == pytest.approx(analytic.total, rel=0.01)
 
 
 # -- bad input -------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ pieces with fixed shapes.
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from vlm_prune_ext.engine.prune import run as prune_parts
 from vlm_prune_ext.engine.trace import Trace
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.experiment import measure
-from vlm_prune_ext.experiment.flops import DecoderShape, Sizes
+from vlm_prune_ext.experiment.flops import DecoderShape, Sizes, prefill_flops
 from vlm_prune_ext.experiment.measure import Roofline, energy_of, seconds_of
 from vlm_prune_ext.experiment.metrics import score_all
 from vlm_prune_ext.experiment.record import Sample, Spread
@@ -153,22 +154,42 @@ def of_shape(name: str, model: Any, visual: int | None = None) -> Workload:
         model: see :func:`vlm_prune_ext.bench.shapes.random_model`.
         visual: visual tokens, where the shape does not say (default: 576).
     """
-    config, device = model.config, next(model.parameters()).device
-    kind = config.model_type
-    if kind not in LLAVA_VISUAL:
-        return Workload(name, model, None, (FRONT, visual or 576), FRONT + BEHIND)
-    count = LLAVA_VISUAL[kind]
+    config, like = model.config, next(model.parameters())
     generator = torch.Generator().manual_seed(0)
+    if config.model_type in LLAVA_VISUAL:
+        count = LLAVA_VISUAL[config.model_type]
+        picture = _llava_picture(config, generator)
+    else:
+        count = visual or 576
+        if not hasattr(config.vision_config, "spatial_merge_size"):
+            return Workload(name, model, None, (FRONT, count), FRONT + BEHIND)
+        picture = _packed_picture(config.vision_config, count, generator)
     front = torch.randint(3, 30000, (FRONT,), generator=generator)
     behind = torch.randint(3, 30000, (BEHIND,), generator=generator)
     ids = torch.cat([front, torch.full((count,), config.image_token_id), behind])[None]
-    shape = (1, 3, 336, 336) if kind == "llava" else (1, 5, 3, 336, 336)
-    pixels = torch.randn(shape, generator=generator).to(next(model.parameters()).dtype)
-    single = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
-    if kind == "llava_next":
-        single["image_sizes"] = torch.tensor([[672, 672]])
-    single = {key: value.to(device) for key, value in single.items()}
+    single = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **picture}
+    if "image_grid_thw" in picture:
+        single["mm_token_type_ids"] = (ids == config.image_token_id).long()
+    single["pixel_values"] = single["pixel_values"].to(like.dtype)
+    single = {key: value.to(like.device) for key, value in single.items()}
     return Workload(name, model, single, (FRONT, count), FRONT + BEHIND)
+
+
+def _llava_picture(config: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    if config.model_type == "llava":
+        return {"pixel_values": torch.randn(1, 3, 336, 336, generator=generator)}
+    pixels = torch.randn(1, 5, 3, 336, 336, generator=generator)
+    return {"pixel_values": pixels, "image_sizes": torch.tensor([[672, 672]])}
+
+
+def _packed_picture(tower: Any, visual: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Qwen's: patches in one sequence, squares of them a token; as square as ``visual`` allows."""
+    down = next(n for n in range(math.isqrt(visual), 0, -1) if visual % n == 0)
+    merge = tower.spatial_merge_size
+    grid = torch.tensor([[1, down * merge, visual // down * merge]])
+    values = tower.in_channels * tower.temporal_patch_size * tower.patch_size**2
+    pixels = torch.randn(int(grid.prod()), values, generator=generator)
+    return {"pixel_values": pixels, "image_grid_thw": grid}
 
 
 def of_checkpoint(name: str, model: Any, processor: Any, question: str, image: Any) -> Workload:
@@ -226,7 +247,9 @@ class Measured:
             where kernels are planned or recorded first.
         new_tokens: of the long answers.
         flops: of the prefill of the batch; flops_ratio: over the unpruned one, text included;
-            flops_ratio_visual: of the layers over visual tokens alone, as papers state it.
+            flops_ratio_visual: of the layers over visual tokens alone, as papers state it;
+            flops_ratio_whole: with tower and projector, as TTFT has them (``None``: a tower whose
+            FLOPs are not stated, or that the method shortens).
         prefill_roofline: seconds, arithmetic; tpot_roofline: seconds, reading weights.
         peak_memory: bytes, most taken while answering (in the prefill, where only that is timed),
             weights included (GPU only).
@@ -244,6 +267,7 @@ class Measured:
     flops: float
     flops_ratio: float
     flops_ratio_visual: float | None
+    flops_ratio_whole: float | None
     prefill_roofline: float
     tpot_roofline: float
     new_tokens: int = 0
@@ -356,11 +380,22 @@ def _prefill_cell(
         flops=flops * case.batch_size,
         flops_ratio=cost.ratio,
         flops_ratio_visual=cost.ratio_visual,
+        flops_ratio_whole=_whole_ratio(workload, case, lengths),
         prefill_roofline=roofline.prefill_seconds(flops * case.batch_size),
         tpot_roofline=roofline.token_seconds(workload.weight_bytes),
         peak_memory=peak,
         same_kept=_agreement(workload, case, forward, kept) if fast is not None else None,
     )
+
+
+def _whole_ratio(workload: Workload, case: Case, lengths: list[int]) -> float | None:
+    inputs, config = workload.single, workload.model.config
+    in_tower = case.method is not None and "tower" in case.method.working_sites
+    if inputs is None or in_tower:
+        return None
+    whole = prefill_flops(config, inputs)
+    own = prefill_flops(config, inputs, lengths)
+    return own.total / whole.total if own is not None and whole is not None else None
 
 
 def _peak(call: Callable[[], Any], device: torch.device) -> int | None:

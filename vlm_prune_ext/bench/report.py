@@ -25,6 +25,8 @@ FIGURES = (
     Figure("time/FLOPs", 3, path="time_over_flops"),
     Figure("roofline ms", 2, path="prefill_roofline", scale=_MS),
     Figure("TTFT ms", 2, path="ttft.median", scale=_MS),
+    Figure("TTFT ratio", 3, path="ttft_ratio"),
+    Figure("whole FLOPs", 3, path="flops_ratio_whole"),
     Figure("TPOT ms", 2, path="tpot", scale=_MS),
     Figure("TPOT roofline ms", 2, path="tpot_roofline", scale=_MS),
     Figure("samples/s", 2, path="samples_per_second"),
@@ -80,11 +82,20 @@ def table(results: Sequence[Result], header: Mapping[str, Any]) -> Table:
     made = Table(columns, title=header["title"], notes=[legend(header)])
     for result in results:
         base = unpruned(results, result)
-        ratio = result["prefill"]["median"] / base["prefill"]["median"] if base else None
-        over = ratio / result["flops_ratio"] if ratio is not None else None
-        full = {**result, "time_ratio": ratio, "time_over_flops": over}
+        full = {**result, **ratios(result, base)}
         made.rows.append([column.of(full) for column in columns])
     return made
+
+
+def ratios(result: Result, base: Result | None) -> dict[str, float | None]:
+    """Times over those of the unpruned row, and the prefill's over its FLOPs ratio."""
+    time = result["prefill"]["median"] / base["prefill"]["median"] if base else None
+    timed = base is not None and result["ttft"] and base["ttft"]
+    return {
+        "time_ratio": time,
+        "time_over_flops": time / result["flops_ratio"] if time is not None else None,
+        "ttft_ratio": result["ttft"]["median"] / base["ttft"]["median"] if base and timed else None,
+    }
 
 
 def legend(header: Mapping[str, Any]) -> str:
@@ -95,8 +106,8 @@ def legend(header: Mapping[str, Any]) -> str:
         f"{roofline['bytes'] / 1e12:.3g} TB/s. FLOPs: of the prefill, text included, over the "
         "unpruned one; image FLOPs: of its layers over visual tokens alone, as papers state it; "
         "a rule's own arithmetic is in neither; time: the same, over the unpruned row of the same "
-        "backend (of transformers, where hooks have none). TTFT: of generate, tower included; "
-        "TPOT: per token and batch. samples/s: answers of one token; long/s: of "
+        "backend (of transformers, where hooks have none). TTFT: of generate, tower included, as "
+        "whole FLOPs are; TPOT: per token and batch. samples/s: answers of one token; long/s: of "
         f"{header['new_tokens']}; new length/s: these, to prompts of a length not seen before. "
         "Medians."
     )
@@ -114,7 +125,8 @@ def write(results: Sequence[Result], header: Mapping[str, Any], folder: Path) ->
         InputError: the folder cannot be written.
     """
     made = table(results, header)
-    write_json(folder / "bench.json", {**header, "cells": [frozen(one) for one in results]})
+    cells = [{**frozen(one), **ratios(one, unpruned(results, one))} for one in results]
+    write_json(folder / "bench.json", {**header, "cells": cells})
     write_table(folder, "bench", made, ("csv", "html"))
     bare = Table(made.columns, made.rows)
     write_whole(folder / "bench.md", f"{made.title}\n\n{bare.markdown()}\n{legend(header)}\n")

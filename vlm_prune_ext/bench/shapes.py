@@ -20,6 +20,7 @@ from transformers import (
     LlavaNextConfig,
     PretrainedConfig,
     Qwen2_5_VLConfig,
+    Qwen3VLConfig,
     SiglipVisionConfig,
 )
 
@@ -66,17 +67,25 @@ def _llava_next(*sizes: int) -> LlavaNextConfig:
     )
 
 
-def _qwen() -> Qwen2_5_VLConfig:
+def _qwen2_5(
+    layers: int,
+    hidden: int,
+    heads: int,
+    kv_heads: int,
+    intermediate: int,
+    vocab: int,
+    tied: bool = False,
+) -> Qwen2_5_VLConfig:
     return Qwen2_5_VLConfig(
         text_config={
-            "vocab_size": 151936,
-            "hidden_size": 2048,
-            "intermediate_size": 11008,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 2,
+            "vocab_size": vocab,
+            "hidden_size": hidden,
+            "intermediate_size": intermediate,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
             "max_position_embeddings": 128000,
-            "tie_word_embeddings": True,
+            "tie_word_embeddings": tied,
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 1e6,
@@ -88,7 +97,39 @@ def _qwen() -> Qwen2_5_VLConfig:
             "hidden_size": 1280,
             "intermediate_size": 3420,
             "num_heads": 16,
-            "out_hidden_size": 2048,
+            "out_hidden_size": hidden,
+        },
+    )
+
+
+def _qwen3() -> Qwen3VLConfig:
+    """8B; its tower is SigLIP 2's."""
+    return Qwen3VLConfig(
+        text_config={
+            "vocab_size": 151936,
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 262144,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 5e6,
+                "mrope_section": [24, 20, 20],
+                "mrope_interleaved": True,
+            },
+        },
+        vision_config={
+            "depth": 27,
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_heads": 16,
+            "patch_size": 16,
+            "out_hidden_size": 4096,
+            "num_position_embeddings": 2304,
+            "deepstack_visual_indexes": [8, 16, 24],
         },
     )
 
@@ -119,10 +160,12 @@ SHAPES: Mapping[str, Callable[[], PretrainedConfig]] = {
     "llava-1.5-7b": lambda: _llava(32, 4096, 32, 11008),
     "llava-1.5-13b": lambda: _llava(40, 5120, 40, 13824),
     "llava-next-7b": lambda: _llava_next(32, 4096, 32, 11008),
-    "qwen2.5-vl-3b": _qwen,
+    "qwen2.5-vl-3b": lambda: _qwen2_5(36, 2048, 16, 2, 11008, 151936, tied=True),
+    "qwen2.5-vl-7b": lambda: _qwen2_5(28, 3584, 28, 4, 18944, 152064),
+    "qwen3-vl-8b": _qwen3,
     "gemma-3-4b": _gemma,
 }
-"""Name -> configuration. Of the last two the language model's prefill is timed alone."""
+"""Name -> configuration. Of the last one the language model's prefill is timed alone."""
 
 
 def random_model(

@@ -53,7 +53,7 @@ class BenchSettings(Declared):
         None,
         text("a name"),
         "published shape with random weights: llava-1.5-7b, llava-1.5-13b, llava-next-7b, "
-        "qwen2.5-vl-3b, gemma-3-4b",
+        "qwen2.5-vl-3b, qwen2.5-vl-7b, qwen3-vl-8b, gemma-3-4b",
     )
     model_path: str | None = shared("model_path", None, "default: demo model")
     batch_size: Any = option((1, 8), many(WHOLE), "default: 1 8", "--batch-size", "--batch-sizes")
@@ -76,7 +76,7 @@ class BenchSettings(Declared):
     )
     repeat: int = option(15, WHOLE, "timed prefills, and a third as many answers; default: 15")
     visual: int | None = option(
-        None, whole(1), "visual tokens of qwen2.5-vl-3b, gemma-3-4b; default: 576"
+        None, whole(1), "visual tokens of Qwen's and Gemma's shapes; default: 576"
     )
     end_to_end: bool = option(
         False,

@@ -452,26 +452,36 @@ def _clip(config: Any, inputs: Mapping[str, Any], kept: dict[int, int]) -> float
 
 
 def _qwen(config: Any, inputs: Mapping[str, Any], kept: dict[int, int]) -> float:
-    """Qwen2.5-VL: most layers look through windows; a gated MLP; four patches make one token."""
+    """Qwen's towers: all patches of a picture in one sequence, squares of them make a token.
+
+    Qwen2.5-VL has windows in most layers and a gated MLP; Qwen3-VL a merger more for each layer
+    whose features its decoder adds (DeepStack).
+    """
     grids = inputs.get("image_grid_thw")
     if grids is None:
         return 0.0
     vision = config.vision_config
-    hidden, merge = vision.hidden_size, vision.spatial_merge_size
+    hidden = getattr(vision, "embed_dim", vision.hidden_size)
+    out = getattr(vision, "out_hidden_size", vision.hidden_size)
+    inside = getattr(vision, "intermediate_size", None) or int(hidden * vision.mlp_ratio)
+    merge, windowed = vision.spatial_merge_size, hasattr(vision, "window_size")
     inner = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     per_patch = _linear(inner, hidden)
     per_patch += vision.depth * 4 * _linear(hidden, hidden)
-    per_patch += vision.depth * 3 * _linear(hidden, vision.intermediate_size)
-    whole = len(vision.fullatt_block_indexes)
-    window = vision.window_size // merge // vision.patch_size
+    per_patch += vision.depth * (3 if windowed else 2) * _linear(hidden, inside)
+    mergers = 1 + len(getattr(vision, "deepstack_visual_indexes", None) or ())
+    per_token = mergers * _linear(hidden * merge**2, hidden * merge**2, out)
+    whole = len(vision.fullatt_block_indexes) if windowed else vision.depth
     total = 0.0
     for frames, down, across in grids.tolist():
         patches = down * across
-        spans = [a * b for a in _cut(down // merge, window) for b in _cut(across // merge, window)]
-        squares = sum((span * merge**2) ** 2 for span in spans)
-        attention = whole * patches**2 + (vision.depth - whole) * squares
-        merged = _linear(hidden * merge**2, hidden * merge**2, vision.out_hidden_size)
-        one = per_patch * patches + 4.0 * hidden * attention + merged * patches / merge**2
+        attention = whole * patches**2
+        if windowed:
+            window = vision.window_size // merge // vision.patch_size
+            rows, columns = (_cut(side // merge, window) for side in (down, across))
+            squares = sum((a * b * merge**2) ** 2 for a in rows for b in columns)
+            attention += (vision.depth - whole) * squares
+        one = per_patch * patches + 4.0 * hidden * attention + per_token * patches / merge**2
         total += frames * one
     return total
 
@@ -554,7 +564,9 @@ def _patches(config: Any, inputs: Mapping[str, Any], kept: dict[int, int]) -> fl
 _SIGHT: Mapping[str, Callable[[Any, Mapping[str, Any], dict[int, int]], float]] = {
     "llava": _clip,
     "llava_next": _clip,
+    "qwen2_vl": _qwen,
     "qwen2_5_vl": _qwen,
+    "qwen3_vl": _qwen,
     "gemma3": _siglip,
     "internvl": _intern,
     "blip-2": _qformer,
