@@ -33,7 +33,7 @@ from vlm_prune_ext.bench.cases import Workload, of_shape
 from vlm_prune_ext.bench.shapes import random_model
 from vlm_prune_ext.engine.decoder import DecoderPruner
 from vlm_prune_ext.engine.prune import session_on
-from vlm_prune_ext.engine.vision import VisionPruner
+from vlm_prune_ext.engine.tower import VisionPruner
 from vlm_prune_ext.experiment.flops import Sizes
 from vlm_prune_ext.experiment.measure import seconds_of, warm
 from vlm_prune_ext.experiment.report import markdown_cell
@@ -149,9 +149,6 @@ def _stages(pruner: Any) -> list[tuple[Any, Callable[[Any], None]]]:
 
 def _put(pruner: Any, layer: int, stage: Any) -> None:
     pruner.stages[layer] = stage
-    entrance = getattr(pruner, "entrance", None)
-    if layer == 0 and entrance is not None and entrance.first_stage is not None:
-        entrance.first_stage = stage
 
 
 # -- one method ----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 import vlm_prune_ext as vp
 from tests.engine.test_engine import PROMPTS, make, prompts
 from tests.pruning_checks import fingerprint
-from vlm_prune_ext.resets import CUSTOM_LINE, OFF_LINE
+from vlm_prune_ext.pruning import CUSTOM_LINE, OFF_LINE
 
 FRONT, IMAGE, _ = PROMPTS[0]
 

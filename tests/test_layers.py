@@ -21,7 +21,7 @@ LAYERS = [
     {"engine"},
     {"fast"},
     {"models"},
-    {"pruning", "resets", "demo"},
+    {"pruning", "demo"},
     {"serve"},
     {"evals"},
     {"bench"},

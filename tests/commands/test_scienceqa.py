@@ -11,7 +11,7 @@ from vlm_prune_ext import cli
 from vlm_prune_ext.commands import scienceqa
 from vlm_prune_ext.commands.scienceqa import SINGLE_PREDICTION, read_letter, read_questions
 from vlm_prune_ext.errors import InputError
-from vlm_prune_ext.resets import CUSTOM_LINE, OFF_LINE
+from vlm_prune_ext.pruning import CUSTOM_LINE, OFF_LINE
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from vlm_prune_ext.evals.vlmeval_rows import shares
 from vlm_prune_ext.experiment import metrics
 from vlm_prune_ext.experiment.log import lock
 from vlm_prune_ext.methods.fastv import FastV
-from vlm_prune_ext.resets import OFF_LINE
+from vlm_prune_ext.pruning import OFF_LINE
 
 ROOT = Path(__file__).parents[2]
 SHORT = ("--max-new-tokens", "4")

@@ -29,7 +29,7 @@ pytest.importorskip("triton")
 CHECK = """
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
-from vlm_prune_ext.engine import scores, triton_kernels
+from vlm_prune_ext.engine import evidence, triton_kernels
 from vlm_prune_ext.fast import kernels
 
 def same(found, expected):
@@ -72,7 +72,7 @@ for dtype in map(lambda name: getattr(torch, name), DTYPES):
         weights = torch.rand(2, rows, device=DEVICE)
         allowed = torch.arange(count, device=DEVICE) <= limits[..., None]
         for weight in (None, weights):
-            expected = scores.received(queries.float(), keys.float(), allowed, weight, 0.2)
+            expected = evidence.received(queries.float(), keys.float(), allowed, weight, 0.2)
             found = triton_kernels.received(queries, keys, limits, weight, 0.2)
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 print("the same")

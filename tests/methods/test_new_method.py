@@ -17,7 +17,7 @@ from vlm_prune_ext import cli
 from vlm_prune_ext.evals import lmms_args, lmms_plugin
 from vlm_prune_ext.methods.base import REGISTERED
 from vlm_prune_ext.methods.registry import parse_method, standard_method
-from vlm_prune_ext.resets import reset_calls
+from vlm_prune_ext.pruning import reset_calls
 
 FILE = '''
 """FirstOnes: keep the first visual tokens."""

@@ -141,7 +141,7 @@ def _run(settings: Settings) -> int:
     from vlm_prune_ext.evals.shapes import register_datasets
     from vlm_prune_ext.evals.vlmeval_run import Models, Ranks, run_dataset
     from vlm_prune_ext.models.adapters import check_pictures
-    from vlm_prune_ext.resets import announce
+    from vlm_prune_ext.pruning import announce
 
     register_datasets()
     for name in settings.data:

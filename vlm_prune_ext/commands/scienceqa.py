@@ -140,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
         open_ = [question for question in questions if question.id not in known]
         if open_:
             from vlm_prune_ext.evals.answer import Answerer
-            from vlm_prune_ext.resets import announce
+            from vlm_prune_ext.pruning import announce
 
             announce(method)
             answerer = Answerer(*load_model(said), method)

@@ -10,11 +10,11 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from vlm_prune_ext.engine.features import Seen, Watch, read_addresses, watch_on
 from vlm_prune_ext.engine.layout import Layout, sent, take
 from vlm_prune_ext.engine.parts import Joint, ModelParts, Undo, VisionParts
-from vlm_prune_ext.engine.shorten import DecoderInput, Shortened, count_anew, images_left
-from vlm_prune_ext.engine.spans import Image
+from vlm_prune_ext.engine.prompt import DecoderInput, Image
+from vlm_prune_ext.engine.state import Shortened, count_anew, images_left
+from vlm_prune_ext.engine.tower import Seen, Watch, read_addresses, watch_on
 from vlm_prune_ext.engine.trace import Trace
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.methods.base import Method, say_once
@@ -171,7 +171,7 @@ class FeatureSite:
     """Carries a :class:`FeatureStage` out.
 
     Args:
-        stage: what to choose; ``None``: the tower itself chose (vision.py).
+        stage: what to choose; ``None``: the tower itself chose.
         watch: on the tower; ``None``: the rule needs the tokens of the prompt only.
         trace: to be written to.
         joint: the joint space of image and question, where the rule needs it.

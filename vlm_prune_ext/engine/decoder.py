@@ -1,10 +1,9 @@
 """Hooks on a causal decoder: prefill drops tokens, decoding lives with what is left.
 
 One hook on the decoder tells prompts from decode steps and keeps their state; one on each layer
-from the first drop on hands the layer its tokens, rotary positions and mask; one on the attention
-module of the layer in front of each stage reads the scores. What they do stands elsewhere:
-entrance.py reads prompts, evidence.py layers, selection.py runs stages, arguments.py makes masks
-and positions.
+from the first drop on runs the stage in front of it, and hands the layer its tokens, rotary
+positions and mask; one on the attention module of the layer in front of each stage reads what its
+rule wants to see.
 """
 
 from __future__ import annotations
@@ -18,21 +17,36 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm_prune_ext.engine.arguments import LayerArguments
-from vlm_prune_ext.engine.call import Call, State
 from vlm_prune_ext.engine.compose import FeatureSite
-from vlm_prune_ext.engine.entrance import Entrance
-from vlm_prune_ext.engine.evidence import AttentionReader, Seen, cached_keys, reads
+from vlm_prune_ext.engine.evidence import AttentionReader, Looker, Seen, cached_keys, reads
+from vlm_prune_ext.engine.layout import Layout, Prefill, take
+from vlm_prune_ext.engine.masks import LayerArguments, prompt_arguments, step_arguments
 from vlm_prune_ext.engine.parts import ModelParts, Undo
-from vlm_prune_ext.engine.refusals import refuse_compiled
-from vlm_prune_ext.engine.seal import seal, state_of, watch
-from vlm_prune_ext.engine.selection import Selection
-from vlm_prune_ext.engine.shorten import DecoderInput
-from vlm_prune_ext.engine.spans import VisualSpan, check_stated, tokens_by_sample
+from vlm_prune_ext.engine.prompt import (
+    DecoderInput,
+    Found,
+    Image,
+    VisualSpan,
+    check_stated,
+    images_found,
+    images_from_argument,
+    images_stated,
+    sparing_last,
+    tokens_by_sample,
+)
+from vlm_prune_ext.engine.state import (
+    Call,
+    Shortened,
+    State,
+    images_left,
+    seal,
+    state_of,
+    watch,
+)
 from vlm_prune_ext.engine.trace import Trace
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.methods.base import Method, say_once
-from vlm_prune_ext.methods.evidence import attention_needs
+from vlm_prune_ext.methods.evidence import Stage, attention_needs
 
 
 class DecoderPruner:
@@ -44,6 +58,9 @@ class DecoderPruner:
         visual_span: stated places of visual tokens, or ``None`` to have them found.
         trace: filled at each prefill.
         site: what chooses between tower and language model, if anything does.
+
+    Attributes:
+        stages: layer -> the stage in front of it.
     """
 
     def __init__(
@@ -55,32 +72,30 @@ class DecoderPruner:
         site: FeatureSite | None,
     ) -> None:
         assert parts.decoder is not None
-        self.parts, self.method, self.trace = parts, method, trace
+        self.parts, self.method, self.trace, self.site = parts, method, trace, site
         self.visual_span = visual_span
         self.num_layers = len(parts.layers)
         self.stages = {stage.layer: stage for stage in method.decoder_stages(self.num_layers)}
         shift = [method.decode_position_shift(layer) for layer in range(self.num_layers)]
-        if any(shift) and not parts.plain_rotary:
-            raise InputError(
-                f"{method.name} with reference_positions=True shifts rotary positions as the "
-                f"reference does on LLaMA; {type(parts.decoder).__name__} counts positions "
-                "differently: leave it False."
-            )
-        recounts = any(stage.recount for stage in self.stages.values())
-        if recounts and not (parts.plain_rotary or parts.rotate):
-            raise InputError(
-                f"{method.name} counts rotary positions anew behind a drop, which "
-                f"{type(parts.decoder).__name__} has no way to do."
-            )
-        self.site = site
-        first = self.stages.get(0)
-        drops_first = first if first is not None and first.mode == "drop" else None
-        self.entrance = Entrance(parts, method, visual_span, drops_first, site)
+        if not parts.plain_rotary:
+            self._check_positions(any(shift))
         self.arguments = LayerArguments(parts, shift)
-        self.selection = Selection(self.stages, parts, trace)
         # State by KV cache: several caches may be decoded in turn.
         self.states: weakref.WeakKeyDictionary[Any, State] = weakref.WeakKeyDictionary()
         self._now = _Now()
+
+    def _check_positions(self, shifts: bool) -> None:
+        name, decoder = self.method.name, type(self.parts.decoder).__name__
+        if shifts:
+            raise InputError(
+                f"{name} with reference_positions=True shifts rotary positions as the reference "
+                f"does on LLaMA; {decoder} counts positions differently: leave it False."
+            )
+        if any(stage.recount for stage in self.stages.values()) and not self.parts.rotate:
+            raise InputError(
+                f"{name} counts rotary positions anew behind a drop, which {decoder} has no way "
+                "to do."
+            )
 
     @property
     def call(self) -> Call | None:
@@ -93,18 +108,23 @@ class DecoderPruner:
         modes = {stage.mode for stage in self.stages.values()}
         return modes <= {"mask", "observe"} and self.site is None
 
+    @property
+    def first_stage(self) -> Stage | None:
+        """The stage that drops in front of layer 0, if there is one."""
+        stage = self.stages.get(0)
+        return stage if stage is not None and stage.mode == "drop" else None
+
     # -- attaching ---------------------------------------------------------------------------
     def attach(self) -> list[Undo]:
         """Register all hooks; the returned callables take them off."""
-        decoder = self.parts.decoder
+        parts, decoder, layers = self.parts, self.parts.decoder, list(self.parts.layers)
         assert decoder is not None
         self._now = _Now()  # nothing is left of a prompt that failed under an earlier attachment
         handles = [
-            self.parts.model.register_forward_pre_hook(self._before_model, with_kwargs=True),
+            parts.model.register_forward_pre_hook(self._before_model, with_kwargs=True),
             decoder.register_forward_pre_hook(self._enter, with_kwargs=True),
             decoder.register_forward_hook(self._leave, always_call=True),
         ]
-        layers = list(self.parts.layers)
         for index in self._touched_layers():
             hook = _bind(self._before_layer, index)
             handles.append(layers[index].register_forward_pre_hook(hook, with_kwargs=True))
@@ -114,15 +134,26 @@ class DecoderPruner:
                 hook = _bind(self._after_attention, layer)
                 handles.append(attn.register_forward_hook(hook, with_kwargs=True))
         if self.num_layers in self.stages:
-            assert self.parts.final_norm is not None
-            handles.append(self.parts.final_norm.register_forward_pre_hook(self._after_last))
+            assert parts.final_norm is not None
+            handles.append(parts.final_norm.register_forward_pre_hook(self._after_last))
         undos: list[Undo] = [handle.remove for handle in handles]
         undos.append(self._seal_caches)
-        if self.parts.watch_spans is not None and self.visual_span is None:
-            undos += self.parts.watch_spans(self._see_spans)
-        if self.parts.follow is not None:
-            undos += self.parts.follow(self._present)
+        if parts.watch_spans is not None and self.visual_span is None:
+            undos += parts.watch_spans(self._see_spans)
+        if parts.follow is not None:
+            undos += parts.follow(self._present)
         return undos
+
+    def _touched_layers(self) -> range:
+        """Layers whose input may differ from what the decoder hands out."""
+        first = 0 if self.site is not None else min([*self.stages, self.num_layers])
+        return range(min(first, 1) if any(self.arguments.shift) else first, self.num_layers)
+
+    def _seal_caches(self) -> None:
+        """Nobody can decode on from caches that miss tokens once the hooks are gone."""
+        for cache, state in list(self.states.items()):
+            seal(cache, misses_tokens=state.misses_tokens)
+        self.states.clear()
 
     def _present(self) -> torch.Tensor | None:
         """See :data:`Present`."""
@@ -139,23 +170,9 @@ class DecoderPruner:
         came = short.layout.slots.to(here.device).gather(1, here.clamp(min=0))
         return torch.where(here < 0, here, came)
 
-    def _seal_caches(self) -> None:
-        """Nobody can decode on from caches that miss tokens once the hooks are gone."""
-        for cache, state in list(self.states.items()):
-            seal(cache, misses_tokens=state.misses_tokens)
-        self.states.clear()
-
-    def _touched_layers(self) -> range:
-        """Layers whose input may differ from what the decoder hands out."""
-        first = min([*self.stages, self.num_layers])
-        if any(self.arguments.shift):
-            first = min(first, 1)
-        if self.site is not None:
-            first = 0
-        return range(first, self.num_layers)
-
+    # -- the decoder as a whole ----------------------------------------------------------------
     def _see_spans(self, mask: torch.Tensor, lengths: list[list[int]] | None) -> None:
-        self._now.pending = (mask, lengths)
+        self._now.found = (mask, lengths)
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Assisted decoding feeds the first candidates along with the prompt, and asks for one
@@ -167,69 +184,100 @@ class DecoderPruner:
         ids = args[0] if args else kwargs.get("input_ids")
         self._now.embedded = ids is None and kwargs.get("inputs_embeds") is not None
 
-    # -- the decoder as a whole ----------------------------------------------------------------
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         refuse_compiled()
         if args:  # LlamaModel and its kin take input_ids first
             kwargs = {"input_ids": args[0], **kwargs}
             if len(args) > 1:
                 raise InputError("Call the language model with keyword arguments while pruning.")
-        pending, self._now.pending = self._now.pending, None
-        cache = kwargs.get("past_key_values")
-        seen = int(cache.get_seq_length()) if cache is not None else 0
+        now, cache = self._now, kwargs.get("past_key_values")
+        found, now.found, now.call = now.found, None, None
         given = DecoderInput.of(module, kwargs)
-        ahead, self._now.ahead = self._now.ahead, 0
+        given.ahead, now.ahead = now.ahead if now.ahead < given.length else 0, 0
+        seen = int(cache.get_seq_length()) if cache is not None else 0
         if seen:
-            return self._enter_decode(given, kwargs, cache, seen, pending)
+            return self._enter_step(given, kwargs, cache, seen, found)
         if cache is not None:
             self.states.pop(cache, None)  # emptied, and used again
-        images = self.entrance.images(given, pending)
-        self.trace.clear_decoder()
+        return self._enter_prompt(given, kwargs, found)
+
+    def _enter_step(
+        self, given: DecoderInput, kwargs: dict, cache: Any, seen: int, found: Found | None
+    ) -> tuple[tuple, dict] | None:
+        if found is not None and bool(found[0].any()):
+            raise InputError(
+                f"The KV cache already holds {seen} tokens and the input brings new visual tokens: "
+                "while pruning, feed the whole prompt at once."
+            )
+        state = state_of(cache, self.states)
+        if state is None:
+            return None
+        decoded = seen - state.prefill.segments[0].count
+        _check_mask(given, state.length + decoded)
+        self._now.call = Call(state, prefill=False, decoded=decoded)
+        return (
+            None if state.short is None else ((), step_arguments(state.short, kwargs, given, seen))
+        )
+
+    def _enter_prompt(
+        self, given: DecoderInput, kwargs: dict, found: Found | None
+    ) -> tuple[tuple, dict] | None:
+        images, trace = self._images(given, found), self.trace
+        trace.clear_decoder()
         if self.site is not None:
             self.site.forget()
-        self.trace.lengths[:] = [given.length] * self.num_layers
-        self.trace.visual_tokens[0] = [0] * given.batch
+        trace.lengths[:] = [given.length] * self.num_layers
+        trace.visual_tokens[0] = [0] * given.batch
         if not images:
-            self._now.call = None
             if self._now.embedded:
                 say_once(
                     "inputs_embeds came without input_ids: which of them are visual tokens is not "
                     "known, so nothing is dropped. visual_span=(start, length) says it."
                 )
             return None
-        given.ahead = ahead if ahead < given.length else 0
         if given.ahead and any(stage.mode == "mask" for stage in self.stages.values()):
             raise InputError(
                 "mode='mask' chooses anew for every token, which assisted decoding does not allow "
                 "for those that it feeds with the prompt: use mode='drop'."
             )
-        self.trace.visual_input[:] = tokens_by_sample(images, given.batch)
-        check_stated(self.entrance.stated, images, given.first_tokens())
-        state, kwargs = self.entrance.prompt(given, images, kwargs, self.trace)
+        trace.visual_input[:] = tokens_by_sample(images, given.batch)
+        check_stated(self.method.stated_span, images, given.first_tokens())
+        state, kwargs = self._start(given, images, kwargs)
+        trace.visual_tokens[0] = state.prefill.visual_counts()
         self._now.call = Call(state, prefill=True)
         return (), kwargs
 
-    def _enter_decode(
-        self, given: DecoderInput, kwargs: dict, cache: Any, seen: int, pending: Any
-    ) -> tuple[tuple, dict] | None:
-        if pending is not None and bool(pending[0].any()):
-            raise InputError(
-                f"The KV cache already holds {seen} tokens and the input brings new visual tokens: "
-                "while pruning, feed the whole prompt at once."
-            )
-        state = state_of(cache, self.states)
-        self._now.call = None
-        if state is not None:
-            decoded = seen - state.prefill.segments[0].count
-            _check_mask(given, state.length + decoded)
-            self._now.call = Call(state, prefill=False, decoded=decoded)
-        if state is None or state.short is None:
-            return None
-        return (), state.short.decode_arguments(kwargs, given, seen)
+    def _images(self, given: DecoderInput, found: Found | None) -> list[Image]:
+        """Where the visual tokens of a prompt are. Raises InputError: that is not known."""
+        batch, length = given.batch, given.length
+        if self.visual_span is not None:
+            return images_from_argument(self.visual_span, batch, length)
+        if found is not None:
+            return images_found(found, batch, length)
+        if self.parts.watch_spans is not None:
+            return []
+        return images_stated(self.method.stated_span, batch, length)
+
+    def _start(self, given: DecoderInput, images: list[Image], kwargs: dict) -> tuple[State, dict]:
+        """What is known of a prompt, and the decoder's arguments for what enters layer 0."""
+        first = self.first_stage
+        if self.site is not None:
+            short = self.site.shorten(given, images)
+            # The features that came were addresses, also where all of them stay.
+            kwargs = {**kwargs, "inputs_embeds": short.given.embeds, "input_ids": None}
+            short.images = sparing_last(short.images, short.last_tokens())
+        else:
+            images = sparing_last(images, given.last_tokens())
+            if first is None:
+                return State(Prefill.of(given, images), None), kwargs
+            short = without_dropped(given, images, first, self.parts)
+            self.trace.kept[0] = short.layout.kept()
+        self.trace.lengths[:] = [short.length] * self.num_layers
+        return State(short.start_prefill(), short), prompt_arguments(short, kwargs)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         call, self._now.call = self._now.call, None
-        self._now.pending = None  # seen while the decoder itself embedded: nobody asked
+        self._now.found = None  # seen while the decoder itself embedded: nobody asked
         if call is None or not call.prefill or output is None:
             return
         if call.state.short is not None:
@@ -254,13 +302,19 @@ class DecoderPruner:
         if call.prefill and stage is not None and (index > 0 or stage.mode == "observe"):
             if attention_needs(stage.needs, "coming"):
                 call.seen = self._foresee(index, module, hidden, kwargs, call)
-            hidden = self.selection.run(index, hidden, call)
+            hidden = self._select(index, hidden, call)
         made = self.arguments(index, hidden, kwargs, call)
         if made is kwargs and hidden is given:
             return None
         if args:
             return (hidden, *args[1:]), made
         return (), {**made, "hidden_states": hidden}
+
+    def _after_last(self, module: nn.Module, args: tuple) -> tuple | None:
+        """In front of the final norm: a stage after the last layer."""
+        if self.call is None or not self.call.prefill:
+            return None
+        return (self._select(self.num_layers, args[0], self.call), *args[1:])
 
     @torch.no_grad()
     def _after_attention(
@@ -271,27 +325,16 @@ class DecoderPruner:
         if call is None or not (call.prefill or stage.mode == "mask"):
             return
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        prefill = call.state.prefill
-        prefill.move(hidden.device)
-        reader = AttentionReader(
-            self.parts,
-            module,
-            hidden,
-            prefill,
-            prefill.layout_at(layer - 1),
-            keys=cached_keys(
-                kwargs.get("past_key_values"), layer - 1, hidden.shape[1], prompt=call.prefill
-            ),
-            mask=kwargs.get("attention_mask"),
-            rotary=kwargs.get("position_embeddings"),
-            prompt=call.prefill,
+        keys = cached_keys(
+            kwargs.get("past_key_values"), layer - 1, hidden.shape[1], prompt=call.prefill
         )
+        reader = self._reader(module, hidden, kwargs, call, keys, layer - 1)
         if call.prefill:
             call.seen = reader.read(stage.needs, "before")
             return
         # Several tokens at once: each chooses for itself, as if the ones behind it were not there.
         rows = [reader.until(row).read(stage.needs, "before") for row in range(hidden.shape[1])]
-        self.selection.again(layer, call, rows)
+        self._select_again(layer, call, rows)
 
     @torch.no_grad()
     def _foresee(
@@ -299,29 +342,165 @@ class DecoderPruner:
     ) -> Seen:
         """What ``layer`` would attend to if nothing were dropped in front of it; added to what was
         read off the layer before."""
-        prefill = call.state.prefill
-        prefill.move(hidden.device)
-        arguments = self.arguments(index, hidden, kwargs, call)
-        reader = AttentionReader(
-            self.parts,
-            layer.self_attn,
-            self.parts.input_norm(layer).forward(hidden),
-            prefill,
-            prefill.layout,
-            keys=None,
-            mask=arguments.get("attention_mask"),
-            rotary=arguments.get("position_embeddings"),
-            prompt=True,
-        )
-        before = call.take_seen() or [{} for _ in prefill.groups]
+        given = self.arguments(index, hidden, kwargs, call)
+        normed = self.parts.input_norm(layer).forward(hidden)
+        reader = self._reader(layer.self_attn, normed, given, call, None, index)
         coming = reader.read(self.stages[index].needs, "coming")
+        before = call.take_seen() or [{} for _ in coming]
         return [{**a, **b} for a, b in zip(before, coming, strict=True)]
 
-    def _after_last(self, module: nn.Module, args: tuple) -> tuple | None:
-        """In front of the final norm: a stage after the last layer."""
-        if self.call is None or not self.call.prefill:
-            return None
-        return (self.selection.run(self.num_layers, args[0], self.call), *args[1:])
+    def _reader(
+        self,
+        attn: Any,
+        hidden: torch.Tensor,
+        kwargs: dict,
+        call: Call,
+        keys: torch.Tensor | None,
+        layer: int,
+    ) -> AttentionReader:
+        prefill = call.state.prefill
+        prefill.move(hidden.device)
+        return AttentionReader(
+            self.parts,
+            attn,
+            hidden,
+            prefill,
+            prefill.layout_at(layer),
+            keys=keys,
+            mask=kwargs.get("attention_mask"),
+            rotary=kwargs.get("position_embeddings"),
+            prompt=call.prefill,
+        )
+
+    # -- stages ------------------------------------------------------------------------------
+    def _select(self, layer: int, hidden: torch.Tensor, call: Call) -> torch.Tensor:
+        """Run the stage in front of ``layer``; returns the hidden states that go on."""
+        stage, prefill = self.stages[layer], call.state.prefill
+        prefill.move(hidden.device)
+        look = Looker(stage.needs, self.parts, prefill, hidden, call.take_seen())
+        if stage.mode == "observe":
+            prefill.observe(stage, look)
+            return hidden
+        gone, added = prefill.select(stage, look)
+        if stage.mode == "mask":
+            if gone is not None:
+                prefill.hidden_keys[layer] = gone
+            self._note_hidden(layer, call, gone)
+            return hidden
+        if gone is not None or added is not None:
+            index = prefill.drop(layer, gone, added, recount=stage.recount)
+            if added is not None:
+                hidden = torch.cat([hidden, added.hidden.to(hidden.dtype)], dim=1)
+            hidden = take(hidden, index, -2)
+        merged = 0 if added is None else added.names.shape[1]
+        self.note(layer, call, prefill.layout, prefill.visual_counts(), merged)
+        return hidden
+
+    def _select_again(self, layer: int, call: Call, rows: list[Seen]) -> None:
+        """Mask mode, decode step: choose anew what the layers from ``layer`` on may see.
+
+        Args:
+            layer: in front of which.
+            call: the run that it is part of.
+            rows: what each token of the call is shown.
+        """
+        stage, prefill = self.stages[layer], call.state.prefill
+        looks = [Looker(stage.needs, self.parts, prefill, None, seen) for seen in rows]
+        gone = [prefill.select(stage, look)[0] for look in looks]
+        prefill.hidden_keys.pop(layer, None)
+        if any(one is not None for one in gone):
+            nothing = torch.zeros_like(prefill.layout.slots, dtype=torch.bool)
+            hidden = torch.stack([nothing if one is None else one for one in gone], dim=1)
+            prefill.hidden_keys[layer] = hidden[:, 0] if len(rows) == 1 else hidden
+        self._note_hidden(layer, call, gone[-1])
+
+    def _note_hidden(self, layer: int, call: Call, gone: torch.Tensor | None) -> None:
+        """Note what is left where tokens only hide."""
+        prefill = call.state.prefill
+        layout, visual = prefill.layout, prefill.visual_counts()
+        if gone is not None:
+            lost = gone.sum(1).tolist()
+            left = [held - n for held, n in zip(prefill.held, lost, strict=True)]
+            layout, _ = layout.drop(~gone, left)
+            visual = [count - n for count, n in zip(visual, lost, strict=True)]
+        self._record(layer, call, layout, visual)
+
+    def note(
+        self, layer: int, call: Call, layout: Layout, visual: list[int], merged: int = 0
+    ) -> None:
+        """Write down what a drop left in front of ``layer``, whichever way the model runs.
+
+        Args:
+            layer: in front of which a stage ran.
+            call: the run of its prompt.
+            layout: what is left.
+            visual: visual tokens of each sample.
+            merged: most rows that it added to a sample.
+        """
+        self.trace.lengths[layer:] = [layout.count] * (self.num_layers - layer)
+        if merged:
+            self.trace.merged[layer] = merged
+        self._record(layer, call, layout, visual)
+
+    def _record(self, layer: int, call: Call, layout: Layout, visual: list[int]) -> None:
+        kept, short = layout.kept(), call.state.short
+        if short is not None and short.origin is not None:
+            kept = torch.where(kept < 0, kept, short.places(kept.clamp(min=0)))
+        self.trace.kept[layer] = kept
+        self.trace.visual_tokens[layer] = visual
+        if layout.positions is not None:
+            self.trace.positions[layer] = layout.counted()
+
+
+def without_dropped(
+    given: DecoderInput, images: list[Image], stage: Stage, parts: ModelParts
+) -> Shortened:
+    """The prompt after a stage at layer 0; kept tokens keep their positions."""
+    state = Prefill.of(given, images)
+    look = Looker(stage.needs, parts, state, given.embedded())
+    gone, _ = state.select(stage, look)
+    if gone is not None:
+        state.drop(0, gone, None, recount=False)
+    layout = state.layout
+    positions = given.positions
+    if positions is None:
+        positions = torch.arange(given.length, device=given.device)[None]
+        if parts.counts_real and given.real is not None:
+            positions = (given.real.long().cumsum(dim=1) - 1).clamp(min=0)
+    lost = torch.zeros(given.batch, 1, dtype=torch.int64, device=given.device)
+    left = images if gone is None else images_left(images, ~gone)
+    return Shortened(
+        given, layout, layout.kept(), take(positions, layout.slots, -1), lost, left, state.held
+    )
+
+
+# -- who calls -----------------------------------------------------------------------------------
+COMPILED = (
+    "What torch.compile made of a model, its decoder or layers cannot be pruned: take the model "
+    "itself (for generate with a static cache on a GPU, disable_compile=True)."
+)
+
+
+def refuse_compiled() -> None:
+    """Raise InputError where a compiled model is what calls: its graphs know nothing of hooks, and
+    would leave them out."""
+    if "torch._dynamo.eval_frame" in sys.modules and _is_called_by("compile_wrapper"):
+        raise InputError(COMPILED)
+
+
+def _is_assisted() -> bool:
+    """Whether assisted decoding is what calls the model. It is the only one who knows that tokens
+    are guesses, and says so nowhere in its arguments."""
+    return _is_called_by("_assisted_decoding")
+
+
+def _is_called_by(name: str) -> bool:
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_name == name:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _check_mask(step: DecoderInput, known: int) -> None:
@@ -341,17 +520,6 @@ def _check_mask(step: DecoderInput, known: int) -> None:
         )
 
 
-def _is_assisted() -> bool:
-    """Whether assisted decoding is what calls the model. It is the only one who knows that tokens
-    are guesses, and says so nowhere in its arguments."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "_assisted_decoding":
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
-
-
 class _Now(threading.local):
     """What is under way in a thread: the run of the decoder, and what was seen of its input (where
     visual tokens are, and how many tokens are candidates behind the prompt)."""
@@ -359,7 +527,7 @@ class _Now(threading.local):
     call: Call | None = None
     ahead: int = 0
     embedded: bool = False
-    pending: tuple[torch.Tensor, list[list[int]] | None] | None = None
+    found: Found | None = None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise InputError(

@@ -1,19 +1,24 @@
-"""Which tokens of the prompt a layer holds, and the gathers that follow from it.
+"""Which tokens of the prompt layers hold, and the rules that change it.
 
 Slots are places 0 ... S-1 of the sequence that enters layer 0. After a drop a layer holds some of
 them; tokens that are decoded later get slots S, S+1, ... in every layer. Rows that a rule adds have
 names of their own, S and up; masks take them for the last token of their image, behind which they
 stand.
+
+A :class:`Prefill` is the state of one prompt: its images, and its layouts layer by layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
+
+from vlm_prune_ext.engine.prompt import DecoderInput, Image
+from vlm_prune_ext.methods.evidence import Answer, Evidence, Stage
 
 
 @dataclass(frozen=True)
@@ -226,3 +231,333 @@ def sent(numbers: Sequence[Any], device: torch.device) -> torch.Tensor:
     if device.type != "cuda":
         return made.to(device)
     return made.pin_memory().to(device, non_blocking=True)
+
+
+@dataclass
+class Group:
+    """Images with equally many visual tokens left: rules see them as one batch.
+
+    Attributes:
+        samples: int64 ``(rows,)`` batch rows; ``names``: the same as Python numbers.
+        total: visual tokens of each image at layer 0.
+        places: int64 ``(rows, n)``, which of them are left; rows that were added count on.
+        tokens: int64 ``(rows, n)``, what the layout calls them.
+        last: int64 ``(rows, 1)``, slot of each image's last token.
+        added: rows that were added to each image so far.
+        chosen: float32 ``(rows, t)``, weights of the tail's rows, once a stage chose them.
+    """
+
+    samples: torch.Tensor
+    names: tuple[int, ...]
+    total: int
+    places: torch.Tensor
+    tokens: torch.Tensor
+    last: torch.Tensor
+    added: int = 0
+    chosen: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> Group:
+        """The same on another device."""
+        return replace(
+            self,
+            samples=self.samples.to(device),
+            places=self.places.to(device),
+            tokens=self.tokens.to(device),
+            last=self.last.to(device),
+            chosen=None if self.chosen is None else self.chosen.to(device),
+        )
+
+    def rows(self, rows: list[int]) -> Group:
+        """Some of the images."""
+        return replace(
+            self,
+            samples=self.samples[rows],
+            names=tuple(self.names[row] for row in rows),
+            places=self.places[rows],
+            tokens=self.tokens[rows],
+            last=self.last[rows],
+            chosen=None if self.chosen is None else self.chosen[rows],
+        )
+
+    def keep(self, kept: torch.Tensor) -> Group:
+        """Some tokens of each image, int64 ``(rows, k)`` out of 0 ... n-1."""
+        return replace(self, places=self.places.gather(1, kept), tokens=self.tokens.gather(1, kept))
+
+
+def group_images(images: list[Image], device: torch.device) -> list[Group]:
+    """Images of equal length together."""
+    groups = []
+    for total in sorted({image.length for image in images}):
+        mine = [image for image in images if image.length == total]
+        names = tuple(image.sample for image in mine)
+        starts = sent(_starts(mine), device)
+        places = iota(total, device).expand(len(mine), total)
+        tokens = starts + places
+        groups.append(Group(sent(names, device), names, total, places, tokens, tokens[:, -1:]))
+    return groups
+
+
+def _starts(images: list[Image]) -> list[list[int]]:
+    if not any(image.runs for image in images):
+        return [[image.start] for image in images]
+    return [[slot - place for place, slot in enumerate(image.slots)] for image in images]
+
+
+@dataclass
+class Tail:
+    """The text behind each sample's last image.
+
+    ``slots``: int64 ``(batch, t)``; ``real``: bool ``(batch, t)``, False at fillers.
+    """
+
+    slots: torch.Tensor
+    real: torch.Tensor
+
+
+@dataclass
+class Prefill:
+    """One prompt on its way through the decoder, and what decoding needs to know of it.
+
+    Attributes:
+        layout: what the current layer holds; ``segments``: first layer -> layout, ascending.
+        groups: images, as they are now.
+        held: tokens each sample holds now (padding included, empty slots not).
+        tail_starts: per sample, slot behind the last image (S where there is no image).
+        real: bool ``(batch, S)``, False at padding of the input; ``None`` if there is none.
+        moved: int64 ``(batch, S)``, where the slots that the starts refer to are, if they moved.
+        hidden_keys: first layer -> bool ``(batch, n)``, tokens hidden as keys (mask mode), or
+            ``(batch, queries, n)`` where each of several queries has a choice of its own.
+        created: per sample, rows that rules added so far.
+        images: as they were at layer 0.
+        ahead: tokens at the end that are candidates for the answer, not part of the prompt: rules
+            do not look at them.
+    """
+
+    layout: Layout
+    groups: list[Group]
+    held: list[int]
+    tail_starts: list[int]
+    real: torch.Tensor | None = None
+    moved: torch.Tensor | None = None
+    segments: dict[int, Layout] = field(default_factory=dict)
+    hidden_keys: dict[int, torch.Tensor] = field(default_factory=dict)
+    created: list[int] = field(default_factory=list)
+    images: list[Image] = field(default_factory=list)
+    ahead: int = 0
+    _tail: Tail | None = None
+
+    @staticmethod
+    def start(
+        images: list[Image], batch: int, total: int, real: torch.Tensor | None, device: torch.device
+    ) -> Prefill:
+        """The prompt as it enters layer 0."""
+        layout = Layout.whole(batch, total, device)
+        ends = [0] * batch
+        for image in images:
+            ends[image.sample] = max(ends[image.sample], image.end)
+        return Prefill(
+            layout,
+            group_images(images, device),
+            [total] * batch,
+            [end or total for end in ends],
+            real,
+            segments={0: layout},
+            created=[0] * batch,
+            images=images,
+        )
+
+    @staticmethod
+    def of(given: DecoderInput, images: list[Image]) -> Prefill:
+        """A prompt that enters layer 0 as it came."""
+        state = Prefill.start(images, given.batch, given.length, given.real, given.device)
+        state.ahead = given.ahead
+        return state
+
+    def move(self, device: torch.device) -> None:
+        """Go on on another device, for the layers of a model that is spread over several."""
+        if self.layout.slots.device != device:
+            self.layout = self.layout.to(device)
+            self.groups = [group.to(device) for group in self.groups]
+            self.real = None if self.real is None else self.real.to(device)
+            self._tail = None
+
+    def layout_at(self, layer: int) -> Layout:
+        """What ``layer`` holds."""
+        for first in reversed(self.segments):
+            if first <= layer:
+                return self.segments[first]
+        raise AssertionError("layer 0 has a layout")
+
+    def tail(self) -> Tail:
+        """The text behind the images."""
+        if self._tail is None:
+            total, device = self.layout.total, self.layout.slots.device
+            starts = sent([[start] for start in self.tail_starts], device)
+            slots = starts + iota(total - min(self.tail_starts), device)
+            inside = slots < total - self.ahead
+            slots = slots.clamp(max=total - 1)
+            if self.moved is not None:
+                slots = self.moved.gather(1, slots)
+            real = inside if self.real is None else inside & self.real.gather(1, slots)
+            self._tail = Tail(slots, real)
+        return self._tail
+
+    def settle(self) -> None:
+        """Candidates at the end count as decoded from now on."""
+        ahead, total = self.ahead, self.layout.total
+        for layer, layout in self.segments.items():
+            self.segments[layer] = layout.without_last(ahead)
+        self.layout = self.segments[max(self.segments)]
+        self.real = None if self.real is None else self.real[:, :-ahead]
+        self.held = [held - ahead for held in self.held]
+        for group in self.groups:
+            group.tokens = torch.where(group.tokens >= total, group.tokens - ahead, group.tokens)
+        self.ahead, self._tail = 0, None
+
+    def positions_of(self, slots: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
+        """Places in the prompt, padding not counted: ``slots`` ``(rows, m)`` of batch rows
+        ``samples``, int64 of the same shape."""
+        if self.real is None:
+            return slots
+        return (self.real.long().cumsum(dim=1) - 1)[samples[:, None], slots]
+
+    def visual_counts(self) -> list[int]:
+        """Visual tokens each sample holds now."""
+        counts = [0] * len(self.held)
+        for group in self.groups:
+            for name in group.names:
+                counts[name] += group.places.shape[1]
+        return counts
+
+    def observe(self, stage: Stage, look: Look) -> None:
+        """Run a rule that chooses rows for later stages."""
+        for index, group in enumerate(self.groups):
+            here = self.layout.places_of(group.tokens, group.samples)
+            weights = stage.rule(look(index, group, here))
+            assert isinstance(weights, torch.Tensor)
+            group.chosen = weights.float()
+
+    def select(self, stage: Stage, look: Look) -> tuple[torch.Tensor | None, Added | None]:
+        """Run a stage's rule on every group. Returns what goes, bool ``(batch, n)`` (``None``:
+        nothing), and what comes in. Groups and counts are updated; the layout is not."""
+        gone = None
+        groups: list[Group] = []
+        new: list[_New] = []
+        for index, group in enumerate(self.groups):
+            here = self.layout.places_of(group.tokens, group.samples)
+            answer = stage.rule(look(index, group, here))
+            if not isinstance(answer, Answer):
+                answer = Answer(answer)
+            parts, goes = _outcome(group, answer.keep)
+            if answer.rows is not None and answer.rows.shape[1]:
+                # Rows that are added tell groups apart no more than counts do: one part.
+                parts = [self._with_rows(parts[0], answer.rows, here[:, -1:], new)]
+            groups += parts
+            if goes is not None:
+                if gone is None:
+                    gone = torch.zeros_like(self.layout.slots, dtype=torch.bool)
+                gone.index_put_((group.samples[:, None], here), goes)
+        if stage.mode == "drop":  # hidden tokens stay, and may be chosen at the next step
+            before = self.visual_counts()
+            self.groups = groups
+            after = self.visual_counts()
+            self.held = [h - b + a for h, b, a in zip(self.held, before, after, strict=True)]
+        return gone, _joined(new, len(self.held)) if new else None
+
+    def _with_rows(
+        self, group: Group, hidden: torch.Tensor, behind: torch.Tensor, new: list[_New]
+    ) -> Group:
+        """A group with rows added to each image; notes them in ``new``."""
+        count, device = hidden.shape[1], hidden.device
+        firsts = []
+        for sample in group.names:
+            firsts.append([self.layout.total + self.created[sample]])
+            self.created[sample] += count
+        names = sent(firsts, device) + iota(count, device)
+        new.append(_New(group, hidden, names, behind))
+        first = group.total + group.added
+        places = iota(first + count, device)[first:].expand_as(names)
+        return replace(
+            group,
+            places=torch.cat([group.places, places], dim=1),
+            tokens=torch.cat([group.tokens, names], dim=1),
+            added=group.added + count,
+        )
+
+    def drop(
+        self, layer: int, gone: torch.Tensor | None, added: Added | None, *, recount: bool
+    ) -> torch.Tensor:
+        """Take tokens out, and others in, in front of ``layer``. Returns the ``(batch, n')`` places
+        to gather, see :meth:`Layout.drop`."""
+        keep = torch.ones_like(self.layout.slots, dtype=torch.bool) if gone is None else ~gone
+        self.layout, index = self.layout.drop(keep, self.held, added)
+        if recount:
+            self.layout = self.layout.counted_anew(self.real)
+        self.segments[layer] = self.layout
+        return index
+
+
+Look = Callable[[int, Group, torch.Tensor], Evidence]
+"""``look(index, group, places)``: the evidence about one of the prompt's groups; ``places``
+``(rows, n)`` of its tokens in the sequence."""
+
+
+@dataclass
+class _New:
+    """Rows for each image of a group: ``hidden`` ``(rows, c, hidden)``, ``names`` ``(rows, c)``,
+    ``behind`` ``(rows, 1)`` place that they stand behind."""
+
+    group: Group
+    hidden: torch.Tensor
+    names: torch.Tensor
+    behind: torch.Tensor
+
+
+def _joined(new: list[_New], batch: int) -> Added:
+    """The rows of all groups, side by side in their samples."""
+    columns, used = [], [0] * batch
+    for one in new:
+        firsts = []
+        for sample in one.group.names:
+            firsts.append([used[sample]])
+            used[sample] += one.names.shape[1]
+        columns.append(sent(firsts, one.names.device) + iota(one.names.shape[1], one.names.device))
+    hidden = new[0].hidden.new_zeros(batch, max(used), new[0].hidden.shape[-1])
+    names, slots, behind = (new[0].names.new_zeros(batch, max(used)) for _ in range(3))
+    real = torch.zeros_like(names, dtype=torch.bool)
+    for one, column in zip(new, columns, strict=True):
+        at = (one.group.samples[:, None], column)
+        hidden[at] = one.hidden
+        names[at], real[at] = one.names, True
+        slots[at] = one.group.last.expand_as(column)
+        behind[at] = one.behind.expand_as(column)
+    return Added(hidden, names, slots, behind, real)
+
+
+def _outcome(group: Group, kept: torch.Tensor) -> tuple[list[Group], torch.Tensor | None]:
+    """What a rule's answer makes of a group: the groups that follow, and which of its tokens go,
+    bool ``(rows, n)`` (``None``: none)."""
+    if kept.dtype == torch.bool:
+        return _outcome_of_mask(group, kept)
+    if kept.shape[1] == group.places.shape[1]:
+        return [group], None
+    goes = torch.ones_like(group.places, dtype=torch.bool).scatter_(1, kept, False)
+    return [group.keep(kept)], goes
+
+
+def _outcome_of_mask(group: Group, stays: torch.Tensor) -> tuple[list[Group], torch.Tensor | None]:
+    """As above for rules whose counts depend on the data: rows are regrouped by their count."""
+    counts = stays.sum(dim=1).tolist()
+    groups: list[Group] = []
+    for count in sorted(set(counts)):
+        rows = [row for row, c in enumerate(counts) if c == count]
+        part = group.rows(rows) if len(rows) < len(counts) else group
+        if count < stays.shape[1]:
+            part = part.keep(_pick(stays[rows], count))
+        groups.append(part)
+    return groups, ~stays if min(counts) < stays.shape[1] else None
+
+
+def _pick(mask: torch.Tensor, count: int) -> torch.Tensor:
+    """Places of the ``count`` True in each row, in order, without asking the device how many."""
+    return mask.int().argsort(dim=1, stable=True)[:, mask.shape[1] - count :]

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import weakref
 from contextlib import AbstractContextManager
+from typing import Any
 
+import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from vlm_prune_ext.engine import kernels
 from vlm_prune_ext.engine.compose import FeatureSite, feature_site
-from vlm_prune_ext.engine.decoder import DecoderPruner
+from vlm_prune_ext.engine.decoder import COMPILED, DecoderPruner, refuse_compiled
 from vlm_prune_ext.engine.parts import ModelParts, Undo
-from vlm_prune_ext.engine.recorders import restore_recorders
-from vlm_prune_ext.engine.refusals import refuse
-from vlm_prune_ext.engine.spans import VisualSpan
+from vlm_prune_ext.engine.prompt import VisualSpan
+from vlm_prune_ext.engine.tower import VisionPruner
 from vlm_prune_ext.engine.trace import Trace
-from vlm_prune_ext.engine.vision import VisionPruner
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.methods.base import Method
 
@@ -163,3 +165,99 @@ def _pruners(
             "only methods that work in the tower (SAINT with vit=..., start=None) apply."
         )
     return pruners
+
+
+# -- what cannot work while tokens are dropped ----------------------------------------------------
+def _is_compiled(module: Any) -> bool:
+    if type(module).__name__ == "OptimizedModule":
+        return True
+    made = getattr(module, "_compiled_call_impl", None)
+    own = vars(module).get("forward") if module is not None else None
+    return made is not None or hasattr(own, "_torchdynamo_orig_callable")
+
+
+def refuse(parts: ModelParts, shortens: bool) -> Undo:
+    """A hook in front of the model that raises InputError for labels and for checkpointed layers.
+
+    Args:
+        parts: of the model.
+        shortens: whether logits lose positions; masks alone leave them all.
+
+    Returns:
+        what takes it off.
+    """
+    tower = parts.vision.layers if parts.vision is not None else ()
+    layers = [*parts.layers, *tower]
+    whole = [parts.model, *parts.model.children(), parts.decoder]
+    if any(map(_is_compiled, [*whole, *layers])):
+        raise InputError(COMPILED)
+
+    def look(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        refuse_compiled()
+        if shortens and kwargs.get("labels") is not None:
+            raise InputError(
+                "labels are not accepted while pruning: logits have lost the positions that were "
+                "dropped. Compute the loss of the logits that are left (Trace.kept says which), or "
+                "train outside of prune()."
+            )
+        if not torch.is_grad_enabled():
+            return
+        if any(
+            getattr(layer, "gradient_checkpointing", False) and layer.training for layer in layers
+        ):
+            raise InputError(
+                "Gradient checkpointing is not possible while pruning: layers would run a second "
+                "time without their prompt. Call gradient_checkpointing_disable() or train outside "
+                "of prune()."
+            )
+
+    return parts.model.register_forward_pre_hook(look, with_kwargs=True).remove
+
+
+# -- what transformers leaves behind --------------------------------------------------------------
+_FLAG = "_output_capturing_hooks_installed"
+_HOOK = "install_output_capuring_hook"
+_Found = tuple[tuple[int, ...], list["weakref.ref[nn.Module]"]]
+_SUBMODELS: weakref.WeakKeyDictionary[nn.Module, _Found] = weakref.WeakKeyDictionary()
+
+
+def restore_recorders(parts: ModelParts) -> Undo:
+    """Remember which submodels are hooked now; the answer takes off what came since.
+
+    Costs a look at a handful of submodels; a submodel is walked only where it was hooked.
+    """
+    before = {id(module) for module in _submodels(parts) if _FLAG in vars(module)}
+    first_new: int = RemovableHandle.next_id
+
+    def undo() -> None:
+        fresh = [m for m in _submodels(parts) if _FLAG in vars(m) and id(m) not in before]
+        for module in fresh:
+            delattr(module, _FLAG)
+        for module in _inside(fresh):
+            hooks = module._forward_hooks
+            for key in [key for key in hooks if key >= first_new] if hooks else ():
+                if _HOOK in getattr(hooks[key], "__qualname__", ""):
+                    del hooks[key]
+
+    return undo
+
+
+def _inside(modules: list[nn.Module]) -> list[nn.Module]:
+    """These and all that they hold, some of them twice; ``modules()`` would take ten times as
+    long."""
+    found = list(modules)
+    for module in found:  # which grows meanwhile
+        found.extend(child for child in module._modules.values() if child is not None)
+    return found
+
+
+def _submodels(parts: ModelParts) -> list[nn.Module]:
+    """Every submodel that transformers may flag. Walking 700 modules takes 2 ms, so it is done
+    once, and again where decoder, layers or tower are others."""
+    tower = parts.vision.tower if parts.vision is not None else None
+    token = (id(parts.decoder), id(parts.layers), id(tower))
+    known = _SUBMODELS.get(parts.model)
+    if known is None or known[0] != token:
+        found = [m for m in parts.model.modules() if isinstance(m, PreTrainedModel)]
+        known = _SUBMODELS[parts.model] = (token, [weakref.ref(module) for module in found])
+    return [module for module in (ref() for ref in known[1]) if module is not None]

@@ -122,7 +122,7 @@ def received(
     weights: torch.Tensor | None,
     scaling: float,
 ) -> torch.Tensor:
-    """As :func:`vlm_prune_ext.engine.scores.received`, with no attention weights in memory: rows
+    """As :func:`vlm_prune_ext.engine.evidence.received`, with no attention weights in memory: rows
     are summed in a first pass, keys in a second.
 
     Args:

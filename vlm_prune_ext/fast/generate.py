@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from vlm_prune_ext.engine.call import Call
 from vlm_prune_ext.engine.decoder import DecoderPruner
 from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.engine.prune import Session, session_on, trace_of
+from vlm_prune_ext.engine.state import Call
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.fast.graphs import RecordingError
 from vlm_prune_ext.fast.pieces import Pieces

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm_prune_ext.engine.call import Call
 from vlm_prune_ext.engine.decoder import DecoderPruner
+from vlm_prune_ext.engine.state import Call
 from vlm_prune_ext.fast.run import Prompt
 
 

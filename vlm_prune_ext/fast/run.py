@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 
-from vlm_prune_ext.engine.call import Call
 from vlm_prune_ext.engine.decoder import DecoderPruner
 from vlm_prune_ext.engine.evidence import AttentionReader, Looker, Seen, reads
-from vlm_prune_ext.engine.layout import Layout, iota, sent, take
-from vlm_prune_ext.engine.prefill import Prefill
+from vlm_prune_ext.engine.layout import Layout, Prefill, iota, sent, take
+from vlm_prune_ext.engine.state import Call
 from vlm_prune_ext.fast.pieces import PROMPT_STEP, VARYING_STEP, Pieces
 from vlm_prune_ext.fast.segments import Bundle, Part, Segment, Step, turns
 from vlm_prune_ext.methods.evidence import FeatureStage, Stage, attention_needs
@@ -319,7 +318,7 @@ class Run:
                 layout = layout.at(last.expand(len(held), -1))
             if min(held) == max(held):
                 layout = replace(layout, valid=None)
-            pruner.selection.write_trace(note.layer, call, layout, note.visual, note.merged)
+            pruner.note(note.layer, call, layout, note.visual, note.merged)
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Decode one token further.
@@ -381,7 +380,7 @@ def start(
     stages: dict[int, Stage] = {}
     state = aligned.prefill(None if call is None else call.state.prefill)
     if pruner is not None and call is not None:
-        done = {0} if pruner.entrance.first_stage is not None else set()
+        done = {0} if pruner.first_stage is not None else set()
         stages = {layer: stage for layer, stage in pruner.stages.items() if layer not in done}
     run = Run(pieces, aligned, state, max_new_tokens)
     between = None if pruner is None else pruner.method.feature_stage()

@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from vlm_prune_ext.engine.call import Call, State
 from vlm_prune_ext.engine.decoder import DecoderPruner
-from vlm_prune_ext.engine.layout import Layout, iota, sent
-from vlm_prune_ext.engine.prefill import Prefill
-from vlm_prune_ext.engine.spans import Image, runs_of
+from vlm_prune_ext.engine.layout import Layout, Prefill, iota, sent
+from vlm_prune_ext.engine.prompt import Image, runs_of
+from vlm_prune_ext.engine.state import Call, State
 from vlm_prune_ext.engine.trace import Trace
 from vlm_prune_ext.fast.follow import own_places
 from vlm_prune_ext.fast.pieces import QUESTION_STEP, Pieces, round_up
@@ -316,7 +315,7 @@ def start_shared(
     layers, stages = len(pieces.parts.layers), dict[int, Stage]()
     first: int | None = None
     if pruner is not None:
-        done = {0} if pruner.entrance.first_stage is not None else set()
+        done = {0} if pruner.first_stage is not None else set()
         stages = {layer: stage for layer, stage in pruner.stages.items() if layer not in done}
         first = pruner.method.first_by_question(layers)
     joint = _Joint(
@@ -478,7 +477,7 @@ def _write_trace(
     if apart:
         run.write_trace(pruner, call)
         return
-    if mine[0].places is not None and pruner.entrance.first_stage is not None:
+    if mine[0].places is not None and pruner.first_stage is not None:
         stays = [_marks(prefix.places, prefix.length) for prefix in prefixes]
         counts = [
             prefix.length + len(ids)
@@ -493,7 +492,7 @@ def _write_trace(
         stays = [_marks(names[row], prefix.count) for row, prefix in enumerate(prefixes)]
         layout = _layout(stays, owner, table.totals, [gone[index] for index in owner], device)
         visual = [note.visual[index] for index in owner]
-        pruner.selection.write_trace(note.layer, call, layout, visual, note.merged)
+        pruner.note(note.layer, call, layout, visual, note.merged)
 
 
 def _marks(names: torch.Tensor | None, length: int) -> torch.Tensor:

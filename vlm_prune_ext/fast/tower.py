@@ -10,9 +10,8 @@ from torch import nn
 
 from vlm_prune_ext.engine.compose import FeatureSite
 from vlm_prune_ext.engine.decoder import DecoderPruner
-from vlm_prune_ext.engine.features import Seen, Watch
 from vlm_prune_ext.engine.prune import Session
-from vlm_prune_ext.engine.vision import VisionPruner
+from vlm_prune_ext.engine.tower import Seen, VisionPruner, Watch
 from vlm_prune_ext.fast.graphs import LRU, Recorded, Recorder
 
 _SHAPES = 8  # of inputs, kept at a time

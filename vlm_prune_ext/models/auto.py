@@ -19,7 +19,7 @@ from PIL.Image import Image
 from torch import nn
 from transformers import AutoProcessor, BatchFeature
 
-from vlm_prune_ext.engine.spans import runs_of
+from vlm_prune_ext.engine.prompt import runs_of
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.models import generic
 from vlm_prune_ext.models.base import (

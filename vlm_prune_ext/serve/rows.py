@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from vlm_prune_ext.engine.compose import feature_site
-from vlm_prune_ext.engine.features import Watch, watch_on
+from vlm_prune_ext.engine.decoder import without_dropped
 from vlm_prune_ext.engine.layout import take
 from vlm_prune_ext.engine.parts import ModelParts, VisionParts
-from vlm_prune_ext.engine.shorten import DecoderInput, without_dropped
-from vlm_prune_ext.engine.spans import Image
+from vlm_prune_ext.engine.prompt import DecoderInput, Image
+from vlm_prune_ext.engine.tower import Watch, watch_on
 from vlm_prune_ext.engine.trace import Trace
 from vlm_prune_ext.methods.evidence import FeatureStage
 from vlm_prune_ext.serve.selection import Selection
@@ -104,7 +104,7 @@ class RowPruner:
             made = self.site.shorten(given, spans)
         else:
             assert not isinstance(self.selection.stage, FeatureStage)
-            made = without_dropped(given, spans, self.selection.stage, self.trace, self.parts)
+            made = without_dropped(given, spans, self.selection.stage, self.parts)
         slots = made.layout.slots
         rows = take(made.given.embedded(), slots, -2)[0]
         if width is not None and width < whole.shape[-1]:

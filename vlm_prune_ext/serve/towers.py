@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm_prune_ext.engine.features import PackedWatch, TowerWatch, Watch
 from vlm_prune_ext.engine.parts import Packed, VisionParts
+from vlm_prune_ext.engine.tower import PackedWatch, TowerWatch, Watch
 
 Gather = Callable[[torch.Tensor], torch.Tensor]
 """``(..., own)`` -> ``(..., all)``: what the devices hold of the last dimension, in their order."""

@@ -1,17 +1,98 @@
-"""Where the visual tokens are: per sample, per image, checked against what the user stated."""
+"""The prompt as it came: what the decoder was called with, and where visual tokens are in it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import torch
+from torch import nn
 
 from vlm_prune_ext.errors import InputError
 
 Span = tuple[int, int]
 VisualSpan = Span | Sequence["Span | Sequence[Span]"]
+
+
+@dataclass
+class DecoderInput:
+    """What the decoder was called with; ``length`` counts padding. The last ``ahead`` tokens are
+    candidates for the answer, not part of the prompt."""
+
+    module: nn.Module
+    embeds: torch.Tensor | None
+    ids: torch.Tensor | None
+    mask: Any
+    positions: torch.Tensor | None
+    batch: int
+    length: int
+    device: torch.device
+    ahead: int = 0
+
+    @staticmethod
+    def of(module: nn.Module, kwargs: dict) -> DecoderInput:
+        """Read the decoder's keyword arguments."""
+        embeds, ids = kwargs.get("inputs_embeds"), kwargs.get("input_ids")
+        given = embeds if embeds is not None else ids
+        if given is None:
+            raise InputError("The language model was called without input_ids or inputs_embeds.")
+        return DecoderInput(
+            module,
+            embeds,
+            ids,
+            kwargs.get("attention_mask"),
+            kwargs.get("position_ids"),
+            given.shape[0],
+            given.shape[1],
+            given.device,
+        )
+
+    def forget(self) -> None:
+        """Let go of the tensors, once the prompt is through; what decoding needs is known."""
+        self.real  # noqa: B018 - computed while the mask is still here
+        self.embeds = self.ids = self.mask = None
+
+    def embedded(self) -> torch.Tensor:
+        """``(batch, length, hidden)``."""
+        if self.embeds is not None:
+            return self.embeds
+        return self.module.get_input_embeddings()(self.ids)  # type: ignore[operator]
+
+    @cached_property
+    def real(self) -> torch.Tensor | None:
+        """Bool ``(batch, length)``, False at padding; ``None`` where there is none."""
+        mask = self.mask
+        if isinstance(mask, dict):  # one mask per kind of layer
+            mask = mask.get("full_attention")
+        if mask is None:
+            return None
+        if mask.dim() == 4:  # a token sees itself, whatever window it looks through
+            own = mask[:, 0].diagonal(dim1=-2, dim2=-1)
+            mask = own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
+            mask = mask.expand(self.batch, -1)
+        real = mask[:, : self.length].bool()
+        return None if bool(real.all()) else real
+
+    def first_tokens(self) -> list[int]:
+        """Per sample, place of the first token that is not padding."""
+        real = self.real
+        return [0] * self.batch if real is None else real.int().argmax(dim=1).tolist()
+
+    def last_tokens(self) -> list[int]:
+        """Per sample, place of the last token that is not padding."""
+        return last_tokens(self.real, self.batch, self.length, self.ahead)
+
+
+def last_tokens(real: torch.Tensor | None, batch: int, length: int, ahead: int) -> list[int]:
+    """Per sample, place of the last token of which ``real`` ``(batch, length)`` is True, the last
+    ``ahead`` left out."""
+    length -= ahead
+    if real is None:
+        return [length - 1] * batch
+    return (length - 1 - real[:, :length].flip(1).int().argmax(dim=1)).tolist()
 
 
 @dataclass(frozen=True)
@@ -208,3 +289,41 @@ def check_stated(
                 f"image token length {image_length} contradicts the input: sample {sample} has "
                 f"{found_length} visual tokens. Leave it None to have it detected."
             )
+
+
+Found = tuple[torch.Tensor, "list[list[int]] | None"]
+"""What a model's adapter saw of a prompt, see :data:`~vlm_prune_ext.engine.parts.SpanSink`."""
+
+
+def images_found(found: Found, batch: int, length: int) -> list[Image]:
+    """Images of a prompt ``(batch, length)`` from what the adapter saw of it.
+
+    Raises:
+        InputError: that was another prompt.
+    """
+    mask, lengths = found
+    beams = batch // mask.shape[0]
+    if beams > 1 and tuple(mask.shape) == (batch // beams, length):
+        mask = mask.repeat_interleave(beams, dim=0)  # seen before beams were made of it
+        lengths = lengths and [row for row in lengths for _ in range(beams)]
+    if tuple(mask.shape) != (batch, length):
+        raise InputError(
+            f"Visual tokens were found in an input of shape {tuple(mask.shape)}, but the "
+            f"language model was called with {(batch, length)}."
+        )
+    return images_from_mask(mask, lengths)
+
+
+def images_stated(stated: tuple[int | None, int | None], batch: int, length: int) -> list[Image]:
+    """Images from the lengths that a method's fields state, where nothing else is known.
+
+    Raises:
+        InputError: they are not stated, or do not fit.
+    """
+    start, count = stated
+    if start is None or count is None:
+        raise InputError(
+            "visual_span=None is not enough for a bare language model: give "
+            "visual_span=(start, length), or sys_length and the image length in the method."
+        )
+    return images_from_argument((start, count), batch, length)
