@@ -30,7 +30,7 @@ from vlm_prune_ext.demo.writers import write_lmms_parquet, write_vlmeval_tsv
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.evals import lmms as models
 from vlm_prune_ext.evals.decoding import Decoding, decoding_of
-from vlm_prune_ext.evals.likelihood import Row, score_rows
+from vlm_prune_ext.evals.lmms_likelihood import Row, score_rows
 from vlm_prune_ext.evals.lmms_requests import chat_prompt
 from vlm_prune_ext.evals.lmms_tally import Sums, _added, _metrics
 from vlm_prune_ext.experiment.flops import DecoderShape, PromptFlops, flops_ratio

@@ -14,14 +14,14 @@ import yaml
 
 from vlm_prune_ext import InputError
 from vlm_prune_ext.evals import lmms_launch
-from vlm_prune_ext.evals.lazy import LazyAnswers
-from vlm_prune_ext.evals.lmms_args import (
+from vlm_prune_ext.evals.lmms import LazyAnswers
+from vlm_prune_ext.evals.lmms_plugin import (
     accepted_keys,
     class_of,
     method_of,
+    models,
     run_label,
 )
-from vlm_prune_ext.evals.lmms_plugin import models
 from vlm_prune_ext.methods.custom import CustomSelection
 from vlm_prune_ext.methods.fastv import FastV
 from vlm_prune_ext.methods.registry import METHODS

@@ -18,7 +18,7 @@ from vlmeval.dataset import image_base
 from vlmeval.dataset.utils import multiple_choice
 from vlmeval.smp import dump, load
 
-from vlm_prune_ext.evals.vlmeval_files import own_files
+from vlm_prune_ext.evals.vlmeval_store import own_files
 
 
 @pytest.fixture

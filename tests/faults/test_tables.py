@@ -21,9 +21,8 @@ from tests.vlmeval_files import mcq_rows, picture
 from vlm_prune_ext.ablation.data import read_data
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.evals import rows as rows_of
-from vlm_prune_ext.evals.pictures import keep, unpack
-from vlm_prune_ext.evals.rows import class_of, open_table
-from vlm_prune_ext.evals.vlmeval_files import own_reading
+from vlm_prune_ext.evals.rows import class_of, keep, open_table, unpack
+from vlm_prune_ext.evals.vlmeval_store import own_reading
 from vlm_prune_ext.profiling.data import entries_from, read_folder
 from vlm_prune_ext.tables import MISSING, read_leniently
 

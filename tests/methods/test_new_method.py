@@ -14,7 +14,7 @@ import vlm_prune_ext as vp
 from tests.makers import tiny_bare_llama
 from tests.words import settings_of
 from vlm_prune_ext import cli
-from vlm_prune_ext.evals import lmms_args, lmms_plugin
+from vlm_prune_ext.evals import lmms_plugin
 from vlm_prune_ext.methods.base import REGISTERED
 from vlm_prune_ext.methods.registry import parse_method, standard_method
 from vlm_prune_ext.pruning import reset_calls
@@ -83,7 +83,7 @@ def test_in_both_frameworks(registered: None) -> None:
     assert lmms_plugin.models()["llava_first_ones"] == "first_ones"
     assert "llava_first_ones" in {m.model_id for m in lmms_plugin.manifests()}
     given = {"amount": 5, "first_ones_start": 3}
-    assert lmms_args.method_of("llava_first_ones", given) == vp.FirstOnes(5, 3)
+    assert lmms_plugin.method_of("llava_first_ones", given) == vp.FirstOnes(5, 3)
     from vlm_prune_ext.evals import lmms, vlmeval
 
     assert lmms.LlavaFirstOnesChat.MODEL == "llava_first_ones"

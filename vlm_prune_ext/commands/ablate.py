@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     )
     from vlm_prune_ext.ablation.files import Folder
     from vlm_prune_ext.ablation.study import Study
-    from vlm_prune_ext.evals.interrupt import terminable
+    from vlm_prune_ext.experiment.log import terminable
 
     runs = plan(said.models or PRESETS[said.preset], said.methods)
     redo = frozenset(run.name for run in runs) if said.fresh else to_redo(said.rerun, runs)

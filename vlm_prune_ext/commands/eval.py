@@ -137,8 +137,7 @@ def _run(settings: Settings) -> int:
     if all(map(is_ours, settings.data)):
         keep_out_of_lmudata()
     import_quietly()
-    from vlm_prune_ext.evals.rows import check_name
-    from vlm_prune_ext.evals.shapes import register_datasets
+    from vlm_prune_ext.evals.rows import check_name, register_datasets
     from vlm_prune_ext.evals.vlmeval_run import Models, Ranks, run_dataset
     from vlm_prune_ext.models.adapters import check_pictures
     from vlm_prune_ext.pruning import announce

@@ -13,7 +13,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar, overload
 
 import torch
 from accelerate import Accelerator
@@ -27,10 +27,8 @@ from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.evals.answer import Answerer
 from vlm_prune_ext.evals.batch_size import AUTO, LARGEST, BatchSize, batch_size_of
 from vlm_prune_ext.evals.feed import Feeder, Outcome, Row, by_picture
-from vlm_prune_ext.evals.lazy import LazyAnswers
-from vlm_prune_ext.evals.lmms_args import method_of, value_of
 from vlm_prune_ext.evals.lmms_likelihood import Likelihood, Scorer
-from vlm_prune_ext.evals.lmms_plugin import class_name, models
+from vlm_prune_ext.evals.lmms_plugin import class_name, method_of, models, value_of
 from vlm_prune_ext.evals.lmms_requests import Reader, Source, Task
 from vlm_prune_ext.evals.lmms_tally import Tally
 from vlm_prune_ext.evals.precheck import check_fit
@@ -317,3 +315,43 @@ def __getattr__(name: str) -> type[PruneModel]:
                 globals()[name] = made
                 return made
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+# -- answers on demand -----------------------------------------------------------------------------
+T = TypeVar("T")
+
+
+class LazyAnswers(Sequence[T], Generic[T]):
+    """A sequence as long as its requests, whose entries are made on demand.
+
+    Args:
+        length: requests.
+        made: places and their answers, in the order in which they are made.
+        twins: place -> another place whose answer it shares (and which is made instead).
+    """
+
+    def __init__(
+        self, length: int, made: Iterator[tuple[int, T]], twins: dict[int, int] | None = None
+    ) -> None:
+        self._length, self._made, self._twins = length, made, twins or {}
+        self._answers: dict[int, T] = {}
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, place: int) -> T: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[T]: ...
+    def __getitem__(self, place: int | slice) -> T | list[T]:
+        places = range(self._length)[place]
+        if isinstance(places, range):
+            return [self[one] for one in places]
+        places = self._twins.get(places, places)
+        while places not in self._answers:
+            made, answer = next(self._made)
+            self._answers[made] = answer
+        if len(self._answers) == self._length - len(self._twins):
+            for _ in self._made:  # what is to be done behind the last one
+                pass
+        return self._answers[places]

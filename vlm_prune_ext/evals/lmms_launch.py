@@ -20,15 +20,16 @@ from typing import Any
 import yaml
 
 from vlm_prune_ext.errors import InputError, make_folder, unknown_name
-from vlm_prune_ext.evals.lmms_args import (
+from vlm_prune_ext.evals.lmms_plugin import (
+    GROUP,
     accepted_keys,
     class_of,
     method_keys,
     method_of,
+    models,
     run_label,
     value_of,
 )
-from vlm_prune_ext.evals.lmms_plugin import GROUP, models
 from vlm_prune_ext.experiment.report import say
 
 TASKS = Path(__file__).parent / "tasks"

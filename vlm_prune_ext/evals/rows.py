@@ -2,15 +2,25 @@
 
 VLMEvalKit reads a whole TSV with pandas and stops at the first row it cannot use. Here such rows
 are named and left out, and the rest is the data set that VLMEvalKit would have built from them. Its
-pictures are unpacked by content (:mod:`vlm_prune_ext.evals.pictures`), and of a TSV of one's own
+pictures are unpacked by content (:func:`unpack`), and of a TSV of one's own
 nothing outside VLMEvalKit's data folder is read.
+
+The demo's data sets are subclasses of VLMEvalKit's, scored by its own code, of ``Shapes_*.tsv`` as
+``vlm-prune demo-data`` writes them (:func:`vlm_prune_ext.evals.names.demo_data` says where).
+VLMEvalKit's data folder (``LMUData``) is neither read nor written for them.
 """
 
 from __future__ import annotations
 
 import ast
+import base64
+import binascii
+import hashlib
 import os
-from collections.abc import Callable, Iterable
+import tempfile
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -18,18 +28,23 @@ from typing import Any
 
 import pandas as pd
 import vlmeval.dataset
+from vlmeval.dataset import ImageCaptionDataset, ImageMCQDataset, ImageVQADataset, ImageYORNDataset
 from vlmeval.dataset.image_base import ImageBaseDataset
+from vlmeval.smp import load
 
 from vlm_prune_ext.errors import InputError, reason_of
 from vlm_prune_ext.evals.names import (
+    LMUDATA,
+    VARIABLE,
+    cache_folder,
     data_root,
+    demo_data,
     is_by_path,
     own_table,
     table_name,
     unknown_dataset,
 )
-from vlm_prune_ext.evals.pictures import unpack
-from vlm_prune_ext.evals.vlmeval_files import own_reading
+from vlm_prune_ext.evals.vlmeval_store import own_reading
 from vlm_prune_ext.tables import BadRow, read_as_written, read_header
 
 # A cell of the image column that is shorter refers to the row that has the image.
@@ -392,3 +407,105 @@ def _spelt_alike(value: Any) -> Any:
 
 def _as_text(value: Any) -> str:
     return str(value).strip()
+
+
+# -- pictures --------------------------------------------------------------------------------------
+_OTHER_ALPHABET = str.maketrans("-_", "+/")
+_KINDS = ((b"\xff\xd8", ".jpg"), (b"GIF8", ".gif"), (b"RIFF", ".webp"), (b"BM", ".bmp"))
+
+
+def unpack(encoded: str) -> str:
+    """A file with a picture's bytes, as they are.
+
+    Args:
+        encoded: base64, with either alphabet; blanks and line ends in it do not count.
+
+    Raises:
+        InputError: it is not base64.
+        OSError: the folder cannot be written.
+    """
+    if encoded.startswith("data:"):
+        encoded = encoded.partition(",")[2]
+    try:
+        plain = "".join(encoded.split()).translate(_OTHER_ALPHABET)
+        return str(keep(base64.b64decode(plain, validate=True)))
+    except (binascii.Error, ValueError) as error:
+        raise InputError("the image is not base64 data") from error
+
+
+def keep(data: bytes) -> Path:
+    """A file with these bytes in the cache folder; one that holds others is written again."""
+    ending = next((ending for start, ending in _KINDS if data.startswith(start)), ".png")
+    digest = hashlib.sha256(data).hexdigest()[:40]
+    path = cache_folder() / "pictures" / digest[:2] / f"{digest}{ending}"
+    if path.is_file() and path.read_bytes() == data:
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{uuid.uuid4().hex}")
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+# -- the demo's data sets --------------------------------------------------------------------------
+# Answers in these sets are short; VLMEvalKit's limit for LLaVA (2048) would only let a model that
+# does not stop by itself babble.
+MAX_NEW_TOKENS = {"Shapes_MCQ": 16, "Shapes_YN": 16, "Shapes_VQA": 16, "Shapes_Caption": 64}
+
+
+class _Shapes:
+    """In front of a class of VLMEvalKit's: data and pictures in a folder of their own."""
+
+    def __init__(self, dataset: str, **kwargs: Any) -> None:
+        with _no_lmudata():
+            super().__init__(dataset=dataset, **kwargs)  # type: ignore[call-arg]
+
+    def prepare_tsv(self, url: str, file_md5: str | None = None) -> Any:
+        """The table, from our folder instead of a download."""
+        name = self.dataset_name  # type: ignore[attr-defined]
+        path = demo_data("tsv") / f"{name}.tsv"
+        if not path.is_file():
+            raise InputError(
+                f"{str(path)!r} is missing: {VARIABLE} must name a folder made by "
+                "`vlm-prune demo-data`, or not be set."
+            )
+        self.data_path = str(path)
+        return load(str(path))
+
+
+@contextmanager
+def _no_lmudata() -> Iterator[None]:
+    """VLMEvalKit makes its data folder when a data set is built; here it gets an existing one."""
+    before = os.environ.get(LMUDATA)
+    os.environ[LMUDATA] = tempfile.gettempdir()
+    try:
+        yield
+    finally:
+        os.environ.pop(LMUDATA)
+        os.environ |= {LMUDATA: before} if before is not None else {}
+
+
+_BASES = {
+    "Shapes_MCQ": ImageMCQDataset,
+    "Shapes_YN": ImageYORNDataset,
+    "Shapes_VQA": ImageVQADataset,
+    "Shapes_Caption": ImageCaptionDataset,
+}
+CLASSES = {
+    name: type(
+        name.replace("_", ""), (_Shapes, base), {"DATASET_URL": {name: ""}, "DATASET_MD5": {}}
+    )
+    for name, base in _BASES.items()
+}
+
+
+def register_datasets() -> None:
+    """Make VLMEvalKit know the four data sets. A second call does nothing."""
+    known = vlmeval.dataset.DATASET_CLASSES
+    for name, cls in CLASSES.items():
+        if cls not in known:
+            known.append(cls)
+            vlmeval.dataset.SUPPORTED_DATASETS.append(name)

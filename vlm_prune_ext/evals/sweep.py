@@ -138,7 +138,7 @@ class Evaluate:
     def __init__(self, threads: int = 0) -> None:
         import torch
 
-        from vlm_prune_ext.evals.shapes import register_datasets
+        from vlm_prune_ext.evals.rows import register_datasets
 
         if threads:
             torch.set_num_threads(threads)
@@ -206,7 +206,7 @@ def carry_out(
     Returns:
         the results, read from the files; ``None`` in processes of torchrun's other than the first.
     """
-    from vlm_prune_ext.evals.interrupt import terminable
+    from vlm_prune_ext.experiment.log import terminable
 
     rank, world = _rank()
     log = Log(folder / LOG)

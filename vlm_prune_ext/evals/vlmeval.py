@@ -30,7 +30,7 @@ from vlm_prune_ext.demo import CHECKPOINT
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.evals.answer import Answer, Answerer, Query
 from vlm_prune_ext.evals.names import run_name
-from vlm_prune_ext.evals.shapes import MAX_NEW_TOKENS, register_datasets
+from vlm_prune_ext.evals.rows import MAX_NEW_TOKENS, register_datasets
 from vlm_prune_ext.methods.base import Method
 from vlm_prune_ext.methods.registry import (
     METHODS,

@@ -31,8 +31,7 @@ from vlm_prune_ext.evals.answer import Query, Sizes
 from vlm_prune_ext.evals.batch_size import BatchSize
 from vlm_prune_ext.evals.feed import Batch, Feeder, Outcome, Row, by_picture
 from vlm_prune_ext.evals.vlmeval import PrunedVLM
-from vlm_prune_ext.evals.vlmeval_files import exchange
-from vlm_prune_ext.evals.vlmeval_store import index_of
+from vlm_prune_ext.evals.vlmeval_store import exchange, index_of
 from vlm_prune_ext.experiment import host, measure
 from vlm_prune_ext.experiment.record import Sample, SampleLog, Stretch
 from vlm_prune_ext.experiment.report import say

@@ -3,25 +3,41 @@
 Every answer is a line of a log, with what it cost and with fingerprints of what it depends on. A
 run goes on from that log, whatever number of processes it had; rows that are not what they were are
 asked anew.
+
+VLMEvalKit (checked: 0.0.20) writes pictures straight to their place, where another process, or the
+next run after a kill, takes the first half of one for the whole; and its scoring of multiple choice
+writes ``/tmp/<time to the second>.xlsx`` and reads it back, which two processes do in the same
+second. Its readers take ``None``, ``NA`` and ``null``, which options and answers may be, for
+missing values, and it finds out what a text is by running it as Python. :func:`own_files` and
+:func:`own_reading` see to all of it.
 """
 
 from __future__ import annotations
 
 import ast
 import contextlib
+import json
+import re
+import sys
+import uuid
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from vlmeval.smp import dump, get_pred_file_path
+import pandas as pd
+from vlmeval.dataset.utils import multiple_choice, vqa_eval
+from vlmeval.smp import dump, get_pred_file_path, load, misc, vlm
+from vlmeval.smp import file as reading
 
 from vlm_prune_ext.errors import InputError, make_folder
 from vlm_prune_ext.evals.names import run_name
-from vlm_prune_ext.experiment.log import put_aside, read_json, write_json
+from vlm_prune_ext.experiment.log import Log, put_aside, read_json, write_json
 from vlm_prune_ext.experiment.record import Sample, SampleLog, Stretch, changed, digest
 from vlm_prune_ext.experiment.report import say
 from vlm_prune_ext.experiment.settings import Settings
+from vlm_prune_ext.tables import BadRow, read_leniently
 
 DECISIVE = (
     *("method", "seed", "dtype", "attn_implementation", "max_new_tokens", "fast"),
@@ -225,3 +241,190 @@ def texts(cell: str) -> list[str]:
         with contextlib.suppress(ValueError, SyntaxError):
             return list(map(str, ast.literal_eval(cell))) or [""]
     return [cell]
+
+
+# -- VLMEvalKit's own files ------------------------------------------------------------------------
+@contextmanager
+def own_files() -> Iterator[None]:
+    """While this is open, pictures appear whole or not at all, scoring files have own names, and
+    tables are read as :func:`own_reading` has it.
+
+    Only names inside VLMEvalKit's modules are exchanged, and they are put back.
+    """
+    tag = uuid.uuid4().hex
+    with own_reading([]), ExitStack() as stack:
+        for module in _users_of(vlm.decode_base64_to_image_file):
+            exchange(stack, module, "decode_base64_to_image_file", whole(module))
+        plain = multiple_choice.timestr
+        exchange(stack, multiple_choice, "timestr", lambda: f"{plain()}_{tag}")
+        try:
+            yield
+        finally:
+            for left in Path("/tmp").glob(f"*_{tag}.*"):  # the folder is VLMEvalKit's choice
+                left.unlink(missing_ok=True)
+
+
+@contextmanager
+def own_reading(bad: list[BadRow]) -> Iterator[None]:
+    """While this is open, VLMEvalKit reads tables so that words stay words, and rows break alone.
+
+    Args:
+        bad: takes the broken rows of TSV files.
+    """
+    with ExitStack() as stack:
+        exchange(stack, reading, "pd", _Pandas(bad))
+        exchange(stack, pd.DataFrame, "to_excel", _as_text(pd.DataFrame.to_excel))
+        for module in {*_users_of(misc.istype), *_users_of(vqa_eval.istype)}:
+            exchange(stack, module, "istype", is_spelled)
+        yield
+
+
+def is_spelled(value: Any, kind: type) -> bool:
+    """VLMEvalKit's ``istype``, which runs a text (an index) as Python to see what it is: whether a
+    value is of a kind, or a text that spells one as Python writes it."""
+    if isinstance(value, kind) or not isinstance(value, str):
+        return isinstance(value, kind)
+    if kind is int:  # what int() reads, and no more: 0x10 and 1_0 are names
+        return re.fullmatch(r"[+-]?(0|[1-9][0-9]*)", value) is not None
+    try:
+        return isinstance(ast.literal_eval(value), kind)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return False
+
+
+class _Pandas:
+    """pandas, as far as the module of VLMEvalKit's that reads files uses it."""
+
+    def __init__(self, bad: list[BadRow]) -> None:
+        self._bad = bad
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(pd, name)
+
+    def read_csv(self, path: Any, sep: str = ",", **options: Any) -> pd.DataFrame:
+        """A table's whole rows."""
+        data, bad = read_leniently(Path(path), sep, **options)
+        self._bad += bad
+        return data
+
+    def read_excel(self, path: Any, **options: Any) -> pd.DataFrame:
+        """A sheet whose texts are what was written: words, and signs that XML has no place for."""
+        options = {"dtype": object, "keep_default_na": False, "na_values": [""], **options}
+        found = pd.read_excel(path, **options).infer_objects()  # 007 stays a text
+        found = found.map(lambda cell: _plain(cell) if isinstance(cell, str) else cell)
+        if "prediction" in found:  # an empty answer is an answer
+            found["prediction"] = found["prediction"].astype(object).fillna("")
+        return found
+
+
+_ESCAPED = re.compile(r"_x(00[01][0-9A-F])_")
+
+
+def _plain(text: str) -> str:
+    """Without the way in which xlsx writes control characters, which openpyxl leaves as it is."""
+    return _ESCAPED.sub(lambda match: chr(int(match[1], 16)), text)
+
+
+def _as_text(write: Callable[..., Any]) -> Callable[..., Any]:
+    """``DataFrame.to_excel`` whose cells stay the texts they are: VLMEvalKit's makes formulas and
+    links of answers that look like some."""
+
+    def to_excel(self: pd.DataFrame, *args: Any, **options: Any) -> Any:
+        if options.get("engine") == "xlsxwriter":
+            kinds = ("formulas", "urls", "numbers")
+            plain = {f"strings_to_{kind}": False for kind in kinds}
+            options["engine_kwargs"] = {"options": plain}
+        return write(self, *args, **options)
+
+    return to_excel
+
+
+def exchange(stack: ExitStack, module: Any, name: str, new: Any) -> None:
+    """Another thing under a module's name, until the stack is left."""
+    stack.callback(setattr, module, name, getattr(module, name))
+    setattr(module, name, new)
+
+
+def _users_of(function: Callable[..., Any]) -> list[Any]:
+    """VLMEvalKit's modules that have this function under its name."""
+    loaded = [module for name, module in list(sys.modules.items()) if name.startswith("vlmeval")]
+    return [m for m in loaded if getattr(m, function.__name__, None) is function]
+
+
+def whole(module: Any) -> Callable[..., None]:
+    """The module's writer of pictures, writing beside the place and moving there when done."""
+    write = module.decode_base64_to_image_file
+
+    def write_whole(data: str, image_path: str, *args: Any, **kwargs: Any) -> None:
+        place = Path(image_path)
+        part = place.with_name(f".{uuid.uuid4().hex}{place.suffix}")
+        try:
+            write(data, str(part), *args, **kwargs)
+            part.replace(place)
+        finally:
+            part.unlink(missing_ok=True)
+
+    return write_whole
+
+
+# -- what was asked --------------------------------------------------------------------------------
+# Columns in which VLMEvalKit's scoring writes each row's share of the score, in [0, 1].
+_SCORES = ("eval_score", "hit", "score")
+_TEXTS = ("question", "hint", "answer", "category", "l2-category")
+
+
+def row_scores(paths: Iterable[Path]) -> dict[str, float]:
+    """Index -> score of a row in [0, 1], from the tables that scoring left; empty: there is none
+    (captions are scored as a whole)."""
+    for path in sorted(paths):
+        if path.suffix != ".xlsx":
+            continue
+        table = load(str(path))
+        column = next((name for name in _SCORES if name in table), None)
+        if column is not None and "index" in table:
+            pairs = zip(table["index"], table[column], strict=True)
+            found = {str(index_of(index)): _share(score) for index, score in pairs}
+            return {index: score for index, score in found.items() if score is not None}
+    return {}
+
+
+def what_is_asked(dataset: Any) -> list[dict[str, Any]]:
+    """Index, texts, options and picture files of each row of a data set of VLMEvalKit's. To be
+    called before it is answered: inference takes the pictures out of the table."""
+    return [_row(dataset, row) for row in dataset.data.to_dict("records")]
+
+
+def write_rows(path: Path, asked: Iterable[dict[str, Any]], scores: dict[str, float]) -> None:
+    """Write the file.
+
+    Args:
+        path: of it.
+        asked: as :func:`what_is_asked` gives it.
+        scores: as :func:`row_scores` gives them.
+    """
+    Log(path).replace({**row, "score": scores.get(row["index"])} for row in asked)
+
+
+def _row(dataset: Any, row: dict[Any, Any]) -> dict[str, Any]:
+    options = {n: row[n] for n in row if len(str(n)) == 1 and str(n).isupper()}
+    texts = {name: row.get(name) for name in _TEXTS}
+    pictures: list[str] = []
+    with contextlib.suppress(Exception):  # a row without its picture has failed, and says so
+        pictures = list(map(str, dataset.dump_image(pd.Series(row, dtype=object))))
+    return {
+        "index": str(index_of(row["index"])),
+        **{name: str(text) for name, text in texts.items() if _is_there(text)},
+        "options": {n: str(text) for n, text in options.items() if _is_there(text)},
+        "pictures": pictures,
+    }
+
+
+def _is_there(value: Any) -> bool:
+    return value is not None and not (isinstance(value, float) and pd.isna(value))
+
+
+def _share(value: Any) -> float | None:
+    try:
+        return float(json.loads(str(value).lower()))
+    except (ValueError, TypeError):
+        return None

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from vlm_prune_ext.errors import InputError
 
@@ -237,3 +238,26 @@ def put_aside(folder: Path, only: Iterable[Path] | None = None) -> Path | None:
         for path in old:
             path.rename(aside / path.name)
     return aside
+
+
+# -- SIGTERM ---------------------------------------------------------------------------------------
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Inside, SIGTERM raises ``KeyboardInterrupt``.
+
+    Not to be used around code that forks workers and ends them with SIGTERM (VLMEvalKit's scoring
+    does): they would inherit the handler, and one that hangs in a lock would not end.
+    """
+
+    def stop(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -17,7 +17,7 @@ from typing import Any
 
 import datasets
 
-from vlm_prune_ext.evals.cache import demo_data
+from vlm_prune_ext.evals.names import demo_data
 
 LETTERS = "ABCD"
 YES_NO_SUFFIX = " Please answer yes or no."
