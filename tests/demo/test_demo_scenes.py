@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from vlm_prune_ext.demo import drawing, questions, writers
+from vlm_prune_ext.errors import InputError
 
 WRITERS = [writers.write_vlmeval_tsv, writers.write_lmms_parquet, writers.write_caption_csv]
 
@@ -64,6 +65,16 @@ def test_samples_depend_on_nothing_but_the_arguments():
     for kind in questions.KINDS:
         assert questions.samples(kind, 5, 20) == questions.samples(kind, 5, 20)
         assert questions.samples(kind, 5, 20) != questions.samples(kind, 6, 20)
+
+
+def test_samples_may_be_of_one_category():
+    many = questions.samples("vqa", 5, 40)
+    for category in ("color", "text"):
+        found = questions.samples("vqa", 5, 20, category)
+        assert {one["category"] for one in found} == {category}
+        assert not {one["scene_seed"] for one in found} & {one["scene_seed"] for one in many}
+    with pytest.raises(InputError, match="category is 'age'; accepted for vqa are color, shape"):
+        questions.samples("vqa", 5, 20, "age")
 
 
 @pytest.mark.parametrize("kind", questions.KINDS)

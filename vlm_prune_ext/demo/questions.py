@@ -427,13 +427,14 @@ def _ask(kind: str, category: str, turn: int, scene: Scene, rng: np.random.Gener
     return caption_question(scene)
 
 
-def samples(kind: str, seed: int, count: int) -> list[dict[str, Any]]:
+def samples(kind: str, seed: int, count: int, category: str | None = None) -> list[dict[str, Any]]:
     """`count` evaluation samples, each on a scene of its own; the same for the same arguments.
 
     Args:
         kind: `mcq`, `yn`, `vqa` or `caption`.
         seed: any whole number of at least 0; other seeds give other scenes.
         count: at least 1.
+        category: one of the kind's, for all; `None`: each in its turn.
 
     Returns:
         one dictionary each: `index`, `kind`, `category`, `scene_seed`, `question`, `answer`, for
@@ -444,8 +445,13 @@ def samples(kind: str, seed: int, count: int) -> list[dict[str, Any]]:
     check_count("count", count)
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise InputError(f"seed is {seed!r}; a whole number of at least 0 is accepted.")
-    rng = np.random.default_rng([KINDS.index(kind), seed])
-    categories = _WEIGHTS[kind]
+    categories, stream = _WEIGHTS[kind], [KINDS.index(kind), seed]
+    if category is not None:
+        if category not in categories:
+            known = ", ".join(dict.fromkeys(categories))
+            raise InputError(f"category is {category!r}; accepted for {kind} are {known}.")
+        stream, categories = [*stream, 1 + categories.index(category)], (category,)
+    rng = np.random.default_rng(stream)
     used: set[int] = set()
     result = []
     for index in range(count):
