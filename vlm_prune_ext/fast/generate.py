@@ -22,6 +22,7 @@ from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.engine.prune import Session, session_on, trace_of
 from vlm_prune_ext.engine.state import Call
 from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.fast.front import RecordedRules, RecordedTower, drops_inside, site_of
 from vlm_prune_ext.fast.graphs import RecordingError
 from vlm_prune_ext.fast.pieces import Pieces
 from vlm_prune_ext.fast.possible import (
@@ -32,7 +33,6 @@ from vlm_prune_ext.fast.possible import (
     why_not_options,
 )
 from vlm_prune_ext.fast.reach import reach
-from vlm_prune_ext.fast.rules import RecordedRules
 from vlm_prune_ext.fast.run import Prompt, Run, start
 from vlm_prune_ext.fast.shared import (
     Asked,
@@ -44,7 +44,6 @@ from vlm_prune_ext.fast.shared import (
     version_of,
     why_not_shared,
 )
-from vlm_prune_ext.fast.tower import RecordedTower, drops_inside, site_of
 from vlm_prune_ext.fast.unchanged import Unchanged
 from vlm_prune_ext.methods.base import Method
 

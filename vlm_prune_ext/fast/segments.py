@@ -18,8 +18,7 @@ from torch import nn
 
 from vlm_prune_ext.engine.layout import sent
 from vlm_prune_ext.engine.parts import ModelParts
-from vlm_prune_ext.fast.arena import Arena
-from vlm_prune_ext.fast.graphs import Recorded, Recorder
+from vlm_prune_ext.fast.graphs import Arena, Recorded, Recorder
 
 Head = Any
 """``head(hidden (batch, n, hidden)) -> logits (batch, n, vocabulary)``."""
