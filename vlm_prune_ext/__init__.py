@@ -36,11 +36,11 @@ def _registry() -> Any:
 def __getattr__(name: str) -> Any:
     """Names of :data:`_HOMES`, and the classes of all methods."""
     if name == "__all__":
-        return [*sorted(_HOMES), *_registry().public_names(), "__version__"]
+        return [*sorted(_HOMES), *_registry().PUBLIC, "__version__"]
     if name in _HOMES:
         return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     if name[:1].isupper():  # a module of this package is no class, and costs no look-up
-        found = _registry().public_class(name)
+        found = _registry().PUBLIC.get(name)
         if found is not None:
             return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.engine.prompt import VisualSpan
 from vlm_prune_ext.engine.prune import Baseline, Session
 from vlm_prune_ext.engine.trace import Trace
@@ -22,6 +23,7 @@ from vlm_prune_ext.methods.base import Method
 from vlm_prune_ext.methods.option import require
 from vlm_prune_ext.methods.registry import METHODS, classes, settings_method
 from vlm_prune_ext.models import parts_of
+from vlm_prune_ext.models.generic import path_to
 
 logger = logging.getLogger("vlm_prune_ext")
 
@@ -82,15 +84,25 @@ class _Pruning(AbstractContextManager[Trace]):
         model, method, visual_span = self._given
         parts = parts_of(model)
         self._session = Session(parts, method, visual_span)
-        self._structure = parts.structure()
+        self._children = _children_on_the_way(parts)
 
     def __enter__(self) -> Trace:
-        if not self._structure.holds():
+        # While these are the same modules, the plan still fits: a few microseconds to know.
+        if any(list(now.values()) != then for now, then in self._children):
             self._plan()
         return self._session.open()
 
     def __exit__(self, *error: object) -> None:
         self._session.close()
+
+
+def _children_on_the_way(parts: ModelParts) -> list[tuple[dict[str, Any], list[Any]]]:
+    """Of all modules that lead to a model's parts, the children: as they are held, and were."""
+    modules = [*path_to(parts.model, parts.decoder), parts.layers]
+    if parts.vision is not None:
+        tower = parts.vision.tower
+        modules += [*path_to(parts.model, tower), *path_to(tower, parts.vision.layers)]
+    return [(module._modules, list(module._modules.values())) for module in modules]
 
 
 # -- reset calls ----------------------------------------------------------------------------------

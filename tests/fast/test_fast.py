@@ -27,7 +27,7 @@ from tests import family_makers, makers
 from tests.pruning_checks import fingerprint
 from vlm_prune_ext.cli import main
 from vlm_prune_ext.demo import CHECKPOINT, questions
-from vlm_prune_ext.engine import kernels
+from vlm_prune_ext.engine.prune import steady_attention
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.evals import scenes
 from vlm_prune_ext.evals.answer import Answerer, Query
@@ -797,7 +797,7 @@ def test_cudnn_is_left_out_and_let_in_again(original: Any) -> None:
         with vp.prune(model, None), vp.prune(model, METHODS["fastv"]):
             assert not torch.backends.cuda.cudnn_sdp_enabled()
         assert torch.backends.cuda.cudnn_sdp_enabled()
-        with pytest.raises(KeyError), kernels.steady_attention():
+        with pytest.raises(KeyError), steady_attention():
             raise KeyError
         assert torch.backends.cuda.cudnn_sdp_enabled()
     finally:

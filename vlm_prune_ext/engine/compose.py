@@ -272,21 +272,20 @@ class FeatureSite:
 def feature_site(
     parts: ModelParts,
     method: Method,
+    stage: FeatureStage,
     trace: Trace,
     watch: Callable[[VisionParts, tuple[str, ...]], Watch] = watch_on,
-) -> FeatureSite | None:
-    """What carries a method's feature stage out; ``None`` where it has none.
+) -> FeatureSite:
+    """What carries a method's feature stage out.
 
     Args:
-        parts, method, trace: of the model, what to do, and what to write to.
+        parts, method, stage, trace: of the model, what to do, and what to write to.
         watch: makes what notes the rule's needs, for towers that are not of transformers.
 
     Raises:
         InputError: the model lacks what the stage needs.
     """
-    stage, vision = method.feature_stage(), parts.vision
-    if stage is None:
-        return None
+    vision = parts.vision
     if stage.over == "span" or (stage.needs == ("projected",) and vision is None):
         return FeatureSite(stage, None, trace)
     if vision is None or vision.projector is None:

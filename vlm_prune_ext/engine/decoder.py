@@ -18,7 +18,14 @@ import torch
 from torch import nn
 
 from vlm_prune_ext.engine.compose import FeatureSite
-from vlm_prune_ext.engine.evidence import AttentionReader, Looker, Seen, cached_keys, reads
+from vlm_prune_ext.engine.evidence import (
+    AttentionReader,
+    Looker,
+    Seen,
+    attention_needs,
+    cached_keys,
+    reads,
+)
 from vlm_prune_ext.engine.layout import Layout, Prefill, take
 from vlm_prune_ext.engine.masks import LayerArguments, prompt_arguments, step_arguments
 from vlm_prune_ext.engine.parts import ModelParts, Undo
@@ -46,7 +53,7 @@ from vlm_prune_ext.engine.state import (
 from vlm_prune_ext.engine.trace import Trace
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.methods.base import Method, say_once
-from vlm_prune_ext.methods.evidence import Stage, attention_needs
+from vlm_prune_ext.methods.evidence import Stage
 
 
 class DecoderPruner:

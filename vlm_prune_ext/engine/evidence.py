@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
-from vlm_prune_ext.engine.kernels import triton_kernels
 from vlm_prune_ext.engine.layout import Group, Layout, Prefill, take
 from vlm_prune_ext.engine.parts import ModelParts
-from vlm_prune_ext.errors import InputError
-from vlm_prune_ext.methods.evidence import Attention, Evidence, Need, attention_needs
+from vlm_prune_ext.errors import InputError, first_line
+from vlm_prune_ext.methods.evidence import Attention, Evidence, Need
+
+logger = logging.getLogger("vlm_prune_ext")
 
 Seen = list[dict[str, torch.Tensor]]
 """By group, fields of :class:`Evidence` that were read off a layer."""
+
+
+def attention_needs(needs: Sequence[Need], layer: str) -> list[Attention]:
+    """Those of ``needs`` that are attention of the layer ``"before"`` or the one ``"coming"``."""
+    found = []
+    for need in needs:
+        if isinstance(need, str) and need.startswith("attention:"):
+            need = Attention(need.removeprefix("attention:"))  # type: ignore[arg-type]
+        if isinstance(need, Attention) and need.layer == layer:
+            found.append(need)
+    return found
 
 
 def reads(needs: Iterable[Need]) -> bool:
@@ -495,3 +509,24 @@ def rows_per_block(row: int, hidden: int) -> int:
         hidden: elements of the hidden states.
     """
     return max(1, max(BLOCK_ELEMENTS, 2 * hidden) // row)
+
+
+@cache
+def triton_kernels(device: torch.device) -> ModuleType | None:
+    """:mod:`vlm_prune_ext.engine.triton_kernels`; ``None`` off a GPU, and where Triton is missing
+    or cannot compile."""
+    if device.type != "cuda":
+        return None
+    try:
+        from vlm_prune_ext.engine import triton_kernels
+
+        rows, keys = torch.ones(1, 2, 3, 32, device=device), torch.ones(1, 1, 7, 32, device=device)
+        last = torch.full((1, 3), 6, device=device)
+        received = triton_kernels.received(rows, keys, last, None, 1.0)
+        if not torch.allclose(received, torch.full_like(received, 3 / 7)):
+            raise ValueError("a kernel gives wrong numbers")
+    except Exception as error:  # Triton's own errors, a missing C compiler, ...
+        said = first_line(error)
+        logger.warning("No kernel of this package is used: Triton does not work (%s).", said)
+        return None
+    return triton_kernels

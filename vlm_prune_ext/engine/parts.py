@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, Protocol
@@ -143,40 +143,3 @@ class ModelParts:
     watch_spans: Callable[[SpanSink], list[Undo]] | None = None
     joint: Callable[[Any], Joint] | None = None
     follow: Callable[[Present], list[Undo]] | None = None
-
-    def structure(self) -> Structure:
-        """What these parts were found by."""
-        found = [*path_to(self.model, self.decoder), self.layers]
-        if self.vision is not None:
-            tower, layers = self.vision.tower, self.vision.layers
-            found += [*path_to(self.model, tower), *path_to(tower, layers)]
-        return Structure(found)
-
-
-class Structure:
-    """The modules that lead to a model's parts, with their children.
-
-    While :meth:`holds`, the parts are the same modules, so a plan that was made for them still
-    fits. Asked each time that pruning begins, so it costs a few microseconds.
-    """
-
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._children = [(m._modules, list(m._modules.values())) for m in modules]
-
-    def holds(self) -> bool:
-        """Is none of them another now?"""
-        return all(list(now.values()) == then for now, then in self._children)
-
-
-def path_to(model: nn.Module, inner: nn.Module | None) -> list[nn.Module]:
-    """The modules that hold ``inner``, outermost first, and itself; none where nothing does.
-
-    Nearest first: hundreds of modules stand deeper than the parts of a model do.
-    """
-    level = [[model]]
-    while level:
-        for path in level:
-            if path[-1] is inner:
-                return path
-        level = [[*path, child] for path in level for child in path[-1].children()]
-    return []

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vlm_prune_ext.engine.kernels import triton_kernels
+from vlm_prune_ext.engine.evidence import triton_kernels
 
 _KINDS = ("Llama", "Mistral", "Qwen2")
 

@@ -23,7 +23,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vlm_prune_ext.engine.kernels import steady_attention
+from vlm_prune_ext.engine.prune import steady_attention
 from vlm_prune_ext.errors import first_line
 
 Value = TypeVar("Value")

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from vlm_prune_ext.engine.decoder import DecoderPruner
-from vlm_prune_ext.engine.evidence import AttentionReader, Looker, Seen, reads
+from vlm_prune_ext.engine.evidence import AttentionReader, Looker, Seen, attention_needs, reads
 from vlm_prune_ext.engine.layout import Layout, Prefill, iota, sent, take
 from vlm_prune_ext.engine.state import Call
 from vlm_prune_ext.fast.pieces import PROMPT_STEP, VARYING_STEP, Pieces
 from vlm_prune_ext.fast.segments import Bundle, Part, Segment, Step, turns
-from vlm_prune_ext.methods.evidence import FeatureStage, Stage, attention_needs
+from vlm_prune_ext.methods.evidence import FeatureStage, Stage
 
 ROOM = 128  # for decoded tokens at first: limits are high, answers short
 

@@ -15,7 +15,7 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from vlm_prune_ext.errors import InputError, unknown_name
 from vlm_prune_ext.methods.evidence import (  # noqa: F401 - a method's file imports from one place
@@ -29,9 +29,6 @@ from vlm_prune_ext.methods.evidence import (  # noqa: F401 - a method's file imp
     speaks_of_text,
 )
 from vlm_prune_ext.methods.option import PUBLISHED_DEPTH, Declared, Option, document, require
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger("vlm_prune_ext")
 
@@ -303,6 +300,8 @@ def label_text(value: object) -> str:
 
 # -- the table -----------------------------------------------------------------------------------
 REGISTERED: dict[str, type[Method]] = {}
+PUBLIC: dict[str, type[Declared]] = {}
+"""By its own name, the class of each method, and what else its file adds to the public API."""
 
 _M = TypeVar("_M", bound=Method)
 
@@ -323,8 +322,9 @@ def register(cls: type[_M]) -> type[_M]:
     known = REGISTERED.get(cls.name)
     if known is not None and known.__qualname__ != cls.__qualname__:
         raise TypeError(f"Two methods are named {cls.name!r}: {known} and {cls}.")
-    document(cls)
-    for each in cls.companions:
+    public: tuple[type[Declared], ...] = (cls, *cls.companions)
+    for each in public:
         document(each)
+        PUBLIC[each.__name__] = each
     REGISTERED[cls.name] = cls
     return cls

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -49,17 +49,6 @@ Named = Literal[
 Need = Named | Attention
 """``"attention:last"`` stands for ``Attention("last")``, and so on; the other names are those of
 :class:`Evidence`. Nothing is computed that no stage asks for."""
-
-
-def attention_needs(needs: Sequence[Need], layer: str) -> list[Attention]:
-    """Those of ``needs`` that are attention of the layer ``"before"`` or the one ``"coming"``."""
-    found = []
-    for need in needs:
-        if isinstance(need, str) and need.startswith("attention:"):
-            need = Attention(need.removeprefix("attention:"))  # type: ignore[arg-type]
-        if isinstance(need, Attention) and need.layer == layer:
-            found.append(need)
-    return found
 
 
 def speaks_of_text(need: Need | FeatureNeed) -> bool:

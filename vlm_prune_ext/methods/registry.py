@@ -12,6 +12,7 @@ import yaml
 
 import vlm_prune_ext.methods as package
 from vlm_prune_ext.errors import InputError, unknown_name
+from vlm_prune_ext.methods.base import PUBLIC as PUBLIC
 from vlm_prune_ext.methods.base import REGISTERED, Method
 from vlm_prune_ext.methods.option import a_budget
 
@@ -42,17 +43,6 @@ METHODS: Mapping[str, type[Method] | None] = _Methods()
 def classes() -> tuple[type[Method], ...]:
     """All methods, by name; the baseline is none."""
     return tuple(cls for cls in METHODS.values() if cls is not None)
-
-
-def public_class(name: str) -> type | None:
-    """The class of a method, or of what its file adds to the public API, by its own name."""
-    public = (each for cls in classes() for each in (cls, *cls.companions))
-    return next((each for each in public if each.__name__ == name), None)
-
-
-def public_names() -> list[str]:
-    """All names that :func:`public_class` knows."""
-    return [each.__name__ for cls in classes() for each in (cls, *cls.companions)]
 
 
 def get_method(name: str, **settings: Any) -> Method | None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlm_prune_ext.engine.parts import ModelParts, Present, SpanSink, Undo, path_to
+from vlm_prune_ext.engine.parts import ModelParts, Present, SpanSink, Undo
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.models import questions
 from vlm_prune_ext.models.base import Family
@@ -476,3 +476,17 @@ def _is_read(attn: Any, dtype: torch.dtype) -> bool:
 
 def _bare_parts(model: Any) -> ModelParts:
     return decoder_parts(model, find_decoder(model))
+
+
+def path_to(model: nn.Module, inner: nn.Module | None) -> list[nn.Module]:
+    """The modules that hold ``inner``, outermost first, and itself; none where nothing does.
+
+    Nearest first: hundreds of modules stand deeper than the parts of a model do.
+    """
+    level = [[model]]
+    while level:
+        for path in level:
+            if path[-1] is inner:
+                return path
+        level = [[*path, child] for path in level for child in path[-1].children()]
+    return []

@@ -57,8 +57,8 @@ class RowPruner:
         self.selection, self.trace = selection, Trace()
         self.parts = ModelParts(model, vision=vision)
         self.site = None
-        if isinstance(selection.stage, FeatureStage):
-            self.site = feature_site(self.parts, selection.method, self.trace, watch)
+        if isinstance(stage := selection.stage, FeatureStage):
+            self.site = feature_site(self.parts, selection.method, stage, self.trace, watch)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
