@@ -430,6 +430,19 @@ def qwen3_vl(folder: Path, layers: int = 4, head_dim: int = 16) -> None:
     _qwen_processor("Qwen3VL", folder, side=32)
 
 
+def qwen3_5(folder: Path, layers: int = 6, interval: int = 2) -> None:
+    """Attention in every ``interval``-th layer, as published in every fourth; the others carry a
+    state on."""
+    vision = {**QWEN_VISION, "patch_size": 16, "num_position_embeddings": 16}
+    rope = {**MROPE, "mrope_section": [1, 1, 2], "mrope_interleaved": True}
+    linear = {f"linear_{name}_head_dim": 8 for name in ("key", "value")}
+    text = _text(layers, head_dim=16, full_attention_interval=interval)
+    text |= linear | {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    text["rope_parameters"] = {**rope, "partial_rotary_factor": 0.5}
+    _save("Qwen3_5", folder, text_config=text, vision_config=vision, **QWEN_IDS)
+    _qwen_processor("Qwen3VL", folder, side=32)
+
+
 def llava_onevision(folder: Path, layers: int = 4) -> None:
     names = ["<pad>", "<|im_end|>", "<|im_start|>", "<image>", "<video>"]
     pinpoints = [[28, 28], [28, 56], [56, 28], [56, 56]]
@@ -755,7 +768,7 @@ class Kind:
     @property
     def processor(self) -> Any:
         """transformers' class of the processor."""
-        name = {"Mistral3": "Pixtral", "Blip2": "Blip2"}.get(self.name, self.name)
+        name = {"Mistral3": "Pixtral", "Qwen3_5": "Qwen3VL"}.get(self.name, self.name)
         return getattr(transformers, f"{name}Processor")
 
 
@@ -773,6 +786,7 @@ KINDS = {
 TABLE = {
     "qwen2_vl": Kind(qwen2_vl, "Qwen2VL"),
     "qwen3_vl": Kind(qwen3_vl, "Qwen3VL"),
+    "qwen3_5": Kind(qwen3_5, "Qwen3_5"),
     "llava_onevision": Kind(llava_onevision, "LlavaOnevision"),
     "smolvlm": Kind(smolvlm, "SmolVLM"),
     "idefics3": Kind(idefics3, "Idefics3"),

@@ -586,6 +586,46 @@ class HiddenKeys:
             handle.remove()
 
 
+class CutRows:
+    """The unpruned model on one prompt without padding, whose hidden states are cut by hand in
+    front of a stage's layer: what follows sees a shorter sequence at the rotary positions that its
+    tokens had. The comparison for layers that have no keys to hide (linear attention)."""
+
+    def __init__(self, model: Any, kept: dict[int, torch.Tensor], prompt: int) -> None:
+        self.layers, self.kept, self.prompt = parts_of(model).layers, kept, prompt
+
+    def __enter__(self) -> CutRows:
+        self.handles = [
+            layer.register_forward_pre_hook(self.hook(index), with_kwargs=True)
+            for index, layer in enumerate(self.layers)
+        ]
+        return self
+
+    def hook(self, index: int) -> Any:
+        stages = [layer for layer in self.kept if layer <= index]
+
+        def cut(module: Any, args: Any, kwargs: Any) -> Any:
+            if not stages:
+                return None
+            turns = kwargs["position_embeddings"]
+            behind = torch.arange(self.prompt, turns[0].shape[1])
+            rows = torch.cat([self.kept[max(stages)], behind])
+            hidden = args[0]
+            if index in self.kept:
+                before = [layer for layer in stages if layer < index]
+                held = torch.cat([self.kept[max(before)], behind]) if before else None
+                here = rows if held is None else torch.searchsorted(held, rows)
+                hidden = hidden[:, here]
+            turns = tuple(part[:, rows] for part in turns)
+            return (hidden,), {**kwargs, "position_embeddings": turns, "attention_mask": None}
+
+        return cut
+
+    def __exit__(self, *_: Any) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
 def forward(form: Form, inputs: Any, more: torch.Tensor) -> torch.Tensor:
     """Logits ``(batch, seq, vocabulary)`` of prompt and ``more`` tokens in one uncached call."""
     batch, extra = more.shape

@@ -29,6 +29,7 @@ from vlm_prune_ext.engine.evidence import (
 from vlm_prune_ext.engine.layout import Layout, Prefill, take
 from vlm_prune_ext.engine.masks import LayerArguments, prompt_arguments, step_arguments
 from vlm_prune_ext.engine.parts import ModelParts, Undo
+from vlm_prune_ext.engine.placing import placed
 from vlm_prune_ext.engine.prompt import (
     DecoderInput,
     Found,
@@ -82,7 +83,8 @@ class DecoderPruner:
         self.parts, self.method, self.trace, self.site = parts, method, trace, site
         self.visual_span = visual_span
         self.num_layers = len(parts.layers)
-        self.stages = {stage.layer: stage for stage in method.decoder_stages(self.num_layers)}
+        planned = placed(method.decoder_stages(self.num_layers), parts, method.name)
+        self.stages = {stage.layer: stage for stage in planned}
         shift = [method.decode_position_shift(layer) for layer in range(self.num_layers)]
         if not parts.plain_rotary:
             self._check_positions(any(shift))
@@ -219,7 +221,7 @@ class DecoderPruner:
         state = state_of(cache, self.states)
         if state is None:
             return None
-        decoded = seen - state.prefill.segments[0].count
+        decoded = seen - state.cached
         _check_mask(given, state.length + decoded)
         self._now.call = Call(state, prefill=False, decoded=decoded)
         return (
@@ -267,7 +269,7 @@ class DecoderPruner:
 
     def _start(self, given: DecoderInput, images: list[Image], kwargs: dict) -> tuple[State, dict]:
         """What is known of a prompt, and the decoder's arguments for what enters layer 0."""
-        first = self.first_stage
+        first, keeps = self.first_stage, self.parts.first_attending
         if self.site is not None:
             short = self.site.shorten(given, images)
             # The features that came were addresses, also where all of them stay.
@@ -276,11 +278,11 @@ class DecoderPruner:
         else:
             images = sparing_last(images, given.last_tokens())
             if first is None:
-                return State(Prefill.of(given, images), None), kwargs
+                return State(Prefill.of(given, images), None, keeps), kwargs
             short = without_dropped(given, images, first, self.parts)
             self.trace.kept[0] = short.layout.kept()
         self.trace.lengths[:] = [short.length] * self.num_layers
-        return State(short.start_prefill(), short), prompt_arguments(short, kwargs)
+        return State(short.start_prefill(), short, keeps), prompt_arguments(short, kwargs)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         call, self._now.call = self._now.call, None

@@ -57,6 +57,8 @@ class LayerArguments:
         """
         prefill = call.state.prefill
         layout = prefill.layout_at(index)
+        if index in self.parts.linear:
+            return self._of_linear(layout, kwargs, call)
         hiding = sum(first <= index for first in prefill.hidden_keys) if prefill.hidden_keys else 0
         # Most layers are handed what the layer before was handed, and hold what it held.
         given = (layout, *map(kwargs.get, _GIVEN), self.windows[index], hiding)
@@ -69,6 +71,16 @@ class LayerArguments:
             shifted = kwargs["position_ids"] + self.shift[index]
             changes = {**changes, "position_embeddings": self._rotary(index, hidden, shifted)}
         return {**kwargs, **changes} if changes else kwargs
+
+    def _of_linear(self, layout: Layout, kwargs: dict, call: Call) -> dict:
+        """A layer that carries a state on: which tokens of a prompt are real, if not all are."""
+        if not call.prefill or layout.is_whole:
+            return kwargs
+        mask, real = kwargs.get("attention_mask"), layout.valid
+        if mask is not None:
+            held = mask.gather(1, layout.slots.to(mask.device))
+            real = held if real is None else hide(held, real.to(mask.device))
+        return {**kwargs, "attention_mask": real}
 
     def _changes(
         self,
@@ -164,7 +176,7 @@ class LayerArguments:
         """Is the model's own mask of no use? Hybrid models size theirs by the cache of the first
         layer of each kind, which may hold fewer tokens, and count windows in tokens that are left.
         """
-        if not any(self.windows):
+        if not any(self.windows) and not self.parts.linear:
             return False
         if not call.prefill:
             return True

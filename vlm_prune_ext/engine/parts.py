@@ -105,7 +105,7 @@ class ModelParts:
         model: what the user passed.
         decoder: the module that runs the decoder layers (takes ``inputs_embeds``,
             ``attention_mask``, ``position_ids``, ``past_key_values``); ``None`` for a bare tower.
-        layers: the decoder layers, each with ``self_attn``.
+        layers: the decoder layers, each with ``self_attn`` but for those that are ``linear``.
         final_norm: module that runs after the last layer.
         queries, keys: projections, see :class:`Projection`.
         scaling: factor on query-key products, by attention module.
@@ -115,6 +115,8 @@ class ModelParts:
         rotate: ``rotate(hidden, positions (batch, n), layer)`` -> ``position_embeddings`` of text
             at these positions, where the decoder's rotary embedding is not the plain one; ``None``
             there: positions cannot be counted anew.
+        linear: layers that carry a state on instead of attending to keys (linear attention); they
+            take a 2-D padding mask, and none at a decode step.
         counts_real: where the decoder is given no positions, it counts tokens that are not
             padding (OPT), not places in the row.
         vision: the tower, or ``None``.
@@ -137,9 +139,15 @@ class ModelParts:
     input_norm: Callable[[Any], Any] = lambda layer: layer.input_layernorm
     plain_rotary: bool = True
     rotate: Callable[[torch.Tensor, torch.Tensor, int], Any] | None = None
+    linear: frozenset[int] = frozenset()
     counts_real: bool = False
     vision: VisionParts | None = None
     why_no_vision: str = "the model has no vision tower"
     watch_spans: Callable[[SpanSink], list[Undo]] | None = None
     joint: Callable[[Any], Joint] | None = None
     follow: Callable[[Present], list[Undo]] | None = None
+
+    @property
+    def first_attending(self) -> int:
+        """The first layer that keeps keys."""
+        return next((n for n in range(len(self.layers)) if n not in self.linear), 0)

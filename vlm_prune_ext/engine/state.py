@@ -136,10 +136,16 @@ def count_anew(layout: Layout, given: DecoderInput) -> torch.Tensor:
 
 
 class State:
-    """What decoding must remember of a prompt."""
+    """What decoding must remember of a prompt.
 
-    def __init__(self, prefill: Prefill, short: Shortened | None) -> None:
-        self.prefill, self.short = prefill, short
+    Args:
+        prefill: what its layers hold.
+        short: the shorter prompt that entered layer 0, if it is one.
+        first: the first layer that keeps keys: its length is what a cache says of itself.
+    """
+
+    def __init__(self, prefill: Prefill, short: Shortened | None, first: int = 0) -> None:
+        self.prefill, self.short, self.first = prefill, short, first
 
     @property
     def length(self) -> int:
@@ -151,11 +157,17 @@ class State:
         """Samples."""
         return len(self.prefill.held)
 
+    @property
+    def cached(self) -> int:
+        """What a cache said of itself when the prompt was through."""
+        return self.prefill.layout_at(self.first).count
+
     def copy(self) -> State:
         """For a copy of the cache: what decode steps change is its own."""
         mine = self.prefill
         hidden, segments = dict(mine.hidden_keys), dict(mine.segments)
-        return State(replace(mine, hidden_keys=hidden, segments=segments), self.short)
+        mine = replace(mine, hidden_keys=hidden, segments=segments)
+        return State(mine, self.short, self.first)
 
     def allows(self, rows: list[int]) -> bool:
         """Whether these rows may stand where the first, the second ... did: theirs is the same."""
@@ -276,8 +288,10 @@ def state_of(cache: Any, states: MutableMapping[Any, State]) -> State | None:
         InputError: such a cache, whose layers hold different numbers of tokens.
     """
     state = states.get(cache)
-    if state is None and (count := len(getattr(cache, "layers", ()))) > 1:
-        first, last = (int(cache.get_seq_length(layer)) for layer in (0, count - 1))
+    # Layers that carry a state on (linear attention) have no length.
+    layers = [layer for layer in getattr(cache, "layers", ()) if hasattr(layer, "get_seq_length")]
+    if state is None and len(layers) > 1:
+        first, last = (int(layer.get_seq_length()) for layer in (layers[0], layers[-1]))
         if first != last:
             raise InputError(
                 f"This {type(cache).__name__} holds {first} tokens in its first layer, {last} in "
@@ -317,7 +331,7 @@ def _watched(kind: Any) -> Any:
         def crop(self, tokens_to_remove: int) -> None:
             state = self._state()
             if state is not None:
-                decoded = int(self.get_seq_length()) - state.prefill.segments[0].count
+                decoded = int(self.get_seq_length()) - state.cached
                 if tokens_to_remove > 0:  # the length that is to be left, as the caller counts
                     tokens_to_remove = min(0, tokens_to_remove - state.length - decoded)
                     if not tokens_to_remove:

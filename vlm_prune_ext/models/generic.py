@@ -194,6 +194,8 @@ def keys(attn: nn.Module, hidden: torch.Tensor, rotary: Any) -> torch.Tensor:
 
 def _project(attn: Any, which: str, hidden: torch.Tensor, rotary: Any) -> torch.Tensor:
     flat = getattr(attn, f"{which}_proj")(hidden)
+    if which == "q" and _is_gated(attn):
+        flat = flat.unflatten(-1, (-1, 2, attn.head_dim))[..., 0, :].flatten(-2)
     norm = getattr(attn, f"{which}_norm", None)
     per_head = norm is not None and norm.weight.shape[-1] == attn.head_dim
     if norm is not None and not per_head:
@@ -202,6 +204,14 @@ def _project(attn: Any, which: str, hidden: torch.Tensor, rotary: Any) -> torch.
     if per_head:
         heads = norm(heads)  # type: ignore[misc]
     return _rotate(attn, heads.transpose(1, 2), rotary if _turns(attn) else None)
+
+
+def _is_gated(attn: Any) -> bool:
+    """Does the projection of queries make a gate beside each head (Qwen3.5, Qwen3-Next)?"""
+    groups = getattr(attn, "num_key_value_groups", None)
+    return groups is not None and (
+        attn.q_proj.out_features == 2 * groups * attn.k_proj.out_features
+    )
 
 
 def _turns(attn: Any) -> bool:
@@ -372,7 +382,9 @@ def parts(model: Any, lengths: Lengths | None = None) -> ModelParts:
             f"{type(model).__name__} shows images to its decoder by cross-attention, not as tokens "
             "of the prompt: nothing to prune."
         )
-    stateful = [place for place, layer in enumerate(decoder.layers) if not _attends(layer)]
+    layers = list(enumerate(decoder.layers))
+    linear = frozenset(place for place, layer in layers if "linear_attn" in layer._modules)
+    stateful = [n for n, layer in layers if n not in linear and not _attends(layer)]
     if stateful:
         raise InputError(
             f"Layer {stateful[0]} of {type(decoder).__name__} does not attend to tokens that it "
@@ -386,6 +398,7 @@ def parts(model: Any, lengths: Lengths | None = None) -> ModelParts:
         decoder,
         vision=vision,
         why_no_vision=why,
+        linear=linear,
         watch_spans=watch_placeholders(
             inner, token, lengths or _lengths_of(model), token_of(config, "video")
         ),
