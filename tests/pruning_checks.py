@@ -6,8 +6,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
+from tests import makers
 from vlm_prune_ext.methods.base import Evidence, Method, Stage
 
 
@@ -65,3 +67,24 @@ class Recorded(Method):
 
     def _replay(self, layer: int, seen: Evidence) -> Any:
         return self.before.answers[layer, seen.sample, seen.total, seen.count]
+
+
+SHAPES = {(64, 48): "RGB", (31, 97): "L", (20, 20): "RGBA", (150, 90): "P", (1, 4): "1"}
+
+
+def check_preprocessing_on_the_device(processor: Any, pictures: list[Any]) -> None:
+    """Pixels made of a batch together on the model's device equal those of the host, to the bit."""
+    more = [makers.photo(*size, seed=5).convert(mode) for size, mode in SHAPES.items()]
+    texts = ["What?"] * len(pictures + more)
+    try:
+        processor.preprocess = "host"
+        host = processor.batch(texts, pictures + more)
+        processor.preprocess = "device"
+        device = processor.batch(texts, pictures + more)
+        ahead = processor.batch(texts, [processor.ready(one) for one in pictures + more])
+    finally:
+        processor.preprocess = None
+    assert set(host) == set(device) == set(ahead)
+    for name in host:
+        assert torch.equal(host[name], device[name])
+        assert torch.equal(host[name], ahead[name])

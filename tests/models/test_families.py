@@ -13,7 +13,7 @@ import torch
 
 import vlm_prune_ext as vp
 from tests import family_makers, flash_standin, makers, tables
-from tests.pruning_checks import fingerprint
+from tests.pruning_checks import check_preprocessing_on_the_device, fingerprint
 from vlm_prune_ext.models import parts_of
 
 TEXTS = ["What is this?", "How many circles are there in the picture?", "Red?"]
@@ -142,6 +142,7 @@ def check_inputs_and_answers(form: Form, kind: family_makers.Kind) -> None:
         out = model.generate(**theirs, max_new_tokens=STEPS, do_sample=False, pad_token_id=0)
         expected.append(out[0, -STEPS:])
     batch = form.processor.batch(said, [[picture] for picture in pictures])
+    check_preprocessing_on_the_device(form.processor, pictures)
     assert torch.equal(form.generate(batch)[0], torch.stack(expected))
 
 

@@ -54,6 +54,8 @@ class PruneModel(lmms):
         fast: CUDA graphs with fixed shapes, see :func:`vlm_prune_ext.load`.
         trust_remote_code: ``true`` for formats that come with code of their own.
         min_pixels, max_pixels: pixels of an image, of families that take it as large as it is.
+        preprocess: ``host`` or ``device``: where pictures are resized; missing: the device where it
+            is a GPU.
         conv_template: conversation template (``vicuna_v1``, ``vlmeval``, ...); missing: the
             family's own.
         device_map: ``auto`` spreads one model over all GPUs of a single process.
@@ -84,6 +86,7 @@ class PruneModel(lmms):
         trust_remote_code: bool | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        preprocess: str | None = None,
         answerer: Answerer | None = None,
         **given: Any,
     ) -> None:
@@ -107,6 +110,7 @@ class PruneModel(lmms):
                 trust_remote_code=bool(_flag("trust_remote_code", trust_remote_code)),
                 min_pixels=value_of(min_pixels),
                 max_pixels=value_of(max_pixels),
+                preprocess=value_of(preprocess),
                 **self._extra(device_map, revision),
             )
             # Is the style known? Does the method fit the model?

@@ -64,6 +64,7 @@ MODEL_KEYS = (
     "trust_remote_code",
     "min_pixels",
     "max_pixels",
+    "preprocess",
 )
 """Arguments that say which model and how it is loaded and prompted."""
 

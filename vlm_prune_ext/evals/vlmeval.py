@@ -57,7 +57,8 @@ class PrunedVLM(BaseModel):
     Args:
         model_path: folder or hub name of a checkpoint.
         method: a ready-made method in place of the class's own and of ``parameters``.
-        dtype, device, attn_implementation, fast, trust_remote_code: see :func:`vlm_prune_ext.load`.
+        dtype, device, attn_implementation, fast, preprocess, trust_remote_code: see
+            :func:`vlm_prune_ext.load`.
         min_pixels, max_pixels: of an image, for families that take it as large as it is.
         max_new_tokens: limit of an answer; ``None``: 2048, as VLMEvalKit's ``LLaVA`` has it (the
             demo's data sets have shorter ones).
@@ -88,6 +89,7 @@ class PrunedVLM(BaseModel):
         trust_remote_code: bool = False,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        preprocess: str | None = None,
         max_new_tokens: int | None = None,
         loaded: tuple[Any, Any] | None = None,
         **parameters: Any,
@@ -107,6 +109,7 @@ class PrunedVLM(BaseModel):
                 trust_remote_code=trust_remote_code,
                 min_pixels=min_pixels,
                 max_pixels=max_pixels,
+                preprocess=preprocess,
             )
         self.model: Any
         self.processor: Any

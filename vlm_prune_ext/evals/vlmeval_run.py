@@ -150,6 +150,7 @@ class Models:
             trust_remote_code=given.trust_remote_code,
             min_pixels=given.min_pixels,
             max_pixels=given.max_pixels,
+            preprocess=given.preprocess,
         )
 
 

@@ -41,6 +41,7 @@ METHOD_HELP = (
 CONVENTIONS = ("ours", "fastv", "sparsevlm", "macs")
 """How FLOPs are counted, see :mod:`vlm_prune_ext.experiment.conventions`."""
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+PREPROCESS = ("host", "device")
 
 
 # -- declarations --------------------------------------------------------------------------------
@@ -259,6 +260,7 @@ class ModelSettings(Declared):
         device, dtype, attn_implementation, fast, trust_remote_code: see
             :func:`vlm_prune_ext.load`.
         min_pixels, max_pixels: pixels of an image, of families that take it as large as it is.
+        preprocess: where pictures are resized and normalised.
     """
 
     model_path: str | None = option(
@@ -290,6 +292,11 @@ class ModelSettings(Declared):
     )
     max_pixels: int | None = option(
         None, WHOLE, "larger pictures are made smaller (default: the checkpoint's)"
+    )
+    preprocess: str | None = option(
+        None,
+        choice(PREPROCESS),
+        "where pictures are resized, with equal pixels (default: the device where it is a GPU)",
     )
 
 

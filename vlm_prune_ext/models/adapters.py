@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from vlm_prune_ext.engine.parts import ModelParts
-from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.errors import InputError, unknown_name
+from vlm_prune_ext.experiment.settings import PREPROCESS
 from vlm_prune_ext.models.base import (
     PICTURES,
     Family,
@@ -98,6 +99,7 @@ def load(
     device: torch.device | str | None = None,
     attn_implementation: str | None = None,
     fast: bool | None = None,
+    preprocess: str | None = None,
     **kw: Any,
 ) -> tuple[Any, PromptProcessor]:
     """Load a model and what makes its prompts.
@@ -116,6 +118,9 @@ def load(
             shapes; the arguments and the answers stay the same. ``True`` is an error where that is
             not possible (no GPU, another family, a method that only masks).
             ``None``: on a GPU, where it is possible; one line in the log says why where it is not.
+        preprocess: where pictures are resized and normalised: ``"host"``, by threads, or
+            ``"device"``, those of a batch together where the model is. The pixels are the same, bit
+            for bit. ``None``: the device where it is a GPU.
         **kw: further arguments of transformers' ``from_pretrained``, e.g. ``device_map="auto"``;
             ``trust_remote_code=True`` for formats that come with code of their own; settings of
             the family's image processor, e.g. ``max_pixels=602112``.
@@ -128,6 +133,8 @@ def load(
             missing or do not fit, a library that is too old, or an argument that is not accepted.
     """
     check_keywords(kw)
+    if preprocess not in (None, *PREPROCESS):
+        raise unknown_name("preprocess", str(preprocess), PREPROCESS)
     where = device_of(device)
     _check_attention(attn_implementation)
     stated = dtype_of(dtype) if dtype not in (None, "auto") else None
@@ -146,6 +153,7 @@ def load(
     options = LoadOptions(stated, where, attn_implementation, kw, pictures)
     assert family.load is not None
     model, processor = family.load(source, options)
+    processor.preprocess = preprocess
     _turn_on_fast(model, fast)
     return model, processor
 

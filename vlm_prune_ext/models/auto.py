@@ -247,8 +247,9 @@ class AutoPrompts(PromptProcessor):
 
     def _made(self, rows: list[int], texts: list[str], pictures: list[list[Image]]) -> Row:
         """What the processor makes of some rows of the batch."""
-        images = [pictures[row] for row in rows]
-        with self._shapes([image for own in images for image in own], self.processor):
+        shown = [pictures[row] for row in rows]
+        with self._making([image for own in shown for image in own], self.processor):
+            images = [self._shown(own) for own in shown]
             made = self.processor(
                 text=[texts[row] for row in rows],
                 images=images if images[0] else None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from threading import Lock
@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers import BatchFeature
+from transformers.image_processing_backends import TorchvisionBackend
 
 from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.errors import InputError, RowError, unknown_name
 from vlm_prune_ext.models.catalogue import FamilyLine
 from vlm_prune_ext.models.checkpoint import FETCHING, first_line
-from vlm_prune_ext.models.images import ImageLike, open_image
+from vlm_prune_ext.models.images import ImageLike, ReadyImage, bytes_of, on_device, open_image
 from vlm_prune_ext.models.prompts import IMAGE, STYLES, Style, Turn, blank_in_front
 from vlm_prune_ext.models.questions import Questions, answers_for
+from vlm_prune_ext.models.resize import AsOnCpu
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -200,7 +202,11 @@ class PromptProcessor:
     Attributes:
         family, default_style, styles, tokenizer, image_processor, image_token_id: as above.
         pad_token_id: fills batches on the left; never the placeholder.
+        preprocess: where pictures are resized and normalised: ``host``, or those of a batch
+            together on the model's ``device``; ``None``: there if it is a GPU.
     """
+
+    preprocess: str | None = None
 
     def __init__(
         self,
@@ -373,6 +379,16 @@ class PromptProcessor:
         return self.styles[name]
 
     # -- ahead of the model ------------------------------------------------------------------
+    @property
+    def device_pixels(self) -> bool:
+        """Whether the model's device makes pixels of pictures. Image processors that do not work on
+        tensors stay on the host."""
+        if not isinstance(self.image_processor, TorchvisionBackend):
+            return False
+        return self.preprocess == "device" or (
+            self.preprocess is None and self.device.type == "cuda"
+        )
+
     def ready(self, image: ImageLike) -> ImageLike:
         """A picture with as much of the work done as can be done before its batch is known. Several
         threads may be in here.
@@ -380,7 +396,20 @@ class PromptProcessor:
         Raises:
             InputError: see :func:`open_image`.
         """
-        return open_image(image)
+        opened = open_image(image)
+        if not self.device_pixels or isinstance(opened, ReadyImage):
+            return opened
+        return ReadyImage(opened.size, self._pinned(bytes_of(opened)))
+
+    def _pinned(self, values: torch.Tensor) -> torch.Tensor:
+        """In memory that a GPU can copy from while it works."""
+        return values.pin_memory() if self.device.type == "cuda" else values
+
+    def _shown(self, images: list[Image]) -> list[Any]:
+        """Images as the image processor is given them."""
+        if not self.device_pixels:
+            return images
+        return [on_device(image, self.device) for image in images]
 
     def length(self, text: str, images: Sequence[ImageLike], style: str | None) -> int:
         """Tokens of a prompt, from which batches are put together. Its text's are remembered, so
@@ -491,15 +520,15 @@ class PromptProcessor:
         Raises:
             InputError: an image whose shape it does not take.
         """
-        with self._shapes(images, self.image_processor):
-            return self.image_processor(images=images, return_tensors="pt")
+        with self._making(images, self.image_processor):
+            return self.image_processor(images=self._shown(images), return_tensors="pt")
 
-    @staticmethod
     @contextmanager
-    def _shapes(images: Sequence[Image], who: object) -> Iterator[None]:
-        """Say which images could not be taken, where one could not."""
+    def _making(self, images: Sequence[Image], who: object) -> Iterator[None]:
+        """While pixels of images are made; says which could not be taken, where one could not."""
         try:
-            yield
+            with AsOnCpu() if self.device_pixels else nullcontext():
+                yield
         except Exception as error:  # whatever a processor does on shapes that nobody tried
             sizes = ", ".join(f"{image.width} x {image.height}" for image in images) or "no"
             raise InputError(
@@ -507,7 +536,7 @@ class PromptProcessor:
             ) from error
 
     def pixels(self, images: list[Image]) -> dict[str, torch.Tensor]:
-        """Model inputs made of the images of a whole batch, in order (CPU, float32)."""
+        """Model inputs made of the images of a whole batch, in order (float32)."""
         raise NotImplementedError
 
     def visual_lengths(self, images: list[Image]) -> list[int]:

@@ -26,11 +26,12 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, eq=False)
 class ReadyImage:
-    """An opened picture whose pixels are made: see ``PromptProcessor.ready``.
+    """An opened picture with what was done ahead of its batch: see ``PromptProcessor.ready``.
 
     Attributes:
         size: (width, height) of the picture.
-        pixels: what its processor made of it, ``(1, ...)``, in the model's dtype.
+        pixels: what its processor made of it, ``(1, ...)``, in the model's dtype; or, where the
+            model's device is to make that, the picture itself, uint8 ``(height, width, 3)``.
     """
 
     size: Size
@@ -45,6 +46,21 @@ class ReadyImage:
     def height(self) -> int:
         """Of the picture."""
         return self.size[1]
+
+
+def on_device(image: Image.Image | ReadyImage, device: torch.device) -> torch.Tensor:
+    """A picture's pixels there, uint8 ``(3, height, width)``; a copy that nobody waits for, where
+    its memory is pinned."""
+    raw = image.pixels if isinstance(image, ReadyImage) else bytes_of(image)
+    return raw.to(device, non_blocking=True).permute(2, 0, 1)
+
+
+def bytes_of(image: Image.Image) -> torch.Tensor:
+    """An RGB picture, uint8 ``(height, width, 3)``."""
+    import torch
+
+    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return flat.view(image.height, image.width, 3)
 
 
 ImageLike: TypeAlias = "Image.Image | str | os.PathLike[str] | bytes | ReadyImage"
@@ -247,13 +263,17 @@ def best_resolution(size: Size, candidates: Sequence[Size]) -> Size:
     return max(candidates, key=merit)  # the first of equals, as LLaVA takes it
 
 
+def fitting(inner: Size, size: Size) -> Size:
+    """(width, height) that an image is drawn with as large as fits into another size."""
+    scale_x, scale_y = size[0] / inner[0], size[1] / inner[1]
+    if scale_x < scale_y:
+        return size[0], min(math.ceil(inner[1] * scale_x), size[1])
+    return min(math.ceil(inner[0] * scale_y), size[0]), size[1]
+
+
 def fit_into(image: Image.Image, size: Size) -> Image.Image:
     """The image as large as fits into (width, height), in the middle of black."""
-    scale_x, scale_y = size[0] / image.width, size[1] / image.height
-    if scale_x < scale_y:
-        inner = (size[0], min(math.ceil(image.height * scale_x), size[1]))
-    else:
-        inner = (min(math.ceil(image.width * scale_y), size[0]), size[1])
+    inner = fitting(image.size, size)
     canvas = Image.new("RGB", size, (0, 0, 0))
     canvas.paste(image.resize(inner), ((size[0] - inner[0]) // 2, (size[1] - inner[1]) // 2))
     return canvas

@@ -35,12 +35,14 @@ from vlm_prune_ext.models.images import (
     ReadyImage,
     Size,
     best_resolution,
+    fitting,
     open_image,
     pad_square,
     tiles,
 )
 from vlm_prune_ext.models.loading import check_files, load_model, load_tokenizer
 from vlm_prune_ext.models.original import OriginalCheckpoint, is_original
+from vlm_prune_ext.models.resize import place, resize
 
 _CLIP_FIELDS = (
     "size",
@@ -84,23 +86,39 @@ class LlavaProcessor(PromptProcessor):
 
     def pixels(self, images: list[Image]) -> dict[str, torch.Tensor]:
         """``pixel_values``, ``(images, 3, side, side)``."""
+        if self.device_pixels:
+            return {"pixel_values": self.process(images)["pixel_values"]}
         return {"pixel_values": torch.cat([self._pixels_of(image) for image in images])}
 
     def _pixels_of(self, image: Image | ReadyImage) -> torch.Tensor:
         if isinstance(image, ReadyImage):
             return image.pixels.to(self.device, non_blocking=True)
         if self.aspect == "pad":
-            image = pad_square(image, tuple(int(x * 255) for x in self.image_processor.image_mean))
+            image = pad_square(image, self._padding)
         pixels: torch.Tensor = self.image_processor(image, return_tensors="pt")["pixel_values"]
         return pixels
 
+    @property
+    def _padding(self) -> tuple[int, ...]:
+        return tuple(int(x * 255) for x in self.image_processor.image_mean)
+
+    def _shown(self, images: list[Image]) -> list[Any]:
+        shown = super()._shown(images)
+        if self.aspect != "pad" or not self.device_pixels:
+            return shown
+        sides = [max(image.shape[1:]) for image in shown]
+        return [
+            place(image, (side, side), self._padding)
+            for image, side in zip(shown, sides, strict=True)
+        ]
+
     def ready(self, image: ImageLike) -> ImageLike:
-        """With its pixels, in memory that a GPU can copy from while it works."""
+        """On the host with its pixels already."""
+        if self.device_pixels:
+            return super().ready(image)
         opened = open_image(image)
         pixels = self._pixels_of(opened).to(self.dtype)
-        return ReadyImage(
-            opened.size, pixels.pin_memory() if self.device.type == "cuda" else pixels
-        )
+        return ReadyImage(opened.size, self._pinned(pixels))
 
     def visual_lengths(self, images: list[Image]) -> list[int]:
         """The same for every image."""
@@ -165,15 +183,30 @@ class LlavaNextProcessor(PromptProcessor):
     def pixels(self, images: list[Image]) -> dict[str, torch.Tensor]:
         """``pixel_values`` ``(images, tiles, 3, side, side)``, zeros where an image has fewer
         tiles, and ``image_sizes`` ``(images, 2)``, (height, width)."""
-        stacks = []
-        for image in images:
-            cut = tiles(image, self.pinpoints, self.side)
-            made = [self.image_processor(tile, return_tensors="pt")["pixel_values"] for tile in cut]
-            stacks.append(torch.cat(made))
+        cut_up = self._tiles_on_device if self.device_pixels else tiles
+        cut = [cut_up(image, self.pinpoints, self.side) for image in self._shown(images)]
+        flat = [tile for own in cut for tile in own]
+        with self._making(images, self.image_processor):
+            made = self.image_processor(flat, return_tensors="pt")["pixel_values"]
+        stacks = made.split([len(own) for own in cut])
         most = max(len(stack) for stack in stacks)
         padded = [torch.cat([s, s.new_zeros(most - len(s), *s.shape[1:])]) for s in stacks]
         sizes = torch.tensor([[image.height, image.width] for image in images])
         return {"pixel_values": torch.stack(padded), "image_sizes": sizes}
+
+    @staticmethod
+    def _tiles_on_device(
+        image: torch.Tensor, candidates: Sequence[Size], side: int
+    ) -> list[torch.Tensor]:
+        """As :func:`tiles`, of uint8 ``(3, height, width)``."""
+        size = (image.shape[2], image.shape[1])
+        area = best_resolution(size, candidates)
+        width, height = fitting(size, area)
+        inner = resize(image, (height, width), like="pillow")
+        fitted = place(inner, (area[1], area[0]), (0, 0, 0))
+        rows = fitted.unfold(1, side, side).unfold(2, side, side)
+        cut = rows.permute(1, 2, 0, 3, 4).reshape(-1, 3, side, side)
+        return [resize(image, (side, side), like="pillow"), *cut]
 
     def visual_lengths(self, images: list[Image]) -> list[int]:
         """By the shape of each image."""
