@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import functional as tv
 
 import vlm_prune_ext as vp
 from tests import makers
+from tests.models.conftest import FAMILIES, Folders
 from tests.pruning_checks import check_preprocessing_on_the_device
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.models import resize as module
@@ -107,5 +108,16 @@ def test_llava_on_the_device(make: Callable[[Path], Any], tmp_path: Path) -> Non
     model, processor = vp.load(tmp_path)
     assert model.device.type == "cpu" and not processor.device_pixels  # where that is slower
     check_preprocessing_on_the_device(processor, makers.photos(6))
+    del model
     with pytest.raises(InputError, match=r"'devcie'.*device"):
         vp.load(tmp_path, preprocess="devcie")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_every_family_on_a_gpu(name: str, folders: Folders) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    model, processor = vp.load(folders[name], device="cuda", fast=False, trust_remote_code=True)
+    assert model.device.type == "cuda"
+    check_preprocessing_on_the_device(processor, makers.photos(4))
