@@ -116,8 +116,6 @@ def test_llava_on_the_device(make: Callable[[Path], Any], tmp_path: Path) -> Non
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_every_family_on_a_gpu(name: str, folders: Folders) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
     model, processor = vp.load(folders[name], device="cuda", fast=False, trust_remote_code=True)
     assert model.device.type == "cuda"
     check_preprocessing_on_the_device(processor, makers.photos(4))
