@@ -238,18 +238,18 @@ def _parsed(lines: _Lines, separator: str) -> Iterator[tuple[int, list[str] | No
         line += len(lines.taken)
 
 
-def read_list(text: str) -> list[str]:
-    """What a cell holds: one text, or those of a list as JSON or Python writes it; empty ones are
-    left out."""
-    text, found = text.strip(), None
-    if text.startswith("[") and text.endswith("]"):
+def read_list(cell: Any) -> list[str]:
+    """What a cell holds: one text, or those of a list, also as JSON or Python writes it; what is
+    empty is left out."""
+    found: Any = cell
+    if isinstance(cell, str) and (text := cell.strip()).startswith("[") and text.endswith("]"):
         for read in (json.loads, ast.literal_eval):
             try:
                 found = read(text)
                 break
             except (ValueError, SyntaxError, MemoryError, RecursionError):
                 continue
-    values = found if isinstance(found, list) else [text]
-    # VQA's answers come as mappings with an `answer`.
+    values = found if isinstance(found, list) else [cell]
+    # VQA's answers come as mappings with an `answer`; NaN is none.
     values = [one.get("answer") if isinstance(one, dict) else one for one in values]
-    return [said for one in values if one is not None and (said := str(one).strip())]
+    return [said for one in values if one is not None and one == one and (said := str(one).strip())]

@@ -19,8 +19,9 @@ from PIL import Image
 
 from tests import makers
 from vlm_prune_ext import cli
-from vlm_prune_ext.ablation import console, files, plan, worker
-from vlm_prune_ext.ablation.data import DEFAULT_PROMPT, Row, clean, one_line, read_data
+from vlm_prune_ext.ablation import console, plan, study, worker
+from vlm_prune_ext.ablation.captions import clean
+from vlm_prune_ext.evals.examples import DEFAULT_PROMPT, Example, one_line, read_data
 from vlm_prune_ext.experiment import coco, metrics
 from vlm_prune_ext.experiment.log import lock, write_json
 from vlm_prune_ext.experiment.record import Sample
@@ -340,7 +341,7 @@ def test_output_that_cannot_be_written(pictures: Path, capsys: pytest.CaptureFix
 
 def test_other_settings_are_refused(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = pictures / "out"
-    lines = files.Lines(out / "demo_predictions.jsonl")
+    lines = worker.Lines(out / "demo_predictions.jsonl")
     out.mkdir()
     lines.begin({"model_id": "vlm_prune_ext/demo", "max_new_tokens": 8})
     lines.add(Sample(0, "x"))
@@ -355,7 +356,7 @@ def test_other_settings_are_refused(pictures: Path, capsys: pytest.CaptureFixtur
 
 def test_a_second_study_waits_outside(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = pictures / "out"
-    folder = files.Folder(out)
+    folder = worker.Folder(out)
     folder.open()
     given = ["--data", one_row(pictures), "--models", "demo", "--output-dir", str(out)]
     with lock(folder.logs):
@@ -365,9 +366,9 @@ def test_a_second_study_waits_outside(pictures: Path, capsys: pytest.CaptureFixt
 
 def test_what_is_done_anew_is_put_aside(tmp_path: Path) -> None:
     """Nothing that a run left is deleted, however often it is started again."""
-    folder = files.Folder(tmp_path)
+    folder = worker.Folder(tmp_path)
     for number in range(3):
-        write_json(folder.metrics("a"), number)
+        write_json(folder.of("a", "metrics"), number)
         folder.put_aside("a")
     folder.put_aside("a")  # nothing there
     kept = sorted(tmp_path.rglob("a_metrics.json"))
@@ -532,7 +533,7 @@ def record(name: str, bleu: float | None, **more: Any) -> dict[str, Any]:
 
 def test_comparison_is_ranked() -> None:
     records = [record("low", 0.1), record("none", None), record("high", 0.9), record("zero", 0.0)]
-    rows = list(csv.DictReader(io.StringIO(files.comparison(records).csv())))
+    rows = list(csv.DictReader(io.StringIO(study.comparison(records).csv())))
     assert [row["model_name"] for row in rows] == ["high", "low", "zero", "none"]
     assert [row["rank"] for row in rows] == ["1", "2", "3", "4"]
     assert rows[0]["meteor"] == "" and rows[2]["bleu4"] == "0.0" and rows[3]["bleu4"] == ""
@@ -541,7 +542,7 @@ def test_comparison_is_ranked() -> None:
 
 def test_chart_is_a_picture(tmp_path: Path) -> None:
     for records in ([record("a", 0.1)], [record(f"m{i}", None) for i in range(9)]):
-        files.draw(records, tmp_path / "chart.png")
+        study.draw(records, tmp_path / "chart.png")
         with Image.open(tmp_path / "chart.png") as picture:
             picture.load()
             assert picture.format == "PNG" and min(picture.size) > 100
@@ -553,13 +554,13 @@ def test_predictions_csv_keeps_every_reference() -> None:
         {**row, "raw_prediction": "a\nb", "references": ("x", "y")},
         {**row, "raw_prediction": "", "references": ("z",)},
     ]
-    read = list(csv.DictReader(io.StringIO(files.predictions_csv(rows, 2))))
+    read = list(csv.DictReader(io.StringIO(study.predictions_csv(rows, 2))))
     assert read[0]["prediction"] == 'a "b", c' and read[0]["reference_2"] == "y"
     assert read[1]["reference_1"] == "z" and read[1]["reference_2"] == ""
 
 
 def test_lines_survive_a_kill(tmp_path: Path) -> None:
-    lines = files.Lines(tmp_path / "l.jsonl")
+    lines = worker.Lines(tmp_path / "l.jsonl")
     lines.begin({"method": "none"})
     lines.add(Sample(0, "a", visual_kept={"0": 4}), Sample(1, "", "bad"))
     with lines.path.open("a") as file:
@@ -573,7 +574,7 @@ def test_lines_survive_a_kill(tmp_path: Path) -> None:
 def test_a_broken_line_costs_that_line_only(tmp_path: Path) -> None:
     """Wherever it is; the other answers are not asked for again."""
     for broken in range(6):
-        lines = files.Lines(tmp_path / f"{broken}.jsonl")
+        lines = worker.Lines(tmp_path / f"{broken}.jsonl")
         lines.begin({"method": "none"})
         lines.add(*(Sample(row, f"answer {row}") for row in range(5)))
         raw = lines.path.read_bytes().split(b"\n")
@@ -587,10 +588,9 @@ def test_languages_say_the_same() -> None:
     def fields(text: str) -> set[str | None]:
         return {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
 
-    for key in console.KEYS:
-        said = console.texts(key)
-        assert fields(said["en"]) == fields(said["ko"]), key
-        assert said["ko"].strip() and said["ko"] != said["en"], key
+    for key, (english, korean) in console.TEXTS.items():
+        assert fields(english) == fields(korean), key
+        assert korean.strip() and korean != english, key
 
 
 def test_durations() -> None:
@@ -613,18 +613,18 @@ def tiny() -> Any:
     return lambda method=None, **more: Answerer(model, processor, method, **more)
 
 
-def job_of(folder: Path, count: int, batch: int) -> tuple[worker.Work, files.Lines]:
+def job_of(folder: Path, count: int, batch: int) -> tuple[worker.Work, worker.Lines]:
     rows = []
     for index in range(count):
         path = folder / f"{index}.png"
         makers.photo(120, 60, seed=index).save(path)  # a panorama
-        rows.append(Row(index, path.name, str(path), makers.QUESTIONS[index % 4], ("x",)))
-    lines = files.Lines(folder / "lines.jsonl")
+        rows.append(Example(index, path.name, str(path), makers.QUESTIONS[index % 4], ("x",)))
+    lines = worker.Lines(folder / "lines.jsonl")
     lines.begin({})
-    return worker.Work(files.Folder(folder), rows, batch, 4), lines
+    return worker.Work(worker.Folder(folder), rows, batch, 4), lines
 
 
-def answered(job: worker.Work, answerer: Any, lines: files.Lines) -> list[int]:
+def answered(job: worker.Work, answerer: Any, lines: worker.Lines) -> list[int]:
     """Indices of the rows that were asked."""
     order = []
     for samples in worker.answer(job, answerer, lines):

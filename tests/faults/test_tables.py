@@ -18,9 +18,9 @@ pytest.importorskip("vlmeval")
 import vlmeval.smp as vlmeval_smp
 
 from tests.vlmeval_files import mcq_rows, picture
-from vlm_prune_ext.ablation.data import read_data
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.evals import rows as rows_of
+from vlm_prune_ext.evals.examples import read_data
 from vlm_prune_ext.evals.rows import class_of, keep, open_table, unpack
 from vlm_prune_ext.evals.vlmeval_store import own_reading
 from vlm_prune_ext.profiling.data import entries_from, read_folder
@@ -332,10 +332,10 @@ def test_ablate_reads_the_same_rows(tmp_path: Path, ending: str) -> None:
 def test_profile_reads_the_same_rows(tmp_path: Path) -> None:
     texts_file(tmp_path, "image|question|answer", "csv")
     folder = read_folder(tmp_path)
-    assert [example.row for example in folder.examples] == [1, 3, 4]
-    assert [example.answers for example in folder.examples] == [("a",), ("None",), ("null",)]
-    assert [str(f) for f in folder.failures] == ["row 2 (line 3): 2 cells where 3 belong"]
-    assert folder.examples[0].picture().getpixel((3, 3)) == (128, 128, 128)
+    assert [example.index for example in folder.rows] == [0, 2, 3]
+    assert [example.references for example in folder.rows] == [("a",), ("None",), ("null",)]
+    assert [str(row) for row in folder.skipped] == ["row 2: line 3 has 2 cells where 3 belong"]
+    assert folder.rows[0].picture().getpixel((3, 3)) == (128, 128, 128)
 
 
 def test_profile_draws_from_tables_with_broken_rows(tmp_path: Path) -> None:
@@ -346,4 +346,4 @@ def test_profile_draws_from_tables_with_broken_rows(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes() + BROKEN)
     entries, failures = entries_from(str(path), 4, seed=0)
     assert len(entries) == 3 and any("\nA. None\n" in entry.question for entry in entries)
-    assert [str(f) for f in failures] == ["row 4 (line 5): 2 cells where 12 belong"]
+    assert [str(f) for f in failures] == ["row 4: line 5 has 2 cells where 12 belong"]

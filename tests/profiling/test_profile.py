@@ -322,7 +322,7 @@ def test_prompt_length(kind: str, folder: Path, llava: Path, tmp_path: Path) -> 
         model_path.mkdir()
         KINDS[kind].make(model_path)
     model, processor = vp.load(str(model_path), device="cpu")
-    examples = list(read_folder(folder).examples)
+    examples = list(read_folder(folder).rows)
     plain = Prompter(processor, None, None).batch(examples)
     longest = max(plain.text)
     padded = Prompter(processor, None, longest + 9).batch(examples)
@@ -348,7 +348,7 @@ def test_image_size_reaches_the_processor(folder: Path, tmp_path: Path) -> None:
     model_path.mkdir()
     KINDS["qwen2_5_vl"].make(model_path)
     _, processor = vp.load(str(model_path), device="cpu")
-    examples = list(read_folder(folder).examples)[:1]
+    examples = list(read_folder(folder).rows)[:1]
     counts = [Prompter(processor, side, None).batch(examples).visual[0] for side in (56, 112)]
     assert counts == [4, 16]
 
@@ -545,7 +545,7 @@ def test_bad_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     (empty / CSV).write_text("image,question,answer\na.png,b,c\n")
     assert "no row that can be used" in refused(capsys, "profile", "--src-folder", str(empty))
     (empty / CSV).write_text("image,question,answer\n")
-    assert "has no rows" in refused(capsys, "profile", "--src-folder", str(empty))
+    assert "is empty" in refused(capsys, "profile", "--src-folder", str(empty))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")

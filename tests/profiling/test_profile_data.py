@@ -45,13 +45,13 @@ def test_demo_data_of_each_kind(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert main(["profile-data", *arguments]) == 0
         assert "4 examples" in capsys.readouterr().out
         folder = read_folder(out)
-        assert len(folder.examples) == 4 and not folder.failures
-        assert folder.examples[0].picture().size == (336, 336)
-        assert folder.examples[0].picture(50).size == (50, 50)
-        asked = folder.examples[0].question
+        assert len(folder.rows) == 4 and not folder.skipped
+        assert folder.rows[0].picture().size == (336, 336)
+        assert folder.rows[0].picture(50).size == (50, 50)
+        asked = folder.rows[0].prompt
         assert (CHOOSE in asked) == (kind == "mcq") and (SHORT in asked) == (kind == "vqa")
         if kind == "mcq":
-            assert all(e.answers[0] in "ABCD" for e in folder.examples)
+            assert all(e.references[0] in "ABCD" for e in folder.rows)
             assert "\nA. " in asked
 
 
@@ -99,7 +99,7 @@ def test_vlmeval_tsv_with_shared_pictures_and_hints(tmp_path: Path) -> None:
         f"And?\nA. left\nB. right\n{CHOOSE}",
     }
     assert {entry.picture for entry in entries} == {picture_bytes(0)}
-    assert [failure.row for failure in failures] == [3]
+    assert [row.index for row in failures] == [2]
 
 
 def test_lmms_parquet(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_science_qa_and_vqa_parquet_in_shards(tmp_path: Path) -> None:
         parquet.write_table(table, tmp_path / f"part-{number}.parquet")
     entries, failures = entries_from(str(tmp_path), 5, 0, None)
     assert [entry.answers for entry in entries] == [("C",)]
-    assert len(failures) == 1 and "no picture" in failures[0].why
+    assert len(failures) == 1 and "no picture" in failures[0].reason
     people = [{"answer": "cat", "answer_id": 1}, {"answer": "a cat", "answer_id": 2}]
     table = pa.Table.from_pylist([{"image": image, "question": "What?", "answers": people}])
     parquet.write_table(table, tmp_path / "vqa.parquet")
@@ -139,15 +139,15 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert main(["profile-data", "--from", str(path), "--out", str(out), "--samples", "3"]) == 0
     entries, _ = entries_from(str(path), 3, 0, None)
     folder = read_folder(out)
-    assert [(e.question, e.answers) for e in folder.examples] == [
+    assert [(e.prompt, e.references) for e in folder.rows] == [
         (entry.question, tuple(entry.answers)) for entry in entries
     ]
     rows = list(csv.DictReader((out / CSV).open()))
     assert json.loads(rows[0]["answer"]) == list(entries[0].answers)
-    digest = folder.digest
-    assert read_folder(out).digest == digest and read_folder(out, 2).digest != digest
-    Image.new("RGB", (9, 9)).save(folder.examples[0].image)
-    assert read_folder(out).digest != digest
+    digest = folder.digests()
+    assert read_folder(out).digests() == digest != read_folder(out, 2).digests()
+    Image.new("RGB", (9, 9)).save(folder.rows[0].path)
+    assert read_folder(out).digests() != digest
 
 
 def test_bad_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,20 +5,21 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_prune_ext.ablation.files import Lines, metric_names
 from vlm_prune_ext.ablation.plan import LANGUAGES
-from vlm_prune_ext.experiment.metrics import METRICS
+from vlm_prune_ext.experiment.metrics import METRICS, metric_names
 from vlm_prune_ext.experiment.report import bars, terminal_text
 
 if TYPE_CHECKING:
-    from vlm_prune_ext.ablation.data import Data
     from vlm_prune_ext.ablation.plan import Run
+    from vlm_prune_ext.ablation.worker import Lines
+    from vlm_prune_ext.evals.examples import Data
 
 # -- texts, in English and Korean ------------------------------------------------------------
-_TEXTS: dict[str, tuple[str, str]] = {
+TEXTS: dict[str, tuple[str, str]] = {
     "title": ("VLM captioning ablation", "VLM 캡셔닝 절제 실험"),
     "models": ("models", "모델"),
     "runs": ("{methods} ({runs} runs)", "{methods} (실행 {runs}개)"),
@@ -73,30 +74,6 @@ _TEXTS: dict[str, tuple[str, str]] = {
 }
 
 
-class Messages:
-    """Texts of one language.
-
-    Args:
-        language: one of :data:`LANGUAGES`.
-    """
-
-    def __init__(self, language: str = "en") -> None:
-        self.place = LANGUAGES.index(language)
-
-    def __call__(self, key: str, **values: object) -> str:
-        """A text with its values filled in."""
-        return _TEXTS[key][self.place].format(**values)
-
-
-KEYS = tuple(_TEXTS)
-"""Names of all texts."""
-
-
-def texts(key: str) -> dict[str, str]:
-    """One text in every language, nothing filled in."""
-    return dict(zip(LANGUAGES, _TEXTS[key], strict=True))
-
-
 # -- printing ------------------------------------------------------------------------------------
 WIDTH = 78
 LISTED = 20
@@ -108,14 +85,18 @@ class Console:
     """Prints to standard output; progress goes to standard error.
 
     Args:
-        language: see :class:`Messages`.
+        language: one of :data:`LANGUAGES`.
     """
 
     def __init__(self, language: str = "en") -> None:
-        self.text = Messages(language)
+        self._language = LANGUAGES.index(language)
         self._runs: dict[str, _Run] = {}
         self._bars: Any = None
         self._last = time.monotonic()
+
+    def text(self, key: str, **values: object) -> str:
+        """A text with its values filled in."""
+        return TEXTS[key][self._language].format(**values)
 
     # -- lines -----------------------------------------------------------------------------------
     def say(self, line: str = "") -> None:
@@ -238,24 +219,25 @@ class Console:
                 run.task = None
 
 
+@dataclass
 class _Run:
-    """How far a run is: rows are counted in its growing file, of which only what is new is read."""
+    """How far a run is: its rows are lines of a growing file."""
 
-    def __init__(self, path: Path, known: int, rows: int) -> None:
-        self.path, self.known, self.rows = path, known, rows
-        self.start, self.task = time.monotonic(), None
-        self._place, self._lines = path.stat().st_size if path.exists() else 0, 0
+    path: Path
+    known: int
+    rows: int
+    start: float = field(default_factory=time.monotonic)
+    task: Any = None
+
+    def __post_init__(self) -> None:
+        self._before = self._lines()
+
+    def _lines(self) -> int:
+        return self.path.read_bytes().count(b"\n") if self.path.exists() else 0
 
     def count(self) -> int:
         """Rows that are there."""
-        if self.path.exists():
-            with self.path.open("rb") as file:
-                file.seek(self._place)
-                new = file.read()
-            whole = new.rfind(b"\n") + 1
-            self._place += whole
-            self._lines += new[:whole].count(b"\n")
-        return min(self.known + self._lines, self.rows)
+        return min(self.known + self._lines() - self._before, self.rows)
 
 
 def duration(seconds: float) -> str:

@@ -11,28 +11,27 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
+from vlm_prune_ext.ablation.captions import clean
 from vlm_prune_ext.ablation.console import Console, duration
-from vlm_prune_ext.ablation.data import Data, Row, clean
-from vlm_prune_ext.ablation.files import (
-    Folder,
-    Lines,
-    Sample,
-    metric_names,
-    predictions_csv,
-    write_comparison,
-)
 from vlm_prune_ext.ablation.plan import AblationSettings, Run
-from vlm_prune_ext.ablation.worker import Work, make_job
+from vlm_prune_ext.ablation.worker import Folder, Lines, Work, make_job
 from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.evals.examples import Data, Example
 from vlm_prune_ext.experiment import grid, metrics
 from vlm_prune_ext.experiment.coco import Tools
 from vlm_prune_ext.experiment.log import Log, lock, read_json, write_json, write_whole
 from vlm_prune_ext.experiment.measure import settled_memory, used_memory
-from vlm_prune_ext.experiment.record import changed
+from vlm_prune_ext.experiment.metrics import CAPTION, METRICS, metric_names
+from vlm_prune_ext.experiment.record import Sample, changed
+from vlm_prune_ext.experiment.report import Figure, Table, bar_plot, csv_text, write_table
 
 DONE, FAILED, OPEN = grid.DONE, grid.FAILED, "open"
+Record = Mapping[str, Any]
+"""What a run's metrics file says."""
+SUMMARY = "all_models_summary.json"
 PROCESSES = True  # false: runs are done in this process, which saves starting one
 
 
@@ -88,7 +87,7 @@ class Study:
     def _check_same(self, run: Run) -> None:
         if run.name in self.redo:
             return
-        lines, record = Lines(self.folder.lines(run.name)), self._record_of(run)
+        lines, record = Lines(self.folder.of(run.name, "lines")), self._record_of(run)
         before = lines.settings() if record is None else record.get("settings")
         if record is None and not lines.rows():
             return
@@ -104,7 +103,7 @@ class Study:
 
     def _record_of(self, run: Run) -> dict[str, Any] | None:
         """What the metrics file of a finished run says."""
-        found = read_json(self.folder.metrics(run.name))
+        found = read_json(self.folder.of(run.name, "metrics"))
         return found if isinstance(found, dict) else None
 
     # -- all runs --------------------------------------------------------------------------------
@@ -161,19 +160,19 @@ class Study:
             self.console.say(f"\n✓ {self._place(run)} {self.console.text('kept', name=run.name)}")
             self.console.metrics(record)
             return None
-        lines = Lines(self.folder.lines(run.name))
+        lines = Lines(self.folder.of(run.name, "lines"))
         answered = lines.answered()
         if not lines.rows():
             lines.begin(self.settings(run))
         own = {"name": run.name, "source": run.model.source, "asked": run.method}
         cell = grid.Cell({**self.settings(run), **own}, run.model.name, run.name)
-        result = read_json(self.folder.result(run.name))
+        result = read_json(self.folder.of(run.name, "result"))
         if len(answered) == len(self.data.rows) and isinstance(result, dict):
             # Every row was answered in an earlier study, which ended before they were scored.
             self._began[run.name] = (stamp(), time.monotonic())
             self._end(run, grid.line_of(cell, DONE, result=result), tools)
             return None
-        self.folder.result(run.name).unlink(missing_ok=True)
+        self.folder.of(run.name, "result").unlink(missing_ok=True)
         return cell
 
     def _place(self, run: Run) -> str:
@@ -188,7 +187,7 @@ class Study:
                     self._memory = used_memory()
                 self._began[name] = (stamp(), time.monotonic())
                 run = next(run for run in self.runs if run.name == name)
-                lines = Lines(self.folder.lines(name))
+                lines = Lines(self.folder.of(name, "lines"))
                 self.console.starts(self._place(run), name, lines, len(self.data.rows))
         self.console.shows([cell.settings["name"] for cell in cells])
 
@@ -203,7 +202,7 @@ class Study:
                 why = str(error) or type(error).__name__
         status = FAILED if why is not None else DONE
         ended = replace(line, status=status, result=record, why=why)
-        Log(self.folder.ended).append(vars(ended))
+        Log(self.folder.path / "runs.jsonl").append(vars(ended))
         say, text, spent = self.console.say, self.console.text, time.monotonic() - start
         facts = {"name": run.name, "time": time.strftime("%H:%M:%S"), "seconds": duration(spent)}
         if record is not None:
@@ -211,7 +210,7 @@ class Study:
             self.console.metrics(record)
             say(f"✓ {self._place(run)} {text('done', **facts)}")
             return
-        log = self.folder.log(run.name)
+        log = self.folder.of(run.name, "log")
         entry = self._entry(run, FAILED, reason=why, log=str(log))
         self.entries[run.name] = {**entry, "started": started, "seconds": round(spent, 1)}
         say(f"✗ {self._place(run)} {text('failed', reason=why, **facts)}")
@@ -221,7 +220,7 @@ class Study:
         self, run: Run, result: Mapping[str, Any], started: str, start: float, tools: Tools
     ) -> dict[str, Any]:
         """Score a run, write its predictions beside the references; what its metrics file says."""
-        samples = Lines(self.folder.lines(run.name)).rows()
+        samples = Lines(self.folder.of(run.name, "lines")).rows()
         missing = [row.index for row in self.data.rows if row.index not in samples]
         if missing:
             raise InputError(f"its process ended without answers for {len(missing)} rows")
@@ -230,7 +229,7 @@ class Study:
         cleaned = [replace(samples[r["index"]], prediction=r["prediction"]) for r in good]
         scored = metrics.Scored(cleaned, [row["references"] for row in good], tools)
         most = max(len(row["references"]) for row in table)
-        write_whole(self.folder.predictions(run.name), predictions_csv(table, most))
+        write_whole(self.folder.of(run.name, "predictions"), predictions_csv(table, most))
         after = settled_memory(self._memory) if len(self.options.device) < 2 else None
         before = self._memory
         record = {
@@ -253,7 +252,7 @@ class Study:
             "ended": stamp(),
             "seconds": round(time.monotonic() - start, 1),
         }
-        write_json(self.folder.metrics(run.name), record)
+        write_json(self.folder.of(run.name, "metrics"), record)
         return record
 
     # -- tables ----------------------------------------------------------------------------------
@@ -297,15 +296,15 @@ class Study:
             "failed": sum(entry["status"] == FAILED for entry in entries),
             "models": entries,
         }
-        write_json(self.folder.summary, summary)
-        write_comparison(self.folder, done)
+        write_json(self.folder.path / SUMMARY, summary)
+        write_comparison(self.folder.path, done)
 
     def _close_banner(self) -> int:
         self._write_tables()
         entries = list(self.entries.values())
         failed = [entry for entry in entries if entry["status"] == FAILED]
         done = f"{len(entries) - len(failed)}/{len(self.runs)}"
-        files = f"{self.folder.summary}, {self.folder.comparison}"
+        files = ", ".join(str(self.folder.path / name) for name in (SUMMARY, "comparison.csv"))
         self.console.closes(time.time() - self._started, done, len(failed), files)
         for entry in failed:
             self.console.say(f"✗ {entry['model_name']}: {entry['reason']}")
@@ -313,7 +312,7 @@ class Study:
 
 
 # -- parts of a run ------------------------------------------------------------------------------
-def _table_row(row: Row, sample: Sample) -> dict[str, Any]:
+def _table_row(row: Example, sample: Sample) -> dict[str, Any]:
     return {
         "index": row.index,
         "image": row.image,
@@ -365,3 +364,69 @@ def stamp(seconds: float | None = None) -> str:
     """Date and time with the zone, to the second."""
     moment = datetime.fromtimestamp(seconds) if seconds is not None else datetime.now()
     return moment.astimezone().isoformat(timespec="seconds")
+
+
+# -- tables --------------------------------------------------------------------------------------
+def predictions_csv(rows: Sequence[Mapping[str, Any]], references: int) -> str:
+    """A table of predictions beside references.
+
+    Args:
+        rows: each with ``index``, ``image``, ``prompt``, ``prediction``, ``raw_prediction``,
+            ``references`` and ``failed``.
+        references: the most that a row has.
+    """
+    names = [f"reference_{i + 1}" for i in range(references)] if references > 1 else ["reference"]
+    table = [["index", "image", "prompt", "prediction", *names, "raw_prediction", "failed"]]
+    for row in rows:
+        given = [*row["references"], *[""] * (len(names) - len(row["references"]))]
+        start = [row[key] for key in ("index", "image", "prompt", "prediction")]
+        table.append([*start, *given, row["raw_prediction"], row["failed"] or ""])
+    return csv_text(table)
+
+
+def ranked(records: Sequence[Record]) -> list[Record]:
+    """Metrics files, best BLEU-4 first; equals and those without one keep their order."""
+
+    def key(record: Record) -> tuple[bool, float]:
+        value = record["metrics"]["bleu4"]
+        return value is None, -(value or 0.0)
+
+    return sorted(records, key=key)
+
+
+def comparison(records: Sequence[Record]) -> Table:
+    """Finished runs ranked by BLEU-4; a metric that could not be had is empty."""
+    shown = (METRICS[name] for name in metric_names())
+    columns = [
+        Figure("rank", 0, path="rank"),
+        Figure("model", left=True, key="model_name", path="model_name"),
+        Figure("checkpoint", left=True, key="model_id", path="model_id"),
+        Figure("method", left=True, path="method"),
+        *(Figure(m.title, m.digits, m.help, key=m.name, path=f"metrics.{m.name}") for m in shown),
+        Figure("rows", 0, key="num_samples", path="num_samples"),
+        Figure("s/row", 3, key="seconds_per_sample", path="seconds_per_sample"),
+        Figure("peak GiB", 2, key="peak_memory_gib", path="peak_memory_bytes", scale=2**-30),
+    ]
+    made = Table(columns, title="Captioning ablation")
+    for rank, record in enumerate(ranked(records), 1):
+        made.rows.append([column.of({**record, "rank": rank}) for column in columns])
+    return made
+
+
+def write_comparison(folder: Path, records: Sequence[Record]) -> None:
+    """Write the table in every form; bars too where a run is finished."""
+    write_table(folder, "comparison", comparison(records), ("csv", "md", "html"))
+    chart = folder / "comparison.png"
+    if records:
+        draw(records, chart)
+    else:
+        chart.unlink(missing_ok=True)
+
+
+def draw(records: Sequence[Record], path: Path) -> None:
+    """Bars of every metric that there is, runs in the order of their BLEU-4."""
+    order = ranked(records)
+    values = {name: [one["metrics"].get(name) for one in order] for name in metric_names()}
+    there = [n for n in values if any(value is not None for value in values[n])] or CAPTION[:1]
+    panels = {METRICS[name].title: values[name] for name in there}
+    bar_plot(panels, [record["model_name"] for record in order], path)

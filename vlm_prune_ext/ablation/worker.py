@@ -11,22 +11,94 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_prune_ext.ablation.data import Row
-from vlm_prune_ext.ablation.files import Folder, Lines
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.experiment import grid
-from vlm_prune_ext.experiment.log import write_json
-from vlm_prune_ext.experiment.record import Sample
+from vlm_prune_ext.experiment.log import put_aside, write_json, write_whole
+from vlm_prune_ext.experiment.record import Sample, SampleLog
 from vlm_prune_ext.experiment.report import say
 
 if TYPE_CHECKING:
-    from vlm_prune_ext.evals.answer import Query
-    from vlm_prune_ext.evals.feed import Batch, Outcome
+    from vlm_prune_ext.evals.examples import Example
 
 
+# -- files ---------------------------------------------------------------------------------------
+_OF_A_RUN = {
+    "log": "logs/{}.log",
+    "result": "logs/{}.result.json",
+    "lines": "{}_predictions.jsonl",
+    "predictions": "{}_predictions.csv",
+    "metrics": "{}_metrics.json",
+}
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The output folder of a study: ``all_models_summary.json`` (all runs, failed ones too),
+    ``comparison.*`` (finished runs, ranked), ``runs.jsonl`` (the log: a line for each run that came
+    to its end, with its record), and the files of each run."""
+
+    path: Path
+
+    @property
+    def logs(self) -> Path:
+        """What processes printed."""
+        return self.path / "logs"
+
+    def of(self, name: str, what: str) -> Path:
+        """A file of a run: ``log`` (what its process printed), ``result`` (how that ended),
+        ``lines`` (predictions as they come), ``predictions`` (the same beside references) or
+        ``metrics`` (scores of a finished run)."""
+        return self.path / _OF_A_RUN[what].format(name)
+
+    def put_aside(self, name: str) -> None:
+        """Move what a run left into ``previous``, or ``previous-2`` and so on: nothing is lost."""
+        parts = ("lines", "predictions", "metrics")
+        put_aside(self.path, [self.of(name, part) for part in parts])
+
+    def open(self) -> None:
+        """Make it.
+
+        Raises:
+            InputError: it cannot be made or written.
+        """
+        try:
+            self.logs.mkdir(parents=True, exist_ok=True)
+            for folder in (self.path, self.logs):
+                write_whole(folder / ".written", "")
+                (folder / ".written").unlink()
+        except (OSError, InputError) as error:
+            why = getattr(error, "strerror", None) or str(error)
+            raise InputError(
+                f"--output-dir {str(self.path)!r} cannot be written ({why}): a folder that can be "
+                "made or written is accepted."
+            ) from error
+
+
+class Lines(SampleLog):
+    """Predictions of a run, under what decides them."""
+
+    def begin(self, settings: Mapping[str, Any]) -> None:
+        """Start anew."""
+        self.replace([{"settings": settings}])
+
+    def settings(self) -> dict[str, Any] | None:
+        """What decides them; ``None``: there is no such file, or it is of something else."""
+        found = [entry["settings"] for entry in self.read() if "settings" in entry]
+        return dict(found[-1]) if found and isinstance(found[-1], dict) else None
+
+    def rows(self) -> dict[int, Sample]:
+        """By index; of a row that failed and was asked again, the last line counts."""
+        return {int(sample.index): sample for sample in self.samples()[0]}
+
+    def answered(self) -> set[int]:
+        """Rows that need not be asked again."""
+        return {index for index, sample in self.rows().items() if sample.failed is None}
+
+
+# -- work ----------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Work:
     """What all runs of a study share.
@@ -40,7 +112,7 @@ class Work:
     """
 
     folder: Folder
-    rows: Sequence[Row]
+    rows: Sequence[Example]
     batch_size: int = 2
     max_new_tokens: int = 64
     load: Mapping[str, Any] = field(default_factory=dict)
@@ -56,28 +128,22 @@ def make_job(work: Work) -> grid.Job:
     was ``asked`` for."""
 
     def job(cell: grid.Cell) -> dict[str, Any]:
-        name = cell.settings["name"]
-        own_process = multiprocessing.parent_process() is not None
-        if own_process:
-            _print_to(work.folder, name)
+        own, alone = cell.settings, multiprocessing.parent_process() is not None
+        if alone:  # what this process prints is the run's own log
+            file = work.folder.of(own["name"], "log").open("a", buffering=1)
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+                os.dup2(file.fileno(), stream.fileno())
         try:
-            result = run(work, cell.settings["source"], cell.settings["asked"], name)
+            result = run(work, own["source"], own["asked"], own["name"])
         except InputError:
-            if own_process:
+            if alone:
                 traceback.print_exc()  # into the run's log; people are told one sentence
             raise
-        write_json(work.folder.result(name), result)
+        write_json(work.folder.of(own["name"], "result"), result)
         return result
 
     return job
-
-
-def _print_to(folder: Folder, name: str) -> None:
-    """What this process prints is the run's own log."""
-    file = folder.log(name).open("a", buffering=1)
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-        os.dup2(file.fileno(), stream.fileno())
 
 
 def run(work: Work, source: str, method: str, name: str) -> dict[str, Any]:
@@ -101,7 +167,7 @@ def run(work: Work, source: str, method: str, name: str) -> dict[str, Any]:
     answerer = Answerer(model.eval(), processor, parse_method(method))
     loaded = time.perf_counter()
     logging.getLogger("vlm_prune_ext").info("loaded in %.1f s", loaded - start)
-    lines = Lines(work.folder.lines(name))
+    lines = Lines(work.folder.of(name, "lines"))
     for samples in answer(work, answerer, lines):
         lines.add(*samples)
     device = processor.device
@@ -129,34 +195,26 @@ def answer(work: Work, answerer: Any, lines: Lines) -> Iterator[list[Sample]]:
         EveryRowFailed: in the first batch.
     """
     from vlm_prune_ext.evals import feed
+    from vlm_prune_ext.evals.answer import Query, sample_of
 
-    known = lines.answered()
-    rows = (
-        feed.Row(row.index, partial(_query, row, work.max_new_tokens))
-        for row in work.rows
-        if row.index not in known
-    )
+    known, limit = lines.answered(), work.max_new_tokens
+
+    def row(one: Example) -> feed.Row:
+        return feed.Row(one.index, lambda: Query(one.prompt, [one.path], max_new_tokens=limit))
+
+    def sample(one: feed.Outcome, batch: feed.Batch) -> Sample:
+        if one.answer is None:
+            say(f"row {one.index}: {one.why}")
+            return Sample(one.index, "", failed=one.why)
+        took = {"seconds": batch.seconds / batch.size, "batch": one.answer.batch}
+        return sample_of(one.index, one.answer, warm_up=warm_up, **took)
+
+    rows = (row(one) for one in work.rows if one.index not in known)
     size = feed.BatchSize(work.batch_size, answerer.processor.device)
     warm_up, some = True, bool(known)
     for batch in feed.Feeder(answerer, size).batches(rows):
-        yield [_sample(one, batch, warm_up) for one in batch.outcomes]
+        yield [sample(one, batch) for one in batch.outcomes]
         warm_up = warm_up and not batch.size
         some = some or any(one.answer is not None for one in batch.outcomes)
         if batch.size and not some:
             raise EveryRowFailed(batch.outcomes[0].why)
-
-
-def _query(row: Row, max_new_tokens: int) -> Query:
-    from vlm_prune_ext.evals.answer import Query
-
-    return Query(row.prompt, [row.path], max_new_tokens=max_new_tokens)
-
-
-def _sample(one: Outcome, batch: Batch, warm_up: bool) -> Sample:
-    from vlm_prune_ext.evals.answer import sample_of
-
-    if one.answer is None:
-        say(f"row {one.index}: {one.why}")
-        return Sample(one.index, "", failed=one.why)
-    seconds, together = batch.seconds / batch.size, one.answer.batch
-    return sample_of(one.index, one.answer, warm_up=warm_up, seconds=seconds, batch=together)

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check everything, then run the study."""
     said = AblationSettings.of(vars(args))
-    from vlm_prune_ext.ablation.data import read_data
+    from vlm_prune_ext.evals.examples import read_data
 
     data = read_data(
         Path(said.data),
@@ -43,8 +43,8 @@ def run(args: argparse.Namespace) -> int:
         prompt=said.prompt,
         limit=said.limit,
     )
-    from vlm_prune_ext.ablation.files import Folder
     from vlm_prune_ext.ablation.study import Study
+    from vlm_prune_ext.ablation.worker import Folder
     from vlm_prune_ext.experiment.log import terminable
 
     runs = plan(said.models or PRESETS[said.preset], said.methods)

@@ -73,15 +73,15 @@ def run(args: argparse.Namespace) -> int:
     quiet_transformers()
     said, out = resolved(said), Path(said.out)
     folder = read_folder(source, said.samples)
-    for failure in folder.failures:
-        _say(f"Left out: {failure}")
+    for row in folder.skipped:
+        _say(f"Left out: {row}")
     trust = {"trust_remote_code": said.trust_remote_code, "fresh": said.fresh}
     outcome = run_cells(cells_of(said, folder), folder, out, _track, _say, **trust)
     code = _report(out)
     print(
         f"{outcome.done} cells measured, {outcome.before} were there, {len(outcome.failed)} failed"
     )
-    return 1 if outcome.failed or folder.failures else code
+    return 1 if outcome.failed or folder.skipped else code
 
 
 def _track(lines: Iterator[Line], total: int, done: int) -> Iterator[Line]:

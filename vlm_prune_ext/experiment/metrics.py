@@ -196,6 +196,11 @@ def everywhere() -> list[str]:
     return [one.name for one in METRICS.values() if one.everywhere]
 
 
+def metric_names() -> list[str]:
+    """What captions are scored by, and the metrics that every command shows."""
+    return [*CAPTION, *everywhere()]
+
+
 def evaluate(scored: Scored, names: Iterable[str]) -> dict[str, Value]:
     """Values of some metrics.
 

@@ -325,6 +325,77 @@ def _html_cell(column: Column, value: object, shown: object) -> str:
     return f'<td{kind} data-value="{sorts}">{html_cell(shown)}</td>'
 
 
+# -- pages -----------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Heading:
+    """In front of what follows it; of two levels, 1 and 2."""
+
+    text: str
+    level: int = 2
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG that is there; a Markdown page beside it names it, an HTML page holds it."""
+
+    path: Path
+    title: str
+
+
+Part = Heading | Picture | Table | str | list[str]
+"""Of a page: a text is a paragraph, several are a list."""
+
+
+@dataclass
+class Page:
+    """A title and what stands below it."""
+
+    title: str
+    parts: list[Part]
+
+    def markdown(self) -> str:
+        """As Markdown."""
+        return "\n".join([f"# {markdown_cell(self.title)}", "", *map(_markdown_part, self.parts)])
+
+    def html(self) -> str:
+        """As an HTML page without anything from elsewhere; links lead to several chapters."""
+        chapters = [p.text for p in self.parts if isinstance(p, Heading) and p.level == 1]
+        links = (f'<a href="#{_anchor(name)}">{html_cell(name)}</a>' for name in chapters)
+        contents = [f"<p>{' · '.join(links)}</p>"] if len(chapters) > 1 else []
+        return html_page(self.title, [*contents, *map(_html_part, self.parts)])
+
+
+def _markdown_part(part: Part) -> str:
+    match part:
+        case Heading():
+            return f"{'#' * part.level} {markdown_cell(part.text)}\n"
+        case Picture():
+            return f"![{part.title}]({part.path.name})\n"
+        case Table():
+            return part.markdown()
+        case list():
+            return "".join(f"- {markdown_cell(one)}\n" for one in part)
+    return f"{markdown_cell(part)}\n"
+
+
+def _html_part(part: Part) -> str:
+    match part:
+        case Heading():
+            tag = f"h{part.level + 1}"
+            return f'<{tag} id="{_anchor(part.text)}">{html_cell(part.text)}</{tag}>'
+        case Picture():
+            return html_image(part.path, part.title)
+        case Table():
+            return part.html_table()
+        case list():
+            return f"<ul>{''.join(f'<li>{html_cell(one)}</li>' for one in part)}</ul>"
+    return f"<p>{html_cell(part)}</p>"
+
+
+def _anchor(text: str) -> str:
+    return re.sub(r"\W+", "-", text)
+
+
 def html_page(title: str, parts: Iterable[str]) -> str:
     """A page of parts that are HTML already."""
     return _PAGE.format(title=html_cell(title), body="\n".join(parts), script=_SORT)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import binascii
 import csv
-import hashlib
 import io
 import json
 import random
@@ -19,77 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from PIL import Image
-
 from vlm_prune_ext.errors import InputError, first_line, unknown_name
-from vlm_prune_ext.tables import BadRow, read_list, read_texts
+from vlm_prune_ext.evals.examples import DEFAULT_PROMPT, Data, Skipped, read_data
+from vlm_prune_ext.experiment.log import write_whole
+from vlm_prune_ext.tables import BadRow, read_header, read_list, read_texts
 
 CSV = "data.csv"
 IMAGES = "images"
 COLUMNS = ("image", "question", "answer")
 
 
-@dataclass(frozen=True)
-class Example:
-    """One row.
-
-    Attributes:
-        row: its line in the table, the first one behind the header is 1.
-        image: path of the picture.
-        question: what is asked.
-        answers: references, at least one.
-    """
-
-    row: int
-    image: Path
-    question: str
-    answers: tuple[str, ...]
-
-    def picture(self, side: int | None = None) -> Image.Image:
-        """The picture in RGB, resized to ``side x side`` pixels (bicubic, shape not kept) where
-        that is asked for.
-
-        Raises:
-            InputError: it is missing or does not decode.
-        """
-        from vlm_prune_ext.models.images import open_image
-
-        found = open_image(self.image)
-        if side is None:
-            return found
-        return found.resize((side, side), Image.Resampling.BICUBIC)
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A row that cannot be used, and why."""
-
-    row: int
-    image: str
-    why: str
-
-    def __str__(self) -> str:
-        return f"row {self.row} ({self.image}): {self.why}"
-
-
-@dataclass(frozen=True)
-class Folder:
-    """What a folder holds.
-
-    Attributes:
-        path: the folder.
-        examples: rows that can be used, in order.
-        failures: rows that cannot.
-        digest: changes when a used row or the bytes of its picture do.
-    """
-
-    path: Path
-    examples: tuple[Example, ...]
-    failures: tuple[Failure, ...]
-    digest: str
-
-
-def read_folder(path: str | Path, samples: int | None = None) -> Folder:
+def read_folder(path: str | Path, samples: int | None = None) -> Data:
     """Read a folder; every picture is decoded once, so that a broken one is known before anything
     is measured.
 
@@ -101,28 +40,6 @@ def read_folder(path: str | Path, samples: int | None = None) -> Folder:
         InputError: no such folder, no table, no such columns, or no row that can be used.
     """
     path = Path(path)
-    rows = _rows(path)
-    examples: list[Example] = []
-    failures: list[Failure] = []
-    digest = hashlib.sha256()
-    for number, row in enumerate(rows if samples is None else rows[:samples], 1):
-        if isinstance(row, BadRow):
-            made: Example | Failure = Failure(number, row.index, row.reason)
-        else:
-            made = _example(path, number, row)
-        if isinstance(made, Failure):
-            failures.append(made)
-            continue
-        examples.append(made)
-        digest.update(repr((made.question, made.answers)).encode())
-        digest.update(made.image.read_bytes())
-    if not examples:
-        first = f" The first: {failures[0]}." if failures else ""
-        raise InputError(f"Folder {str(path)!r} has no row that can be used.{first}")
-    return Folder(path, tuple(examples), tuple(failures), digest.hexdigest()[:16])
-
-
-def _rows(path: Path) -> list[dict[str, str] | BadRow]:
     table = path / CSV
     if not table.is_file():
         what = "is empty or has no" if path.is_dir() else "does not exist, so it has no"
@@ -130,36 +47,22 @@ def _rows(path: Path) -> list[dict[str, str] | BadRow]:
             f"Folder {str(path)!r} {what} {CSV}: a folder with {IMAGES}/ and {CSV} is accepted "
             "(vlm-prune profile-data makes one)."
         )
-    columns, rows, broken = read_texts(table, ",")
-    missing = [name for name in COLUMNS if name not in columns]
-    if missing:
+    columns = [name.strip() for name in read_header(table, ",")]
+    if missing := [name for name in COLUMNS if name not in columns]:
         raise InputError(
             f"{str(table)!r} has no column {', '.join(missing)}: the columns {', '.join(COLUMNS)} "
             f"are needed, found are {', '.join(columns) or 'none'}."
         )
-    if not rows:
-        raise InputError(f"{str(table)!r} has no rows.")
-    return [broken.get(place, row) for place, row in enumerate(rows)]
-
-
-def _example(path: Path, number: int, row: dict[str, str]) -> Example | Failure:
-    name, question = (row["image"] or "").strip(), (row["question"] or "").strip()
-    for value, what in ((name, "image"), (question, "question")):
-        if not value:
-            return Failure(number, name or "?", f"it has no {what}")
-    answers = tuple(read_list(row["answer"] or ""))
-    if not answers:
-        return Failure(number, name, "it has no answer")
-    places = [path / IMAGES / name, path / name]
-    image = next((place for place in places if place.is_file()), None)
-    if image is None:
-        return Failure(number, name, f"there is no such picture in {IMAGES}/")
-    example = Example(number, image, question, answers)
-    try:
-        example.picture()
-    except InputError as error:
-        return Failure(number, name, str(error))
-    return example
+    image, question, answer = COLUMNS
+    return read_data(
+        table,
+        image_column=image,
+        prompt_column=question,
+        reference_columns=[answer],
+        image_folder=path / IMAGES,
+        limit=samples,
+        whole=True,
+    )
 
 
 # -- writing -------------------------------------------------------------------------------------
@@ -201,12 +104,10 @@ def write_folder(path: str | Path, entries: Iterable[Entry]) -> int:
             several = len(entry.answers) > 1
             answer = json.dumps(list(entry.answers), ensure_ascii=False)
             writer.writerow([name, entry.question, answer if several else entry.answers[0]])
-        part = path / f".{CSV}.part"
-        part.write_text(file.getvalue(), encoding="utf-8")
-        part.replace(path / CSV)
     except OSError as error:
         reason = error.strerror or str(error)
         raise InputError(f"--out {str(path)!r} cannot be written ({reason}).") from error
+    write_whole(path / CSV, file.getvalue())
     return count
 
 
@@ -216,14 +117,10 @@ def _ending(picture: bytes) -> str:
     return ".webp" if picture[8:12] == b"WEBP" else ".jpg"
 
 
-# -- sources ---------------------------------------------------------------------------------------
-# Where folders of examples come from: VLMEvalKit TSVs, lmms-eval parquet files, the demo.
-
-
+# -- sources: VLMEvalKit's TSVs, lmms-eval's parquet files, the demo -------------------------------
 LETTERS = "ABCDEFGHIJ"
 CHOOSE = "Answer with the option's letter from the given choices directly."
 SHORT = "Answer the question using a single word or phrase."
-CAPTION = "Provide a one-sentence caption for the provided image."
 DEMO_SETS = ("mcq", "yn", "vqa", "caption")
 # A cell of a TSV this short is no picture but the index of the row that has it.
 _SHORTEST = 64
@@ -231,7 +128,7 @@ _SHORTEST = 64
 
 def entries_from(
     source: str, samples: int, seed: int, prompt: str | None = None
-) -> tuple[list[Entry], list[Failure]]:
+) -> tuple[list[Entry], list[Skipped]]:
     """Draw rows from a source.
 
     Args:
@@ -248,7 +145,7 @@ def entries_from(
         InputError: no such source, or one that is not of its kind or has no usable row.
     """
     if source.partition(":")[0] == "demo":
-        return _demo(source, samples, seed, prompt), []
+        return list(_demo(source, samples, seed, prompt)), []
     path = Path(source)
     if path.suffix == ".tsv" and path.is_file():
         rows = _tsv_rows(path)
@@ -261,11 +158,11 @@ def entries_from(
             f"--from {source!r} is not valid: demo, an existing .tsv or .parquet file, or a folder "
             "of .parquet files is accepted."
         )
-    entries, failures = _draw(rows, samples, seed, prompt)
+    entries, skipped = _draw(rows, samples, seed, prompt)
     if not entries:
-        first = f" The first: {failures[0]}." if failures else ""
+        first = f" The first: {skipped[0]}." if skipped else ""
         raise InputError(f"--from {source!r} has no row that can be used.{first}")
-    return entries, failures
+    return entries, skipped
 
 
 Row: TypeAlias = "Mapping[str, Any] | BadRow"
@@ -273,39 +170,33 @@ Row: TypeAlias = "Mapping[str, Any] | BadRow"
 
 def _draw(
     rows: Sequence[Row], samples: int, seed: int, prompt: str | None
-) -> tuple[list[Entry], list[Failure]]:
+) -> tuple[list[Entry], list[Skipped]]:
     """Rows in an order drawn by lot, until there are enough usable ones."""
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
     entries: list[Entry] = []
-    failures: list[Failure] = []
+    skipped: list[Skipped] = []
     for place in order:
         if len(entries) == samples:
             break
         row = rows[place]
-        if isinstance(row, BadRow):
-            failures.append(Failure(place + 1, row.index, row.reason))
-            continue
         try:
+            if isinstance(row, BadRow):
+                raise InputError(f"{row.index} has {row.reason}")
             entries.append(_entry(row, prompt))
-        except _Unusable as error:
-            failures.append(Failure(place + 1, str(row.get("index", "?")), str(error)))
-    return entries, failures
-
-
-class _Unusable(Exception):
-    """A row that cannot be used."""
+        except InputError as error:
+            index = "" if isinstance(row, BadRow) else str(row.get("index", ""))
+            skipped.append(Skipped(place, index, str(error)))
+    return entries, skipped
 
 
 def _entry(row: Mapping[str, Any], prompt: str | None) -> Entry:
-    picture = _picture(row.get("image"))
-    answers = _answers(row)
+    picture, answers = _picture(row.get("image")), _answers(row)
     if not answers:
-        raise _Unusable("it has no answer")
+        raise InputError("it has no answer")
     return Entry(picture, prompt or _question(row), answers)
 
 
-# -- pictures ------------------------------------------------------------------------------------
 def _picture(value: Any) -> bytes:
     if isinstance(value, list | tuple) and value:
         value = value[0]
@@ -315,26 +206,22 @@ def _picture(value: Any) -> bytes:
         try:
             value = base64.b64decode(value, validate=True)
         except (binascii.Error, ValueError) as error:
-            raise _Unusable("its picture is not base64") from error
+            raise InputError("its picture is not base64") from error
     if not isinstance(value, bytes) or not value:
-        raise _Unusable("it has no picture")
+        raise InputError("it has no picture")
     from vlm_prune_ext.models.images import open_image
 
-    try:
-        open_image(value)
-    except InputError as error:
-        raise _Unusable(str(error)) from error
+    open_image(value)
     return value
 
 
-# -- questions and answers -------------------------------------------------------------------------
 def _question(row: Mapping[str, Any]) -> str:
     """A row's question with its context and options, worded as LLaVA's evaluation words them."""
     asked = _text(row.get("question"))
     options = _options(row)
     hint = _text(row.get("hint"))
     if not asked:
-        return CAPTION
+        return DEFAULT_PROMPT
     lines = [f"Context: {hint}"] if hint else []
     lines.append(asked)
     lines += [f"{letter}. {said}" for letter, said in options.items()]
@@ -358,20 +245,11 @@ def _options(row: Mapping[str, Any]) -> dict[str, str]:
 def _answers(row: Mapping[str, Any]) -> tuple[str, ...]:
     for name in ("answers", "answer", "captions", "caption"):
         value = row.get(name)
-        if isinstance(value, list | tuple):
-            found = tuple(said for entry in value if (said := _text(_inner(entry))))
-        elif isinstance(value, int) and not isinstance(value, bool) and _options(row):
-            found = (LETTERS[value],)  # ScienceQA's answers are places
-        else:
-            found = tuple(read_list(_text(value)))
-        if found:
-            return found
+        if isinstance(value, int) and not isinstance(value, bool) and _options(row):
+            return (LETTERS[value],)  # ScienceQA's answers are places
+        if found := read_list(value):
+            return tuple(found)
     return ()
-
-
-def _inner(value: Any) -> Any:
-    """VQA's answers come as mappings with an ``answer``."""
-    return value.get("answer") if isinstance(value, Mapping) else value
 
 
 def _text(value: Any) -> str:
@@ -382,13 +260,12 @@ def _text(value: Any) -> str:
     return "" if said.lower() == "nan" else said
 
 
-# -- files ---------------------------------------------------------------------------------------
 def _tsv_rows(path: Path) -> list[Row]:
     try:
         columns, rows, broken = read_texts(path, "\t")
     except InputError as error:
         raise InputError(f"--from {error}") from error
-    _require(path, columns, ("image",))
+    _check_columns(path, columns)
     whole = [row for place, row in enumerate(rows) if place not in broken]
     by_index = {row.get("index", ""): row["image"] for row in reversed(whole)}
     for row in whole:
@@ -408,7 +285,7 @@ def _parquet_rows(paths: Sequence[Path]) -> list[Row]:
         raise InputError(f"--from {str(paths[0])!r} is not a parquet file: {said}.") from error
     names = {"images": "image"} if "image" not in table.column_names else {}
     table = table.rename_columns([names.get(name, name) for name in table.column_names])
-    _require(paths[0], table.column_names, ("image",))
+    _check_columns(paths[0], table.column_names)
     return _ArrowRows(table)  # type: ignore[return-value]
 
 
@@ -425,9 +302,8 @@ class _ArrowRows:
         return self._table.slice(place, 1).to_pylist()[0]
 
 
-def _require(path: Path, columns: Any, needed: Sequence[str]) -> None:
-    names = list(columns)
-    missing = [name for name in needed if name not in names]
+def _check_columns(path: Path, names: Sequence[str]) -> None:
+    missing = [] if "image" in names else ["image"]
     if not missing and not {"answer", "answers", "caption", "captions"} & set(names):
         missing = ["answer"]
     if missing:
@@ -437,24 +313,17 @@ def _require(path: Path, columns: Any, needed: Sequence[str]) -> None:
         )
 
 
-# -- the demo ------------------------------------------------------------------------------------
-def _demo(source: str, count: int, seed: int, prompt: str | None) -> list[Entry]:
-    kinds = source.partition(":")[2] or "vqa"
-    if kinds not in DEMO_SETS:
-        raise unknown_name("demo set", kinds, DEMO_SETS)
-    return list(_demo_entries(kinds, count, seed, prompt))
-
-
-def _demo_entries(kind: str, count: int, seed: int, prompt: str | None) -> Iterator[Entry]:
+def _demo(source: str, count: int, seed: int, prompt: str | None) -> Iterator[Entry]:
     from vlm_prune_ext.demo.drawing import make_scene, render
     from vlm_prune_ext.demo.questions import samples
 
+    kind = source.partition(":")[2] or "vqa"
+    if kind not in DEMO_SETS:
+        raise unknown_name("demo set", kind, DEMO_SETS)
     for sample in samples(kind, seed, count):
         file = io.BytesIO()
         render(make_scene(sample["scene_seed"])).save(file, format="PNG")
-        options = list(sample.get("options", ()))
-        row = {"question": sample["question"], "choices": options or None}
-        question = prompt or _question(row)
-        if kind == "vqa" and prompt is None:
-            question = f"{question}\n{SHORT}"
-        yield Entry(file.getvalue(), question, (sample["answer"],))
+        asked = _question({"question": sample["question"], "choices": sample.get("options")})
+        if kind == "vqa":
+            asked = f"{asked}\n{SHORT}"
+        yield Entry(file.getvalue(), prompt or asked, (sample["answer"],))

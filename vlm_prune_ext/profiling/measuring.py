@@ -28,6 +28,7 @@ from transformers import LogitsProcessorList
 from vlm_prune_ext.engine.trace import Trace
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.evals.answer import GREEDY, lengths_until, stop_ids
+from vlm_prune_ext.evals.examples import Example
 from vlm_prune_ext.experiment.flops import (
     FlopCount,
     count_flops,
@@ -47,7 +48,6 @@ from vlm_prune_ext.experiment.measure import warm as warm_up
 from vlm_prune_ext.experiment.metrics import METRICS, Answered, everywhere, fitting, score_all
 from vlm_prune_ext.experiment.record import Sample, Spread, held
 from vlm_prune_ext.models.base import starts_with
-from vlm_prune_ext.profiling.data import Example
 from vlm_prune_ext.profiling.loading import Loaded
 from vlm_prune_ext.pruning import prune
 
@@ -112,10 +112,10 @@ class Prompter:
 
     def _question(self, example: Example, picture: Any) -> str:
         if self.limit is None:
-            return example.question
-        if example.row not in self._questions:
-            self._questions[example.row] = self._cut(example.question, picture)
-        return self._questions[example.row]
+            return example.prompt
+        if example.index not in self._questions:
+            self._questions[example.index] = self._cut(example.prompt, picture)
+        return self._questions[example.index]
 
     def _cut(self, question: str, picture: Any) -> str:
         """The question without as many words at its end as it has tokens too many."""
@@ -367,12 +367,12 @@ class CellMeasurer:
             ),
             flops=self._flops(first),
             tokens=self._tokens(samples, [batch for batch, *_ in batches]),
-            quality=quality_of(samples, [example.answers for example in self.examples]),
+            quality=quality_of(samples, [example.references for example in self.examples]),
             examples_per_second=self.cell.batch_size / latency.total.median,
             peak_memory=peak,
             seconds=time.perf_counter() - start,
             answers=[sample.prediction for sample in samples],
-            row_numbers=[example.row for example in self.examples],
+            row_numbers=[example.index + 1 for example in self.examples],
         )
 
     def _chunks(self) -> list[list[Example]]:

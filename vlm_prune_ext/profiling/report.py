@@ -16,15 +16,17 @@ from vlm_prune_ext.experiment.metrics import METRICS
 from vlm_prune_ext.experiment.report import (
     Column,
     Figure,
+    Heading,
     Markup,
+    Page,
+    Part,
+    Picture,
     Table,
     bar_plot,
-    html_cell,
-    html_image,
-    html_page,
     line_plot,
     markdown_cell,
     metric_figures,
+    write_table,
 )
 from vlm_prune_ext.experiment.report import Line as Drawn
 
@@ -211,30 +213,6 @@ def order(row: Row, axis: str) -> tuple[Any, ...]:
 
 # -- a model's page ------------------------------------------------------------------------------
 @dataclass
-class Section:
-    """A table on a model's page, with sentences before it and a plot behind it."""
-
-    title: str
-    table: Table
-    notes: list[str] = field(default_factory=list)
-    plot: str = ""
-
-    def markdown(self) -> list[str]:
-        """As lines of a page."""
-        parts = [f"## {self.title}", ""]
-        parts += [part for note in self.notes for part in (markdown_cell(note), "")]
-        parts += [self.table.markdown()]
-        return [*parts, f"![{self.title}]({self.plot})", ""] if self.plot else parts
-
-    def html(self, folder: Path) -> list[str]:
-        """As parts of a page."""
-        parts = [f"<h3>{html_cell(self.title)}</h3>"]
-        parts += [f"<p>{html_cell(note)}</p>" for note in self.notes]
-        parts.append(self.table.html_table())
-        return [*parts, html_image(folder / self.plot, self.title)] if self.plot else parts
-
-
-@dataclass
 class Model:
     """All about one model.
 
@@ -244,8 +222,7 @@ class Model:
         rows: all cells that are done.
         failed: sentences about cells that failed.
         hosts: sentences about hardware and software.
-        facts: what all cells share.
-        sections: tables.
+        parts: of its page: what all cells share, a table for each axis, all cells, what failed.
     """
 
     name: str
@@ -253,33 +230,16 @@ class Model:
     rows: list[Row]
     failed: list[str]
     hosts: list[str]
-    facts: list[str] = field(default_factory=list)
-    sections: list[Section] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
 
-    def markdown(self) -> str:
+    def page(self) -> Page:
         """Its page."""
-        parts = [f"# {markdown_cell(self.name)}", ""]
-        parts += [*(f"- {markdown_cell(said)}" for said in (*self.hosts, *self.facts)), ""]
-        parts += [line for section in self.sections for line in section.markdown()]
-        if self.rows:
-            parts += ["; ".join(f"*{c.name}*: {c.note}" for c in figures()) + ".", ""]
-        if self.failed:
-            parts += ["## Failed", "", *(f"- {markdown_cell(said)}" for said in self.failed), ""]
-        return "\n".join(parts)
+        legend = "; ".join(f"{c.name}: {c.note}" for c in figures()) + "."
+        return Page(self.name, [self.hosts, *self.parts, *([legend] if self.rows else [])])
 
     def sheet(self) -> Table:
         """All cells that are done, under every axis."""
         return table(self.rows, QUESTIONS)
-
-    def html(self, folder: Path) -> list[str]:
-        """Its part of the one page."""
-        parts = [f'<h2 id="{html_cell(self.stem)}">{html_cell(self.name)}</h2>']
-        parts += [f"<p>{html_cell(said)}</p>" for said in self.facts]
-        parts += [part for section in self.sections for part in section.html(folder)]
-        if self.failed:
-            said = "".join(f"<li>{html_cell(text)}</li>" for text in self.failed)
-            parts.append(f"<h3>Failed</h3><ul>{said}</ul>")
-        return parts
 
 
 def table(
@@ -309,26 +269,30 @@ def _model(name: str, names: Sequence[str], lines: Sequence[Line], folder: Path)
     failed = [failed_text(line) for line in own if line.status == FAILED]
     model = Model(name, _stem(name, names), rows, failed, hosts_of(own))
     if rows:
-        model.facts = [_shared(rows), _energy_note(rows)]
+        model.parts.append([_shared(rows), _energy_note(rows)])
     for question in varying(rows):
         chosen = answer_to(question, rows)
         if _values(question, chosen) > 1:
-            model.sections.append(_section(question, chosen, rows, model.stem, folder))
+            model.parts += _section(question, chosen, rows, folder / model.stem)
     if rows:
-        model.sections.append(Section("All cells", table(rows, varying(rows))))
+        model.parts += [Heading("All cells"), table(rows, varying(rows))]
+    if failed:
+        model.parts += [Heading("Failed"), failed]
     return model
 
 
 def _section(
-    question: Question, chosen: Sequence[Row], rows: Sequence[Row], stem: str, folder: Path
-) -> Section:
-    fixed = _held_fixed(question, chosen, rows)
-    note = _image_note(chosen) if question.axis == "img_size" else ""
-    notes = [said for said in (f"Everything else: {fixed}." if fixed else "", note) if said]
-    plot = f"{stem}_{question.axis}.png"
-    draw(question, chosen, folder / plot)
+    question: Question, chosen: Sequence[Row], rows: Sequence[Row], stem: Path
+) -> list[Part]:
+    parts: list[Part] = [Heading(question.title)]
+    if fixed := _held_fixed(question, chosen, rows):
+        parts.append(f"Everything else: {fixed}.")
+    if question.axis == "img_size" and (note := _image_note(chosen)):
+        parts.append(note)
+    plot = stem.with_name(f"{stem.name}_{question.axis}.png")
+    draw(question, chosen, plot)
     axes = list(dict.fromkeys([question, *varying(chosen)]))
-    return Section(question.title, table(chosen, axes), notes, plot)
+    return [*parts, table(chosen, axes), Picture(plot, question.title)]
 
 
 def _stem(name: str, all_names: Sequence[str]) -> str:
@@ -513,10 +477,10 @@ def write_reports(out: Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         names = list(dict.fromkeys(line.cell["model_name"] for line in lines))
         models = [_model(name, names, lines, folder) for name in names]
-        pages = {folder / f"{model.stem}.md": model.markdown() for model in models}
-        sheets = {folder / f"{model.stem}.csv": model.sheet().csv() for model in models}
-        sheets |= {folder / f"{model.stem}.json": model.sheet().json() for model in models}
-        index = {folder / "index.md": _index(models), folder / "index.html": _page(models, folder)}
+        pages = {folder / f"{model.stem}.md": model.page().markdown() for model in models}
+        index = {folder / "index.md": _index(models), folder / "index.html": _everything(models)}
+        for model in models:
+            write_table(folder, model.stem, model.sheet(), ("csv", "json"))
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{str(out / LOG)!r} has a line that vlm-prune profile did not write ({error!r}): give "
@@ -525,7 +489,7 @@ def write_reports(out: Path) -> list[Path]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise InputError(f"--out {str(folder)!r} cannot be written ({reason}).") from error
-    for path, text in {**index, **pages, **sheets}.items():
+    for path, text in {**index, **pages}.items():
         write_whole(path, text)
     return [*index, *pages]
 
@@ -563,30 +527,24 @@ def _index(models: Sequence[Model]) -> str:
     """The page that leads to the others."""
     made = Table(_INDEX)
     for model in models:
-        found = {
-            name: [r.figures[name] for r in model.rows if r.figures[name] is not None]
-            for name in ("latency ms", "examples/s", "J/example")
+        best = {
+            name: of((x for r in model.rows if (x := r.figures[name]) is not None), default=None)
+            for name, of in (("latency ms", min), ("examples/s", max), ("J/example", min))
         }
         link = Markup(f"[{markdown_cell(model.name)}]({model.stem}.md)")
-        best = min(found["latency ms"], default=None), max(found["examples/s"], default=None)
-        least = min(found["J/example"], default=None)
-        made.rows.append([link, len(model.rows), len(model.failed), *best, least])
-    parts = ["# Profiles", "", made.markdown()]
-    parts += [*(f"- {markdown_cell(host)}" for host in _all_hosts(models)), ""]
-    return "\n".join([*parts, "Everything in one page: index.html.", ""])
+        made.rows.append([link, len(model.rows), len(model.failed), *best.values()])
+    all_in_one = "Everything in one page: index.html."
+    return Page("Profiles", [made, _all_hosts(models), all_in_one]).markdown()
 
 
 def _all_hosts(models: Sequence[Model]) -> list[str]:
     return list(dict.fromkeys(host for model in models for host in model.hosts))
 
 
-def _page(models: Sequence[Model], folder: Path) -> str:
-    """Everything, plots included, in one file."""
-    hosts = "".join(f"<li>{html_cell(host)}</li>" for host in _all_hosts(models))
-    legend = "; ".join(f"<b>{html_cell(c.name)}</b>: {html_cell(c.note)}" for c in figures())
-    parts = [f"<ul>{hosts}</ul>", f"<p>A click on a heading sorts. {legend}.</p>"]
-    if len(models) > 1:
-        links = (f'<a href="#{html_cell(m.stem)}">{html_cell(m.name)}</a>' for m in models)
-        parts.append(f"<p>{' · '.join(links)}</p>")
-    parts += [part for model in models for part in model.html(folder)]
-    return html_page("Profiles of vision-language models", parts)
+def _everything(models: Sequence[Model]) -> str:
+    """All pages, plots included, in one file."""
+    legend = "; ".join(f"{c.name}: {c.note}" for c in figures())
+    parts: list[Part] = [_all_hosts(models), f"A click on a heading sorts. {legend}."]
+    for model in models:
+        parts += [Heading(model.name, 1), *model.parts]
+    return Page("Profiles of vision-language models", parts).html()

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 
 from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.evals.examples import Data
 from vlm_prune_ext.experiment import grid
 from vlm_prune_ext.experiment.grid import Line
 from vlm_prune_ext.experiment.host import cpu_name, host
 from vlm_prune_ext.experiment.log import Log, lock, put_aside
 from vlm_prune_ext.experiment.measure import idle_power
 from vlm_prune_ext.experiment.metrics import require
+from vlm_prune_ext.experiment.record import digest
 from vlm_prune_ext.experiment.settings import method_as_json, method_of
-from vlm_prune_ext.profiling.data import Folder
 from vlm_prune_ext.profiling.grid import AXES, Optimization, ProfileSettings
 from vlm_prune_ext.profiling.loading import (
     Loaded,
@@ -72,12 +73,12 @@ SHARED = ("samples", "repeat", "warmup", "max_new_tokens", "seed", "energy_secon
 """Settings that all cells share."""
 
 
-def cells_of(said: ProfileSettings, folder: Folder) -> list[grid.Cell]:
-    """All combinations of resolved settings over the examples of a folder, each once, those that
-    one loaded model serves together."""
-    count = len(folder.examples)
+def cells_of(said: ProfileSettings, data: Data) -> list[grid.Cell]:
+    """All combinations of resolved settings over a folder's examples, each once, those that one
+    loaded model serves together."""
+    count = len(data.rows)
     shared = {name: getattr(said, name) for name in SHARED}
-    shared |= {"samples": min(said.samples or count, count), "data": folder.digest}
+    shared |= {"samples": min(said.samples or count, count), "data": digest(data.digests())}
     found: dict[str, grid.Cell] = {}
     for own in grid.product({name: getattr(said, name) for name in AXES}):
         label = own["method"].label() if own["method"] is not None else "none"
@@ -98,7 +99,7 @@ def _processor(device: str) -> str:
 
 def run_cells(
     cells: Sequence[grid.Cell],
-    folder: Folder,
+    data: Data,
     out: Path,
     track: Tracker,
     say: Callable[[str], None],
@@ -111,7 +112,7 @@ def run_cells(
 
     Args:
         cells: the grid.
-        folder: the examples.
+        data: the examples.
         out: folder of the log.
         track: shows progress.
         say: prints a line about a cell that failed.
@@ -132,7 +133,7 @@ def run_cells(
         known = {key for key, line in grid.read_lines(log).items() if line.status == grid.DONE}
         pending = [cell for cell in cells if cell.key not in known]
         before = len(cells) - len(pending)
-        lines = grid.run(pending, make_job, (folder, trust_remote_code), log=log)
+        lines = grid.run(pending, make_job, (data, trust_remote_code), log=log)
         failed: list[Line] = []
         for line in track(lines, len(cells), before):
             if line.status == grid.FAILED:
@@ -144,8 +145,8 @@ def run_cells(
     return Outcome(done, before, failed)
 
 
-def make_job(folder: Folder, trust_remote_code: bool) -> grid.Job:
-    """What measures cells over the examples of a folder, one loaded model at a time."""
+def make_job(data: Data, trust_remote_code: bool) -> grid.Job:
+    """What measures cells over the examples, one loaded model at a time."""
 
     def load(group: str) -> Loaded:
         name, device, how = json.loads(group)
@@ -160,7 +161,7 @@ def make_job(folder: Folder, trust_remote_code: bool) -> grid.Job:
             hosts[own.device] = host(own.device, idle_power(own.device))
         where = hosts[own.device]
         try:
-            measurer = CellMeasurer(held(cell.group), own, folder.examples, where["idle_watts"])
+            measurer = CellMeasurer(held(cell.group), own, data.rows, where["idle_watts"])
             return {**asdict(measurer.measure()), "host": where}
         except torch.OutOfMemoryError:
             raise InputError(
