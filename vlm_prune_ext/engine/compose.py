@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from vlm_prune_ext.engine.layout import Layout, sent, take
 from vlm_prune_ext.engine.parts import Joint, ModelParts, Undo, VisionParts
 from vlm_prune_ext.engine.prompt import DecoderInput, Image
-from vlm_prune_ext.engine.state import Shortened, count_anew, images_left
+from vlm_prune_ext.engine.state import Shortened, images_left
 from vlm_prune_ext.engine.tower import Seen, Watch, read_addresses, watch_on
 from vlm_prune_ext.engine.trace import Trace
 from vlm_prune_ext.errors import InputError
@@ -512,4 +512,6 @@ class Composer:
             kept = take(given.positions, layout.slots, -1)
             return Shortened(given, layout, layout.kept(), kept, lost, images, held)
         lost = sent([[given.length - count] for count in held], given.device)
-        return Shortened(given, layout, None, count_anew(layout, given), lost, images, held)
+        positions = layout.counted_anew(given.real).positions
+        assert positions is not None
+        return Shortened(given, layout, None, positions, lost, images, held)

@@ -170,7 +170,7 @@ class DecoderPruner:
         if call is None or not call.prefill:
             return None
         layout, short = call.state.prefill.layout, call.state.short
-        if layout.is_whole and (short is None or short.whole):
+        if layout.is_whole and call.state.is_whole_at_first:
             return None
         here = layout.kept()
         here = here.masked_fill(here >= layout.total, -1)  # rows that were added

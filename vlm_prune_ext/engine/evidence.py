@@ -355,13 +355,7 @@ class AttentionReader:
     # -- what rows are, and what they may see --------------------------------------------------
     def _real(self) -> torch.Tensor | None:
         """Bool ``(batch, n)``, False at padding and empty slots of the prompt."""
-        prefill, layout = self.prefill, self.layout
-        real = prefill.real
-        if real is not None:
-            real = real.gather(1, layout.slots)
-        if layout.valid is not None:
-            real = layout.valid if real is None else real & layout.valid
-        return real
+        return self.layout.real(self.prefill.real)
 
     def _rows(self, which: str) -> _Rows:
         """Query rows of each sample."""

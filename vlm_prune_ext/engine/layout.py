@@ -13,12 +13,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from vlm_prune_ext.engine.prompt import DecoderInput, Image
 from vlm_prune_ext.methods.evidence import Answer, Evidence, Stage
+
+_Held = TypeVar("_Held", bound="Layout | Group")
 
 
 @dataclass(frozen=True)
@@ -80,26 +82,19 @@ class Layout:
         """The same on another device (a model may be spread over several)."""
         if self.slots.device == device:
             return self
-        return replace(
-            self,
-            slots=self.slots.to(device),
-            valid=None if self.valid is None else self.valid.to(device),
-            names=self.names.to(device),
-            positions=None if self.positions is None else self.positions.to(device),
-        )
+        return _each(self, lambda tensor: tensor.to(device))
 
     def kept(self) -> torch.Tensor:
         """``(batch, n)`` names, ``-1`` at empty slots."""
-        if self.valid is None:
-            return self.names.clone()
-        return self.names.masked_fill(~self.valid, -1)
+        return self._where_valid(self.names)
 
     def counted(self) -> torch.Tensor:
         """:attr:`positions`, ``-1`` at empty slots."""
         assert self.positions is not None
-        if self.valid is None:
-            return self.positions.clone()
-        return self.positions.masked_fill(~self.valid, -1)
+        return self._where_valid(self.positions)
+
+    def _where_valid(self, values: torch.Tensor) -> torch.Tensor:
+        return values.clone() if self.valid is None else values.masked_fill(~self.valid, -1)
 
     def places_of(self, names: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
         """Current places of tokens that are here: ``names`` ``(rows, m)`` of batch rows
@@ -150,25 +145,22 @@ class Layout:
 
     def at(self, index: torch.Tensor) -> Layout:
         """The tokens at places ``(batch, m)``."""
-        return replace(
-            self,
-            slots=self.slots.gather(1, index),
-            names=self.names.gather(1, index),
-            valid=None if self.valid is None else self.valid.gather(1, index),
-            positions=None if self.positions is None else self.positions.gather(1, index),
-        )
+        return _each(self, lambda tensor: tensor.gather(1, index))
 
     def without_last(self, count: int) -> Layout:
         """Without the last ``count`` slots, all of which are here."""
-        total, names = self.total - count, self.names[:, :-count]
-        return Layout(
-            self.slots[:, :-count],
-            None if self.valid is None else self.valid[:, :-count],
-            total,
-            torch.where(names >= self.total, names - count, names),
-            self.added,
-            None if self.positions is None else self.positions[:, :-count],
-        )
+        left = _each(self, lambda tensor: tensor[:, :-count])
+        total = self.total - count
+        names = torch.where(left.names >= total, left.names - count, left.names)
+        return replace(left, total=total, names=names)
+
+    def real(self, real: torch.Tensor | None) -> torch.Tensor | None:
+        """Bool ``(batch, n)``, False at empty slots and where ``real`` ``(batch, S)`` is; ``None``:
+        nowhere."""
+        if real is None:
+            return self.valid
+        real = real.gather(1, self.slots)
+        return real if self.valid is None else real & self.valid
 
     def counted_anew(self, real: torch.Tensor | None) -> Layout:
         """With rotary positions 0, 1, ... over what is here.
@@ -176,15 +168,21 @@ class Layout:
         Args:
             real: bool ``(batch, S)``, False at padding of the prompt; ``None`` if there is none.
         """
-        there = torch.ones_like(self.slots) if real is None else real.long().gather(1, self.slots)
-        if self.valid is not None:
-            there = there * self.valid
+        real = self.real(real)
+        there = torch.ones_like(self.slots) if real is None else real.long()
         return replace(self, positions=(there.cumsum(dim=1) - 1).clamp(min=0))
 
     def next_position(self) -> torch.Tensor:
         """Rotary position behind those that were counted anew, int64 ``(batch, 1)``."""
         assert self.positions is not None
         return self.positions.amax(dim=1, keepdim=True) + 1
+
+
+def _each(thing: _Held, change: Callable[[torch.Tensor], torch.Tensor]) -> _Held:
+    """The same with all of its tensors changed."""
+    held: dict[str, Any] = vars(thing)
+    changed: dict[str, Any] = {n: change(v) for n, v in held.items() if isinstance(v, torch.Tensor)}
+    return replace(thing, **changed)
 
 
 def _order_with(added: Added, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -258,26 +256,12 @@ class Group:
 
     def to(self, device: torch.device) -> Group:
         """The same on another device."""
-        return replace(
-            self,
-            samples=self.samples.to(device),
-            places=self.places.to(device),
-            tokens=self.tokens.to(device),
-            last=self.last.to(device),
-            chosen=None if self.chosen is None else self.chosen.to(device),
-        )
+        return _each(self, lambda tensor: tensor.to(device))
 
     def rows(self, rows: list[int]) -> Group:
         """Some of the images."""
-        return replace(
-            self,
-            samples=self.samples[rows],
-            names=tuple(self.names[row] for row in rows),
-            places=self.places[rows],
-            tokens=self.tokens[rows],
-            last=self.last[rows],
-            chosen=None if self.chosen is None else self.chosen[rows],
-        )
+        some = _each(self, lambda tensor: tensor[rows])
+        return replace(some, names=tuple(self.names[row] for row in rows))
 
     def keep(self, kept: torch.Tensor) -> Group:
         """Some tokens of each image, int64 ``(rows, k)`` out of 0 ... n-1."""
@@ -394,12 +378,13 @@ class Prefill:
             total, device = self.layout.total, self.layout.slots.device
             starts = sent([[start] for start in self.tail_starts], device)
             slots = starts + iota(total - min(self.tail_starts), device)
-            inside = slots < total - self.ahead
+            real = slots < total - self.ahead
             slots = slots.clamp(max=total - 1)
             if self.moved is not None:
                 slots = self.moved.gather(1, slots)
-            real = inside if self.real is None else inside & self.real.gather(1, slots)
-            self._tail = Tail(slots, real)
+            self._tail = Tail(
+                slots, real if self.real is None else real & self.real.gather(1, slots)
+            )
         return self._tail
 
     def settle(self) -> None:

@@ -13,6 +13,7 @@ from operator import is_
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
@@ -99,10 +100,17 @@ class LayerArguments:
         if layout.positions is not None:
             changes |= self._counted_anew(index, layout, hidden, kwargs, call)
         elif cut and call.prefill:
-            for name in ("position_embeddings", "position_ids"):
-                if kwargs.get(name) is not None:
-                    changes[name] = call.cut_positions(name, kwargs[name], layout)
-        if call.gaps(cut) and layout.positions is None and takes_padding_masks(self._attention()):
+            if (ids := kwargs.get("position_ids")) is not None:
+                key = (id(layout), id(ids))
+                changes["position_ids"] = call.once(key, ids, lambda: take(ids, layout.slots, -1))
+            if (both := kwargs.get("position_embeddings")) is not None:
+                changes["position_embeddings"] = call.once(
+                    (id(layout), id(both)),
+                    both,
+                    lambda: tuple(take(part, layout.slots, -2) for part in both),
+                )
+        gaps = call.prefill and (cut or not call.state.is_whole_at_first)
+        if gaps and layout.positions is None and takes_padding_masks(self._attention()):
             # FlashAttention-2 reads gaps in position ids as the borders of packed prompts.
             changes["position_ids"] = None
         return changes
@@ -148,29 +156,32 @@ class LayerArguments:
     def _mask(
         self, index: int, layout: Layout, hidden: torch.Tensor, kwargs: dict, call: Call
     ) -> Any:
-        mask = kwargs.get("attention_mask")
-        prefill = call.state.prefill
+        mask, window = kwargs.get("attention_mask"), self.windows[index]
+        if call.prefill and window is not None:
+            self._check_window(index, window, call)
+        hiding = [gone for first, gone in call.state.prefill.hidden_keys.items() if first <= index]
         if self._makes_mask(index, call):
-            return self._made_mask(index, layout, hidden, kwargs, call)
-        self._check_window(index, layout, call)
-        if call.prefill and layout.is_whole and not prefill.hidden_keys:
+            key = ("by place", id(layout), window, len(hiding))
+            return call.once(
+                key, layout, lambda: self._by_place(index, layout, hidden, kwargs, call, hiding)
+            )
+        if call.prefill and layout.is_whole and not hiding:
             return mask  # cut with the prompt, in front of layer 0
-        key = (id(layout), id(mask), tuple(f for f in prefill.hidden_keys if f <= index))
-        if key not in call.masks:
-            width = self._key_width(index, layout, hidden.shape[1], kwargs)
+
+        def cut() -> Any:
+            width, queries = _key_width(index, hidden, kwargs), hidden.shape[1]
             made = adapt(
                 mask,
                 layout,
-                queries=hidden.shape[1],
+                queries=queries,
                 prefill=call.prefill,
                 width=width,
                 attention=self._attention(),
                 dtype=hidden.dtype,
             )
-            made = self._hide_keys(index, made, width, hidden, call)
-            # The original is kept beside it: an id is only unique while its object lives.
-            call.masks[key] = (mask, made)
-        return call.masks[key][1]
+            return self._hide_keys(made, hiding, width, hidden, call)
+
+        return call.once(("cut", id(layout), id(mask), len(hiding)), mask, cut)
 
     def _makes_mask(self, index: int, call: Call) -> bool:
         """Is the model's own mask of no use? Hybrid models size theirs by the cache of the first
@@ -184,51 +195,46 @@ class LayerArguments:
         stated = isinstance(given, dict) or (given is not None and given.dim() == 4)
         return self._windows_gaps(index, call) and not stated
 
-    def _made_mask(
-        self, index: int, layout: Layout, hidden: torch.Tensor, kwargs: dict, call: Call
-    ) -> Any:
+    def _by_place(
+        self,
+        index: int,
+        layout: Layout,
+        hidden: torch.Tensor,
+        kwargs: dict,
+        call: Call,
+        hiding: list[torch.Tensor],
+    ) -> torch.Tensor:
         """The mask from where the tokens stood in the prompt, windows and hidden keys included."""
-        window = self.windows[index]
-        self._check_window(index, layout, call)
-        prefill, cache = call.state.prefill, kwargs.get("past_key_values")
-        key = (id(layout), window, tuple(f for f in prefill.hidden_keys if f <= index))
-        if key in call.masks:
-            return call.masks[key][1]
-        layout = layout.to(hidden.device)
-        queries, device = hidden.shape[1], hidden.device
+        layout, short = layout.to(hidden.device), call.state.short
+        cache = kwargs.get("past_key_values")
+        queries, width = hidden.shape[1], _key_width(index, hidden, kwargs)
         held = int(cache.get_seq_length(index)) if cache is not None else 0
-        width = self._key_width(index, layout, queries, kwargs)
-        slots, valid = key_slots(layout, width, held + queries)
+        # A cache with a window has let go of its oldest keys.
+        slots, valid = columns(layout, width, max(held + queries - width, 0))
         allowed = torch.ones_like(slots, dtype=torch.bool) if valid is None else valid
-        allowed = allowed & _pick(prefill.real, slots, True)
+        allowed = allowed & _at(call.state.prefill.real, slots, True)
         seen = in_order(layout, slots) if call.prefill and layout.added else None
-        for first, gone in prefill.hidden_keys.items():
-            if first <= index and gone.dim() == 2:
-                allowed = allowed & ~_pick(gone, slots, False)
-            elif first <= index:
-                self._check_rows()
-                each = [_pick(row, slots, False) for row in gone.unbind(1)]
-                seen = ~torch.stack(each, dim=1) if seen is None else seen & ~torch.stack(each, 1)
-        if call.prefill:
-            rows = layout.slots
-        else:
-            first_row = layout.total + held - layout.count
-            rows = torch.arange(first_row, first_row + queries, device=device)[None]
-        short = call.state.short
+        for gone in hiding:
+            if gone.dim() == 2:
+                allowed = allowed & ~_at(gone, slots, False)
+                continue
+            self._check_rows()
+            each = ~torch.stack([_at(row, slots, False) for row in gone.unbind(1)], dim=1)
+            seen = each if seen is None else seen & each
+        rows = layout.slots
+        if not call.prefill:
+            first = layout.total + held - layout.count
+            rows = torch.arange(first, first + queries, device=slots.device)[None]
         if short is not None:
             slots, rows = short.places(slots), short.places(rows.expand(len(slots), -1))
-        made = by_place(slots, allowed, rows, window, self._attention(), hidden.dtype, seen)
-        call.masks[key] = (None, made)
-        return made
+        return by_place(
+            slots, allowed, rows, self.windows[index], self._attention(), hidden.dtype, seen
+        )
 
-    def _check_window(self, index: int, layout: Layout, call: Call) -> None:
-        window = self.windows[index]
-        if not call.prefill or window is None:
-            return
-        total = layout.total if call.state.short is None else call.state.short.layout.total
-        if total <= window:
-            return
-        if takes_padding_masks(self._attention()):
+    def _check_window(self, index: int, window: int, call: Call) -> None:
+        short = call.state.short
+        total = (call.state.prefill if short is None else short).layout.total
+        if total > window and takes_padding_masks(self._attention()):
             raise InputError(
                 f"attn_implementation={self._attention()!r} counts the sliding window of layer "
                 f"{index} ({window} tokens) in tokens that are left: use sdpa or eager to prune a "
@@ -236,22 +242,20 @@ class LayerArguments:
             )
 
     def _hide_keys(
-        self, index: int, mask: Any, width: int, hidden: torch.Tensor, call: Call
+        self, mask: Any, hiding: list[torch.Tensor], width: int, hidden: torch.Tensor, call: Call
     ) -> Any:
-        """Mask mode: forbid the keys that are hidden from ``index`` on."""
-        for first, gone in call.state.prefill.hidden_keys.items():
-            if first > index:
-                continue
+        """Mask mode: forbid keys that are hidden, bool ``(batch, [queries,] n)`` each."""
+        for gone in hiding:
             # The model's own mask may still be on the device of its first layers.
             device = hidden.device if mask is None else mask.device
-            allowed = ~torch.nn.functional.pad(gone, (0, width - gone.shape[-1])).to(device)
+            allowed = ~pad(gone, (0, width - gone.shape[-1])).to(device)
             if allowed.dim() == 3:
                 self._check_rows()
             if mask is None:
                 queries = hidden.shape[1]
-                first_query = 0 if call.prefill else width - queries
+                first = 0 if call.prefill else width - queries
                 some = allowed if allowed.dim() == 2 else allowed.any(dim=1)
-                mask = fresh(some, queries, first_query, self._attention(), hidden.dtype)
+                mask = fresh(some, queries, first, self._attention(), hidden.dtype)
             if mask.dim() == 4:
                 allowed = allowed[:, None, None] if allowed.dim() == 2 else allowed[:, None]
             mask = hide(mask, allowed)
@@ -265,15 +269,16 @@ class LayerArguments:
                 "or eager."
             )
 
-    def _key_width(self, index: int, layout: Layout, queries: int, kwargs: dict) -> int:
-        """Keys the layer's attention sees in this call."""
-        cache = kwargs.get("past_key_values")
-        if cache is None:
-            return queries
-        return int(cache.get_mask_sizes(queries, index)[0])
+
+def _key_width(index: int, hidden: torch.Tensor, kwargs: dict) -> int:
+    """Keys that a layer's attention sees in this call."""
+    cache = kwargs.get("past_key_values")
+    return (
+        hidden.shape[1] if cache is None else int(cache.get_mask_sizes(hidden.shape[1], index)[0])
+    )
 
 
-def _pick(flags: torch.Tensor | None, slots: torch.Tensor, otherwise: bool) -> torch.Tensor:
+def _at(flags: torch.Tensor | None, slots: torch.Tensor, otherwise: bool) -> torch.Tensor:
     """``flags`` ``(batch, n)`` of given slots; ``otherwise`` for slots behind the prompt."""
     if flags is None:
         return torch.full_like(slots, otherwise, dtype=torch.bool)
@@ -282,6 +287,7 @@ def _pick(flags: torch.Tensor | None, slots: torch.Tensor, otherwise: bool) -> t
     return torch.where(inside, flags.gather(1, slots.clamp(max=flags.shape[1] - 1)), otherwise)
 
 
+# -- the decoder's arguments for a prompt that was shortened in front of layer 0 ------------------
 def prompt_arguments(short: Shortened, kwargs: dict) -> dict:
     """The decoder's arguments, shortened."""
     if short.whole:
@@ -342,7 +348,7 @@ def _real_keys(short: Shortened, width: int) -> torch.Tensor:
     real = short.real
     if real is None:
         real = torch.ones_like(short.layout.slots, dtype=torch.bool)
-    return torch.nn.functional.pad(real.long(), (0, width - short.length), value=1)
+    return pad(real.long(), (0, width - short.length), value=1)
 
 
 def _shorter(short: Shortened, mask: Any, width: int, *, prefill: bool) -> Any:
@@ -352,7 +358,7 @@ def _shorter(short: Shortened, mask: Any, width: int, *, prefill: bool) -> Any:
         if short.layout.valid is None:
             return None
         extra = width - short.length
-        return torch.nn.functional.pad(short.layout.valid.long(), (0, extra), value=1)
+        return pad(short.layout.valid.long(), (0, extra), value=1)
     if mask.dim() == 4 and not (prefill and mask.shape[-1] == short.given.length):
         width = mask.shape[-1]  # of a static cache
     return adapt(
@@ -366,6 +372,7 @@ def _shorter(short: Shortened, mask: Any, width: int, *, prefill: bool) -> Any:
     )
 
 
+# -- masks ---------------------------------------------------------------------------------------
 def takes_padding_masks(attention: str) -> bool:
     """Does this attention implementation take 2-D masks, as FlashAttention-2 does?
 
@@ -447,35 +454,20 @@ def by_place(
     return mask
 
 
-def columns(layout: Layout, width: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Slots behind the first ``width`` cached keys of a layer, and which of them are real.
+def columns(layout: Layout, width: int, start: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Slots behind keys ``start`` ... ``start + width - 1`` of all that a layer was ever given, and
+    which of them are real (in a static cache that is not full yet, there is room behind them).
 
     Returns:
         int64 ``(batch, width)`` and bool ``(batch, width)`` or ``None``.
     """
-    batch, extra = layout.slots.shape[0], width - layout.count
-    if extra == 0:
-        return layout.slots, layout.valid
-    later = torch.arange(layout.total, layout.total + extra, device=layout.slots.device)
-    slots = torch.cat([layout.slots, later.expand(batch, extra)], dim=1)
-    if layout.valid is None:
-        return slots, None
-    return slots, torch.nn.functional.pad(layout.valid, (0, extra), value=True)
-
-
-def key_slots(layout: Layout, width: int, entries: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """As :func:`columns`, for caches that may have let go of their oldest keys.
-
-    Args:
-        layout: what the layer holds of the prompt.
-        width: keys the layer's attention sees, the last ones of all (or, in a static cache that is
-            not full yet, the first ones and room behind them).
-        entries: keys the layer was ever given, those of this call included.
-    """
-    start = max(entries - width, 0)
-    slots, valid = columns(layout, max(start + width, layout.count))
-    slots = slots[:, start : start + width]
-    return slots, None if valid is None else valid[:, start : start + width]
+    slots, valid, extra = layout.slots, layout.valid, start + width - layout.count
+    if extra > 0:
+        later = torch.arange(layout.total, layout.total + extra, device=slots.device)
+        slots = torch.cat([slots, later.expand(len(slots), extra)], dim=1)
+        valid = None if valid is None else pad(valid, (0, extra), value=True)
+    here = slice(start, start + width)
+    return slots[:, here], None if valid is None else valid[:, here]
 
 
 def adapt(
@@ -502,7 +494,7 @@ def adapt(
     if mask is None:
         if layout.valid is None:
             return None
-        allowed = torch.nn.functional.pad(layout.valid, (0, width - layout.count), value=True)
+        allowed = pad(layout.valid, (0, width - layout.count), value=True)
         first = 0 if prefill else width - queries
         return fresh(allowed, queries, first, attention, dtype)
     if not isinstance(mask, torch.Tensor):

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from vlm_prune_ext.engine.evidence import Seen
-from vlm_prune_ext.engine.layout import Layout, Prefill, take
+from vlm_prune_ext.engine.layout import Layout, Prefill
 from vlm_prune_ext.engine.prompt import DecoderInput, Image, last_tokens, runs_of
 from vlm_prune_ext.errors import InputError
 
@@ -88,12 +88,7 @@ class Shortened:
     @property
     def real(self) -> torch.Tensor | None:
         """As :attr:`DecoderInput.real`, of the shorter prompt; False at empty slots."""
-        real = self.given.real
-        if real is not None:
-            real = real.gather(1, self.layout.slots)
-        if self.layout.valid is not None:
-            real = self.layout.valid if real is None else real & self.layout.valid
-        return real
+        return self.layout.real(self.given.real)
 
     def last_tokens(self) -> list[int]:
         """As :meth:`DecoderInput.last_tokens`, of the shorter prompt."""
@@ -124,15 +119,6 @@ def images_left(images: list[Image], stays: torch.Tensor) -> list[Image]:
         if places:
             left.append(Image.of(image.sample, runs_of(places)))
     return left
-
-
-def count_anew(layout: Layout, given: DecoderInput) -> torch.Tensor:
-    """Positions 0, 1, 2, ... over what is left, not counting padding, ``(batch, n)``."""
-    real = given.real
-    left = torch.ones_like(layout.slots) if real is None else real.long().gather(1, layout.slots)
-    if layout.valid is not None:
-        left = left * layout.valid
-    return (left.cumsum(dim=1) - 1).clamp(min=0)
 
 
 class State:
@@ -201,10 +187,15 @@ class State:
             self.short.settle(ahead)
 
     @property
+    def is_whole_at_first(self) -> bool:
+        """Whether nothing was dropped in front of layer 0."""
+        return self.short is None or self.short.whole
+
+    @property
     def misses_tokens(self) -> bool:
         """Whether any layer's cache holds less than the prompt."""
         cut = any(not layout.is_whole for layout in self.prefill.segments.values())
-        return cut or (self.short is not None and not self.short.whole)
+        return cut or not self.is_whole_at_first
 
 
 class Call:
@@ -219,8 +210,7 @@ class Call:
     def __init__(self, state: State, *, prefill: bool, decoded: int = 0) -> None:
         self.state, self.prefill, self.decoded = state, prefill, decoded
         self.cache: Any = None
-        self.masks: dict[Any, tuple[Any, Any]] = {}
-        self.positions: dict[Any, tuple[Any, Any]] = {}
+        self._made: dict[Any, tuple[Any, Any]] = {}
         self.seen: Seen | None = None
         # What the last layer was handed, and what was made of it; see LayerArguments.
         self.given: tuple[Any, ...] | None = None
@@ -231,27 +221,12 @@ class Call:
         seen, self.seen = self.seen, None
         return seen
 
-    def gaps(self, cut: bool) -> bool:
-        """Do this layer's positions have gaps?"""
-        short = self.state.short
-        return self.prefill and (cut or (short is not None and not short.whole))
-
-    def cut_positions(self, name: str, value: Any, layout: Layout) -> Any:
-        """Positions of the tokens a layer holds; computed once for all layers that hold them."""
-        return self.once((name, id(layout), id(value)), value, lambda: _cut(name, value, layout))
-
     def once(self, key: Any, kept: Any, make: Callable[[], Any]) -> Any:
         """What ``make`` made for a key before, or makes now. ``kept`` is held beside it: an id in
         the key is only unique while its object lives."""
-        if key not in self.positions:
-            self.positions[key] = (kept, make())
-        return self.positions[key][1]
-
-
-def _cut(name: str, value: Any, layout: Layout) -> Any:
-    if name == "position_ids":
-        return take(value, layout.slots, -1)
-    return tuple(take(part, layout.slots, -2) for part in value)
+        if key not in self._made:
+            self._made[key] = (kept, make())
+        return self._made[key][1]
 
 
 def watch(cache: Any, states: MutableMapping[Any, State]) -> None:
