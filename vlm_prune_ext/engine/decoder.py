@@ -83,7 +83,10 @@ class DecoderPruner:
         self.parts, self.method, self.trace, self.site = parts, method, trace, site
         self.visual_span = visual_span
         self.num_layers = len(parts.layers)
-        planned = placed(method.decoder_stages(self.num_layers), parts, method.name)
+        planned = method.decoder_stages(self.num_layers)
+        if parts.linear:
+            planned = placed(planned, parts, method.name)
+        self._first_kept = parts.first_attending if parts.linear else 0
         self.stages = {stage.layer: stage for stage in planned}
         shift = [method.decode_position_shift(layer) for layer in range(self.num_layers)]
         if not parts.plain_rotary:
@@ -269,7 +272,7 @@ class DecoderPruner:
 
     def _start(self, given: DecoderInput, images: list[Image], kwargs: dict) -> tuple[State, dict]:
         """What is known of a prompt, and the decoder's arguments for what enters layer 0."""
-        first, keeps = self.first_stage, self.parts.first_attending
+        first, keeps = self.first_stage, self._first_kept
         if self.site is not None:
             short = self.site.shorten(given, images)
             # The features that came were addresses, also where all of them stay.
@@ -375,7 +378,7 @@ class DecoderPruner:
             hidden,
             prefill,
             prefill.layout_at(layer),
-            keys=keys,
+            held=keys,
             mask=kwargs.get("attention_mask"),
             rotary=kwargs.get("position_embeddings"),
             prompt=call.prefill,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from types import ModuleType
 from typing import Any
@@ -40,10 +40,11 @@ def reads(needs: Iterable[Need]) -> bool:
     return bool({"keys", "tail_keys"} & set(needs)) or bool(attention_needs(needs, "before"))
 
 
+@dataclass(eq=False)
 class Looker:
     """Shows a rule the evidence about one group of images.
 
-    Args:
+    Attributes:
         needs: what the rule asks for; it is shown nothing else.
         parts: where things are in the model.
         prefill: state of the prompt.
@@ -51,55 +52,46 @@ class Looker:
         seen: what was read off layers, see :meth:`AttentionReader.read`.
     """
 
-    def __init__(
-        self,
-        needs: Sequence[Need],
-        parts: ModelParts,
-        prefill: Prefill,
-        hidden: torch.Tensor | None,
-        seen: Seen | None = None,
-    ) -> None:
-        self.needs, self.parts, self.prefill = set(needs), parts, prefill
-        self.hidden, self.seen = hidden, seen
+    needs: Sequence[Need]
+    parts: ModelParts
+    prefill: Prefill
+    hidden: torch.Tensor | None
+    seen: Seen | None = None
 
     def __call__(self, index: int, group: Group, places: torch.Tensor) -> Evidence:
         """``index`` of the group in the prompt; ``places`` ``(rows, n)``: where its tokens are."""
+        seen = self.seen[index] if self.seen else {}
         evidence = Evidence(
-            group.total, group.places, chosen=group.chosen, sample=group.names, **self._read(index)
+            group.total, group.places, chosen=group.chosen, sample=group.names, **seen
         )
-        rows = group.samples[:, None]
-        for name, value in self._of_hidden(rows, places):
-            setattr(evidence, name, value)
+        prefill, samples = self.prefill, group.samples
+        self._show_hidden(evidence, samples, places)
         if any(speaks_of_tail(need) for need in self.needs):
-            tail = self.prefill.tail()
-            slots, evidence.tail_real = tail.slots[group.samples], tail.real[group.samples]
-            there = self.prefill.layout.places_of(slots, group.samples)
-            for name, value in self._of_hidden(rows, there, "tail_"):
-                setattr(evidence, name, value)
+            tail = prefill.tail()
+            slots, evidence.tail_real = tail.slots[samples], tail.real[samples]
+            there = prefill.layout.places_of(slots, samples)
+            self._show_hidden(evidence, samples, there, "tail_")
             if "positions" in self.needs:
-                evidence.tail_positions = self.prefill.positions_of(slots, group.samples)
+                evidence.tail_positions = prefill.positions_of(slots, samples)
         if "positions" in self.needs:
             # A row that was added stands for its image's last token.
             slots = group.tokens.where(group.places < group.total, group.last)
-            evidence.positions = self.prefill.positions_of(slots, group.samples)
+            evidence.positions = prefill.positions_of(slots, samples)
         if "frequencies" in self.needs:
             evidence.frequencies = frequencies(self.parts)
         return evidence
 
-    def _read(self, index: int) -> dict[str, Any]:
-        return dict(self.seen[index]) if self.seen else {}
-
-    def _of_hidden(
-        self, rows: torch.Tensor, places: torch.Tensor, prefix: str = ""
-    ) -> Iterable[tuple[str, torch.Tensor]]:
-        if self.hidden is None:
-            return
-        if f"{prefix}hidden" in self.needs:
-            yield f"{prefix}hidden", self.hidden[rows, places]
-        if f"{prefix}normed" in self.needs:
-            norm: Any = self.parts.final_norm
-            # Not as a call: hooks on the norm wait for what leaves the last layer.
-            yield f"{prefix}normed", norm.forward(self.hidden[rows, places])
+    def _show_hidden(
+        self, evidence: Evidence, samples: torch.Tensor, places: torch.Tensor, prefix: str = ""
+    ) -> None:
+        for name in ("hidden", "normed"):
+            if self.hidden is not None and prefix + name in self.needs:
+                value = self.hidden[samples[:, None], places]
+                if name == "normed":
+                    norm: Any = self.parts.final_norm
+                    # Not as a call: hooks on the norm wait for what leaves the last layer.
+                    value = norm.forward(value)
+                setattr(evidence, prefix + name, value)
 
 
 def speaks_of_tail(need: Need) -> bool:
@@ -182,65 +174,55 @@ class _Rows:
         return _Rows(self.places[:, part], weights, self.samples)
 
 
+@dataclass(eq=False)
 class AttentionReader:
     """Reads attention rows and keys of a layer, as it attended or as it would attend.
 
-    Args:
+    Attributes:
         parts: where things are in the model.
         attn: the layer's attention module.
         hidden: ``(batch, n, hidden)``, what it received.
         prefill: state of the prompt.
         layout: what the layer holds of the prompt.
-        keys: ``(batch, kv_heads, keys, head_dim)``, all it attended to; ``None``: projected anew.
+        held: ``(batch, kv_heads, keys, head_dim)``, all it attended to; ``None``: projected anew.
         mask: the layer's attention mask, in any of its forms.
         rotary: the layer's ``position_embeddings``.
         prompt: the rows are the prompt itself, not a decode step.
     """
 
-    def __init__(
-        self,
-        parts: ModelParts,
-        attn: nn.Module,
-        hidden: torch.Tensor,
-        prefill: Prefill,
-        layout: Layout,
-        *,
-        keys: torch.Tensor | None,
-        mask: torch.Tensor | None,
-        rotary: Any,
-        prompt: bool,
-    ) -> None:
-        self.parts, self.attn, self.hidden, self.prefill = parts, attn, hidden, prefill
-        self.mask, self.rotary, self.prompt, self._keys = mask, rotary, prompt, keys
-        self.layout = layout.to(hidden.device)
-        self.width = hidden.shape[1] if keys is None else keys.shape[-2]
+    parts: ModelParts
+    attn: nn.Module
+    hidden: torch.Tensor
+    prefill: Prefill
+    layout: Layout
+    held: torch.Tensor | None
+    mask: torch.Tensor | None
+    rotary: Any
+    prompt: bool
+
+    def __post_init__(self) -> None:
+        self.layout = self.layout.to(self.hidden.device)
+
+    @property
+    def width(self) -> int:
+        """Keys that it attended to."""
+        return self.hidden.shape[1] if self.held is None else self.held.shape[-2]
 
     def until(self, row: int) -> AttentionReader:
         """As it was for token ``row`` of a decode step, with the tokens behind it still to come."""
-        count = self.hidden.shape[1]
-        if count == 1:
-            return self
+        later = self.hidden.shape[1] - row - 1
         mask, rotary = self.mask, self.rotary
         if mask is not None and mask.dim() == 4:
             mask = mask[:, :, : row + 1]
         if rotary is not None:
             rotary = tuple(part[..., : row + 1, :] for part in rotary)
-        return AttentionReader(
-            self.parts,
-            self.attn,
-            self.hidden[:, : row + 1],
-            self.prefill,
-            self.layout,
-            keys=self.keys[..., : self.width - (count - 1 - row), :],
-            mask=mask,
-            rotary=rotary,
-            prompt=self.prompt,
-        )
+        keys = self.keys[..., : self.width - later, :]
+        return replace(self, hidden=self.hidden[:, : row + 1], held=keys, mask=mask, rotary=rotary)
 
     @cached_property
     def keys(self) -> torch.Tensor:
         """``(batch, kv_heads, width, head_dim)``."""
-        return self._projected(None, self.rotary) if self._keys is None else self._keys
+        return self._projected(None, self.rotary) if self.held is None else self.held
 
     def read(self, needs: Sequence[Need], layer: str) -> Seen:
         """What a stage wants to see of this layer, which is the one ``"before"`` it or the one

@@ -8,6 +8,7 @@ what the model meant, whatever the back end: 4-D bool (SDPA), 4-D additive (eage
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 from operator import is_
 from typing import Any
@@ -30,16 +31,17 @@ from vlm_prune_ext.errors import InputError
 _GIVEN = ("attention_mask", "position_embeddings", "position_ids")
 
 
+@dataclass(eq=False)
 class LayerArguments:
     """Makes a decoder's arguments fit layers that hold only part of the prompt.
 
-    Args:
+    Attributes:
         parts: where things are.
         shift: per layer, what is added to a decode step's position.
     """
 
-    def __init__(self, parts: ModelParts, shift: list[int]) -> None:
-        self.parts, self.shift = parts, shift
+    parts: ModelParts
+    shift: list[int]
 
     @cached_property
     def windows(self) -> list[int | None]:

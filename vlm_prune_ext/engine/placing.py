@@ -18,7 +18,7 @@ from vlm_prune_ext.methods.base import say_once
 from vlm_prune_ext.methods.evidence import Stage
 
 
-def placed(stages: Sequence[Stage], parts: ModelParts, name: str) -> list[Stage]:
+def placed(stages: Sequence[Stage], parts: ModelParts, name: str) -> tuple[Stage, ...]:
     """A method's stages at layers where what they read can be read; in their order, one a layer.
 
     Args:
@@ -29,8 +29,6 @@ def placed(stages: Sequence[Stage], parts: ModelParts, name: str) -> list[Stage]
     Raises:
         InputError: more stages than layers that attend, or one that hides keys.
     """
-    if not parts.linear:
-        return list(stages)
     kind = type(parts.decoder).__name__
     attending = [n for n in range(len(parts.layers)) if n not in parts.linear]
     made: list[Stage] = []
@@ -58,7 +56,7 @@ def placed(stages: Sequence[Stage], parts: ModelParts, name: str) -> list[Stage]
             f"{name}: {kind} attends in layers {_names(attending)} only, next to which its tokens "
             f"go: in front of layer {said}."
         )
-    return made
+    return tuple(made)
 
 
 def _readable(stage: Stage, attending: list[int], layers: int) -> list[int]:

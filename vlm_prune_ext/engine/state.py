@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, MutableMapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache as made_once
 from functools import cached_property
 from typing import Any
@@ -121,17 +121,19 @@ def images_left(images: list[Image], stays: torch.Tensor) -> list[Image]:
     return left
 
 
+@dataclass(eq=False)
 class State:
     """What decoding must remember of a prompt.
 
-    Args:
+    Attributes:
         prefill: what its layers hold.
         short: the shorter prompt that entered layer 0, if it is one.
         first: the first layer that keeps keys: its length is what a cache says of itself.
     """
 
-    def __init__(self, prefill: Prefill, short: Shortened | None, first: int = 0) -> None:
-        self.prefill, self.short, self.first = prefill, short, first
+    prefill: Prefill
+    short: Shortened | None
+    first: int = 0
 
     @property
     def length(self) -> int:
@@ -198,23 +200,28 @@ class State:
         return cut or not self.is_whole_at_first
 
 
+@dataclass(eq=False)
 class Call:
     """One run of the decoder.
 
-    Args:
+    Attributes:
         state: of its prompt.
         prefill: it is the prompt itself.
         decoded: tokens that layer 0 holds behind the prompt, before this call.
+        cache: that it writes to.
+        seen: what was read for the stage to come.
+        given, changes: what the last layer was handed, and what was made of it, see
+            :class:`~vlm_prune_ext.engine.masks.LayerArguments`.
     """
 
-    def __init__(self, state: State, *, prefill: bool, decoded: int = 0) -> None:
-        self.state, self.prefill, self.decoded = state, prefill, decoded
-        self.cache: Any = None
-        self._made: dict[Any, tuple[Any, Any]] = {}
-        self.seen: Seen | None = None
-        # What the last layer was handed, and what was made of it; see LayerArguments.
-        self.given: tuple[Any, ...] | None = None
-        self.changes: dict[str, Any] = {}
+    state: State
+    prefill: bool
+    decoded: int = 0
+    cache: Any = None
+    seen: Seen | None = None
+    given: tuple[Any, ...] | None = None
+    changes: dict[str, Any] = field(default_factory=dict)
+    _made: dict[Any, tuple[Any, Any]] = field(default_factory=dict)
 
     def take_seen(self) -> Seen | None:
         """What was read for a stage; it serves that stage only."""

@@ -300,7 +300,7 @@ class Run:
             hidden,
             self.state,
             self.state.layout,
-            keys=keys,
+            held=keys,
             mask=None,
             rotary=rotary,
             prompt=True,
