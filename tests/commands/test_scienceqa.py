@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -167,9 +168,9 @@ def test_pruned_batches_equal_single_runs(data, caplog):
 @pytest.mark.parametrize(
     ("content", "part"),
     [
-        ("a diary\n", "Line 1"),
-        ("a diary", "Line 1"),
-        ('{"question_id": "3"}\n', "Line 1"),
+        ("a diary\n", "line 1"),
+        ("a diary", "line 1"),
+        ('{"question_id": "3"}\n', "line 1"),
     ],
 )
 def test_a_file_of_something_else_is_left_alone(content, part, data, capsys):
@@ -180,10 +181,8 @@ def test_a_file_of_something_else_is_left_alone(content, part, data, capsys):
 
 
 def test_answers_of_another_run_are_not_mixed(data, capsys):
-    record = dict.fromkeys(scienceqa.Record.__dataclass_fields__, "")
-    record |= {"question_id": "3", "prompt": "old", "model_id": "demo", "method": "baseline"}
-    record |= {"row": {}, "settings": {}}
-    (data / "out.jsonl").write_text(json.dumps(record) + "\n")
+    said = ("3", "old", "", None, "A", False, 0.1, 0, {}, "demo", "baseline")
+    (data / "out.jsonl").write_text(json.dumps(asdict(scienceqa.Record(*said))) + "\n")
     assert start(data, "--method", "fastv:64") == 2
     assert "fastv_rank64" in capsys.readouterr().err
     assert start(data, "--baseline") == 2

@@ -13,11 +13,11 @@ import json
 import os
 import re
 import statistics
-import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from vlm_prune_ext.commands.common import (
     MethodSettings,
@@ -29,9 +29,9 @@ from vlm_prune_ext.commands.common import (
     track,
 )
 from vlm_prune_ext.errors import InputError
-from vlm_prune_ext.experiment.log import Log, lock
+from vlm_prune_ext.experiment.log import Log, lock, object_of
 from vlm_prune_ext.experiment.record import changed, digest, weights_fingerprint
-from vlm_prune_ext.experiment.report import say, terminal_text
+from vlm_prune_ext.experiment.report import say
 from vlm_prune_ext.experiment.settings import (
     FLAG,
     WHOLE,
@@ -130,12 +130,12 @@ def run(args: argparse.Namespace) -> int:
     questions = read_questions(
         Path(said.question_file), Path(said.image_folder), said.single_pred_prompt
     )[: said.limit]
-    label = "baseline" if method is None else method.label()
-    path = Path(said.answers_file or _default_path(model_name(said), label))
-    answers = AnswersFile(path, model_name(said), label, _settings(said))
+    label, name = "baseline" if method is None else method.label(), model_name(said)
+    default = Path("outputs", "scienceqa", f"{Path(name).name}_{label}.jsonl")
+    answers = AnswersFile(Path(said.answers_file or default), name, label, _settings(said))
     answers.check_writable()
     failed: list[str] = []
-    with lock(path.parent, path.name):
+    with lock(answers.path.parent, answers.path.name):
         known = answers.read({question.id: question for question in questions})
         open_ = [question for question in questions if question.id not in known]
         if open_:
@@ -144,9 +144,9 @@ def run(args: argparse.Namespace) -> int:
 
             announce(method)
             answerer = Answerer(*load_model(said), method)
-            done = list(_answer_all(answerer, open_, said, answers, failed, len(known)))
+            done = _answer_all(answerer, open_, said, answers, failed, len(known))
             known |= {record.question_id: record for record in done}
-    _report(list(known.values()), len(failed), label, path)
+    _report(list(known.values()), len(failed), label, answers.path)
     return 1 if failed else 0
 
 
@@ -160,10 +160,6 @@ def _settings(said: ScienceSettings) -> dict[str, Any]:
     }
 
 
-def _default_path(model_path: str, label: str) -> Path:
-    return Path("outputs", "scienceqa", f"{Path(model_path).name}_{label}.jsonl")
-
-
 # -- reading -----------------------------------------------------------------------------------
 def read_questions(path: Path, image_folder: Path, single_prediction: bool) -> list[Question]:
     """Read a question file in LLaVA's layout.
@@ -172,25 +168,22 @@ def read_questions(path: Path, image_folder: Path, single_prediction: bool) -> l
         InputError: no such file, not JSON, or an entry that is not of that layout (named by its
             place in the list).
     """
+    said = f"--question-file {str(path)!r}"
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(
-            f"--question-file {str(path)!r} cannot be read: {error.strerror}."
-        ) from error
+        raise InputError(f"{said} cannot be read: {error.strerror}.") from error
     except ValueError as error:
-        raise InputError(f"--question-file {str(path)!r} is not a JSON file: {error}.") from error
+        raise InputError(f"{said} is not a JSON file: {error}.") from error
     if not isinstance(entries, list) or not entries:
-        raise InputError(f"--question-file {str(path)!r} must hold a list of questions.")
+        raise InputError(f"{said} must hold a list of questions.")
     questions = [
         _question(entry, index, image_folder, single_prediction)
         for index, entry in enumerate(entries)
     ]
-    seen: set[str] = set()
-    for question in questions:
-        if question.id in seen:
-            raise InputError(f"id {question.id!r} is in {str(path)!r} twice: ids must differ.")
-        seen.add(question.id)
+    counts = Counter(question.id for question in questions)
+    if twice := next((id_ for id_, count in counts.items() if count > 1), None):
+        raise InputError(f"id {twice!r} is in {str(path)!r} twice: ids must differ.")
     return questions
 
 
@@ -249,50 +242,35 @@ class AnswersFile:
             InputError: the file is of another model, method, prompt or setting, or is no answers
                 file.
         """
-        if not self.path.exists():
-            return {}
-        known = {f.name for f in fields(Record)}
-        found: dict[str, Record] = {}
         lines = self.log.read()
-        for line in lines:
-            try:
-                record = Record(**{name: line[name] for name in line.keys() & known})
-            except TypeError:  # cut off, or of something else
-                continue
-            question = questions.get(record.question_id)
-            self._check_same(record, question)
-            found[record.question_id] = record
-        if not found and (lines or self.log.broken):
-            raise InputError(
-                f"Line 1 of --answers-file {str(self.path)!r} is not an answer of this command: "
-                "give another file."
-            )
+        records = [record for line in lines if (record := object_of(Record, line)) is not None]
+        if not records and (lines or self.log.broken):
+            self._refuse("is not of this command: its line 1 is no answer")
+        for record in records:
+            self._check_same(record, questions.get(record.question_id))
         if self.log.broken:
             numbers = ", ".join(map(str, self.log.broken))
             say(f"{self.path}: line {numbers} cannot be read, and is left out.", error=True)
             self.log.replace(lines)
-        old = [id_ for id_, r in found.items() if id_ in questions and r.row != questions[id_].row]
-        for id_ in old:
-            print(f"{terminal_text(id_)}: its picture has changed; asked anew.", file=sys.stderr)
-        return {id_: r for id_, r in found.items() if id_ in questions and id_ not in old}
+        found = {record.question_id: record for record in records}
+        found = {id_: record for id_, record in found.items() if id_ in questions}
+        for id_ in [id_ for id_, record in found.items() if record.row != questions[id_].row]:
+            say(f"{id_}: its picture has changed; asked anew.", error=True)
+            del found[id_]
+        return found
 
     def _check_same(self, record: Record, question: Question | None) -> None:
         found, wanted = (record.model_id, record.method), (self.model_id, self.method)
         if found != wanted:
-            raise InputError(
-                f"--answers-file {str(self.path)!r} holds answers of {' with '.join(found)}, but "
-                f"this run is {' with '.join(wanted)}: give another file."
-            )
+            ours = " with ".join(wanted)
+            self._refuse(f"holds answers of {' with '.join(found)}, but this run is {ours}")
         if question is not None and question.text != record.prompt:
-            raise InputError(
-                f"--answers-file {str(self.path)!r} has another prompt for {question.id!r} than "
-                "the question file: give another file."
-            )
+            self._refuse(f"has another prompt for {question.id!r} than the question file")
         if different := changed(record.settings, self.settings):
-            raise InputError(
-                f"--answers-file {str(self.path)!r} holds answers made with "
-                f"{'; '.join(different)}: give another file."
-            )
+            self._refuse(f"holds answers made with {'; '.join(different)}")
+
+    def _refuse(self, why: str) -> NoReturn:
+        raise InputError(f"--answers-file {str(self.path)!r} {why}: give another file.")
 
     def check_writable(self) -> None:
         """Say now, before a model is loaded, that the file cannot be written."""
@@ -360,24 +338,16 @@ def _report(records: list[Record], failed: int, label: str, path: Path) -> None:
     rows: list[tuple[str, object]] = [("method", label), ("answered", len(records))]
     if records:
         right = sum(record.correct for record in records)
-        unread = sum(record.answer is None for record in records)
+        seen = [record.correct for record in records if record.visual_tokens]
+        share = 100 * sum(seen) / max(len(seen), 1)
         seconds = [record.seconds for record in records]
-        with_image = [record for record in records if record.visual_tokens]
+        mean, median = statistics.fmean(seconds), statistics.median(seconds)
+        unread = sum(record.answer is None for record in records)
         rows += [
             ("accuracy", f"{100 * right / len(records):.2f} % ({right} right)"),
-            ("accuracy with image", _accuracy(with_image)),
+            ("accuracy with image", f"{share:.2f} % ({sum(seen)} of {len(seen)})" if seen else "-"),
             ("no letter in the answer", f"{unread} (counted as wrong)"),
-            (
-                "seconds per example",
-                f"{statistics.fmean(seconds):.3f} mean, {statistics.median(seconds):.3f} median",
-            ),
+            ("seconds per example", f"{mean:.3f} mean, {median:.3f} median"),
         ]
     rows += [("failed", failed), ("answers", path)]
     print_table(("ScienceQA", ""), rows)
-
-
-def _accuracy(records: list[Record]) -> str:
-    if not records:
-        return "-"
-    right = sum(record.correct for record in records)
-    return f"{100 * right / len(records):.2f} % ({right} of {len(records)})"

@@ -20,6 +20,7 @@ import shutil
 import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -54,7 +55,8 @@ class Scored:
         samples: answered rows (:class:`vlm_prune_ext.experiment.record.Sample`, with tokens, times
             and FLOPs), or their texts alone; empty texts are legal and score nothing.
         references: right answers of each, at least one; ``None``: nobody knows any.
-        tools: the process that runs pycocoevalcap.
+        tools: the process that runs pycocoevalcap; ``None``: one of its own, see :meth:`close`.
+        log: where that one's messages go; ``None``: nowhere.
     """
 
     def __init__(
@@ -62,8 +64,9 @@ class Scored:
         samples: Sequence[Answered | str],
         references: Sequence[Sequence[str]] | None = None,
         tools: Tools | None = None,
+        log: Path | None = None,
     ) -> None:
-        self.samples, self._references, self._tools = samples, references, tools
+        self.samples, self._references, self._tools, self._log = samples, references, tools, log
 
     @cached_property
     def predictions(self) -> list[str]:
@@ -121,8 +124,13 @@ class Scored:
     @property
     def _coco_tools(self) -> Tools:
         if self._tools is None:
-            self._tools = Tools()
+            self._tools = Tools(self._log)
         return self._tools
+
+    def close(self) -> None:
+        """End the tools' process, if there is one."""
+        if self._tools is not None:
+            self._tools.close()
 
 
 @dataclass(frozen=True)
@@ -237,9 +245,8 @@ def score_all(
         names: of metrics; ``None``: those that every command shows.
         log: where the tools' messages go; ``None``: nowhere.
     """
-    with Tools(log) as tools:
-        chosen = everywhere() if names is None else names
-        found = evaluate(Scored(samples, references, tools), chosen)
+    with closing(Scored(samples, references, log=log)) as scored:
+        found = evaluate(scored, everywhere() if names is None else names)
     missing = {name: one.reason for name, one in found.items() if one.reason is not None}
     return {name: one.value for name, one in found.items()}, missing
 
