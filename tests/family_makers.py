@@ -339,7 +339,7 @@ def fuyu(folder: Path, layers: int = 4) -> None:
 
 
 def _chatml(image: str, system: str = "") -> str:
-    """Qwen's and InternVL's template, as their checkpoints have it, for pictures."""
+    """Qwen's and InternVL's template, as their checkpoints have it, for pictures and videos."""
     first = (
         "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
         + system
@@ -354,6 +354,8 @@ def _chatml(image: str, system: str = "") -> str:
         "{{ message['content'] }}{% else %}{% for content in message['content'] %}"
         "{% if content['type'] == 'image' %}"
         + image
+        + "{% elif content['type'] == 'video' %}"
+        + image.replace("image_pad", "video_pad")
         + "{% elif content['type'] == 'text' %}{{ content['text'] }}{% endif %}{% endfor %}"
         "{% endif %}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -461,6 +463,8 @@ def llava_onevision(folder: Path, layers: int = 4) -> None:
         "{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}"
         "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
         "{{ '<image>\n' }}{% endfor %}"
+        "{% for content in message['content'] | selectattr('type', 'equalto', 'video') %}"
+        "{{ '<video>\n' }}{% endfor %}"
         "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
         "{{ '\n' + content['text'] }}{% endfor %}{{'<|im_end|>'}}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -667,6 +671,7 @@ def glm4v(folder: Path, layers: int = 4) -> None:
     template = (
         "[gMASK]<sop>{% for message in messages %}<|{{ message['role'] }}|>\n"
         "{% for item in message['content'] %}{% if item['type'] == 'text' %}{{ item['text'] }}"
+        "{% elif item['type'] == 'video' %}<|begin_of_video|><|video|><|end_of_video|>"
         "{% else %}<|begin_of_image|><|image|><|end_of_image|>{% endif %}{% endfor %}"
         "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
     )
@@ -727,7 +732,8 @@ def gemma4(folder: Path, layers: int = 4) -> None:
         "{{ bos_token }}{% for message in messages %}<|turn>"
         "{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"
         "{% for item in message['content'] %}{% if item['type'] == 'text' %}"
-        "{{ item['text'] | trim }}{% else %}<|image|>{% endif %}{% endfor %}<turn|>\n{% endfor %}"
+        "{{ item['text'] | trim }}{% elif item['type'] == 'video' %}<|video|>"
+        "{% else %}<|image|>{% endif %}{% endfor %}<turn|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|turn>model\n{% endif %}"
     )
     sizes = {"patch_size": 8, "max_soft_tokens": 70, "pooling_kernel_size": 2}

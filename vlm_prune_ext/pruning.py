@@ -18,7 +18,7 @@ from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.engine.prompt import VisualSpan
 from vlm_prune_ext.engine.prune import Baseline, Session
 from vlm_prune_ext.engine.trace import Trace
-from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.errors import InputError, unknown_name
 from vlm_prune_ext.methods.base import Method
 from vlm_prune_ext.methods.option import require
 from vlm_prune_ext.methods.registry import METHODS, classes, settings_method
@@ -32,7 +32,11 @@ CUSTOM_LINE = "CUSTOM TOKEN SELECTION TECHNIQUE WILL BE USED ------"
 
 
 def prune(
-    model: nn.Module, method: Method | None, *, visual_span: VisualSpan | None = None
+    model: nn.Module,
+    method: Method | None,
+    *,
+    visual_span: VisualSpan | None = None,
+    video: str = "frame",
 ) -> AbstractContextManager[Trace]:
     """Prune visual tokens while the ``with`` block runs.
 
@@ -55,6 +59,9 @@ def prune(
         visual_span: where visual tokens are, ``(start, length)`` for all samples or a list with
             one such pair, or a list of pairs, per sample. Needed where a bare language model is
             fed ``inputs_embeds``; otherwise they are found from the inputs.
+        video: what a method chooses from, and its budget is of: each ``"frame"`` of a video (of
+            Qwen's models: each pair), or the whole ``"video"``. Methods that compare frames see
+            whole videos either way.
 
     Returns:
         a context manager that yields the :class:`Trace` of what is kept.
@@ -70,20 +77,28 @@ def prune(
             f"method={method!r} is not valid: a method such as FastV(attention_rank=100), what "
             "get_method('fastv') returns, or None for the baseline."
         )
-    return _Pruning(model, method, visual_span)
+    if video not in ("frame", "video"):
+        raise unknown_name("video budget", video, ("frame", "video"))
+    return _Pruning(model, method, visual_span, video == "video")
 
 
 class _Pruning(AbstractContextManager[Trace]):
     """See :func:`prune`."""
 
-    def __init__(self, model: nn.Module, method: Method, visual_span: VisualSpan | None) -> None:
-        self._given = (model, method, visual_span)
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        visual_span: VisualSpan | None,
+        whole_videos: bool = False,
+    ) -> None:
+        self._given = (model, method, visual_span, whole_videos)
         self._plan()
 
     def _plan(self) -> None:
-        model, method, visual_span = self._given
+        model, method, visual_span, whole_videos = self._given
         parts = parts_of(model)
-        self._session = Session(parts, method, visual_span)
+        self._session = Session(parts, method, visual_span, whole_videos=whole_videos)
         self._children = _children_on_the_way(parts)
 
     def __enter__(self) -> Trace:

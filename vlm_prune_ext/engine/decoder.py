@@ -39,6 +39,7 @@ from vlm_prune_ext.engine.prompt import (
     images_found,
     images_from_argument,
     images_stated,
+    spans_of,
     sparing_last,
     tokens_by_sample,
 )
@@ -66,6 +67,7 @@ class DecoderPruner:
         visual_span: stated places of visual tokens, or ``None`` to have them found.
         trace: filled at each prefill.
         site: what chooses between tower and language model, if anything does.
+        whole_videos: rules see a video as one image, not each of its frames.
 
     Attributes:
         stages: layer -> the stage in front of it.
@@ -78,10 +80,11 @@ class DecoderPruner:
         visual_span: VisualSpan | None,
         trace: Trace,
         site: FeatureSite | None,
+        whole_videos: bool = False,
     ) -> None:
         assert parts.decoder is not None
         self.parts, self.method, self.trace, self.site = parts, method, trace, site
-        self.visual_span = visual_span
+        self.visual_span, self.whole_videos = visual_span, whole_videos
         self.num_layers = len(parts.layers)
         planned = method.decoder_stages(self.num_layers)
         if parts.linear:
@@ -183,7 +186,7 @@ class DecoderPruner:
         return torch.where(here < 0, here, came)
 
     # -- the decoder as a whole ----------------------------------------------------------------
-    def _see_spans(self, mask: torch.Tensor, lengths: list[list[int]] | None) -> None:
+    def _see_spans(self, mask: torch.Tensor, lengths: Any) -> None:
         self._now.found = (mask, lengths)
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -253,6 +256,7 @@ class DecoderPruner:
                 "for those that it feeds with the prompt: use mode='drop'."
             )
         trace.visual_input[:] = tokens_by_sample(images, given.batch)
+        trace.spans[:] = spans_of(images, given.batch)
         check_stated(self.method.stated_span, images, given.first_tokens())
         state, kwargs = self._start(given, images, kwargs)
         trace.visual_tokens[0] = state.prefill.visual_counts()
@@ -265,7 +269,7 @@ class DecoderPruner:
         if self.visual_span is not None:
             return images_from_argument(self.visual_span, batch, length)
         if found is not None:
-            return images_found(found, batch, length)
+            return images_found(found, batch, length, self.whole_videos)
         if self.parts.watch_spans is not None:
             return []
         return images_stated(self.method.stated_span, batch, length)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+
+from vlm_prune_ext.engine.prompt import Length
 
 Undo = Callable[[], None]
 
@@ -39,10 +41,10 @@ class Joint(Protocol):
         ``(batch, M)``, which segments each has."""
 
 
-SpanSink = Callable[[torch.Tensor, "list[list[int]] | None"], None]
+SpanSink = Callable[[torch.Tensor, "Sequence[Sequence[Length]] | None"], None]
 """``sink(mask, lengths)``: ``mask`` ``(batch, seq)`` bool, True where the next prefill's input is
-a visual token; ``lengths``: per sample, visual tokens of each image in order (``None``: every
-unbroken run is one image)."""
+a visual token; ``lengths``: per sample, visual tokens of each image in order, of a video those of
+each frame (``None``: every unbroken run is one image)."""
 
 Present = Callable[[], "torch.Tensor | None"]
 """Positions in the prompt, as it came, of the tokens that hidden states hold at this moment: int64

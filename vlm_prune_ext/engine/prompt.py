@@ -100,19 +100,21 @@ class Image:
     """One image in the input: row of the batch, first position, number of visual tokens.
 
     ``runs``: ``(start, length)`` of each unbroken run of them, where other tokens stand in between
-    (tiles or rows with names of their own); empty where there is one run.
+    (tiles or rows with names of their own); empty where there is one run. ``frames``: tokens of
+    each frame, where it is a whole video.
     """
 
     sample: int
     start: int
     length: int
     runs: tuple[Span, ...] = ()
+    frames: tuple[int, ...] = ()
 
     @staticmethod
-    def of(sample: int, runs: Sequence[Span]) -> Image:
+    def of(sample: int, runs: Sequence[Span], frames: tuple[int, ...] = ()) -> Image:
         """The image whose tokens are in these runs."""
         length = sum(count for _, count in runs)
-        return Image(sample, runs[0][0], length, tuple(runs) if len(runs) > 1 else ())
+        return Image(sample, runs[0][0], length, tuple(runs) if len(runs) > 1 else (), frames)
 
     @property
     def slots(self) -> list[int]:
@@ -134,21 +136,49 @@ def tokens_by_sample(images: list[Image], batch: int) -> list[int]:
     return counts
 
 
-def images_from_mask(mask: torch.Tensor, lengths: list[list[int]] | None) -> list[Image]:
+Length = int | tuple[int, ...]
+"""Visual tokens of an image, or of each frame of a video."""
+
+
+def images_from_mask(
+    mask: torch.Tensor, lengths: Sequence[Sequence[Length]] | None, whole_videos: bool = False
+) -> list[Image]:
     """Images from a ``(batch, seq)`` bool mask of visual tokens.
 
     Args:
         mask: True at visual tokens.
-        lengths: per sample, tokens of each image in order: an unbroken run of several images is
-            split by them, and runs of one image belong together. ``None``, or where they do not
-            add up: every run is one image.
+        lengths: per sample, tokens of each image or video in order: an unbroken run of several
+            is split by them, and runs of one belong together. ``None``, or where they do not add
+            up: every run is one image.
+        whole_videos: a video is one image; else each of its frames is.
     """
     images: list[Image] = []
     for sample, row in enumerate(mask.tolist()):
         runs = _runs(row)
-        wanted = lengths[sample] if lengths is not None else []
-        images += [Image.of(sample, own) for own in _split(runs, wanted)]
+        frames: list[tuple[int, ...]] = []
+        for length in lengths[sample] if lengths is not None else []:
+            if whole_videos and isinstance(length, tuple):
+                frames.append(length)
+            else:
+                frames += [(one,) for one in ([length] if isinstance(length, int) else length)]
+        parts = _split(runs, [sum(own) for own in frames])
+        if len(parts) != len(frames) or not whole_videos:
+            images += [Image.of(sample, own) for own in parts]
+            continue
+        for own, lengths_of in zip(parts, frames, strict=True):
+            images.append(Image.of(sample, own, lengths_of if len(lengths_of) > 1 else ()))
     return images
+
+
+def spans_of(images: list[Image], batch: int) -> list[list[Span]]:
+    """Per sample, first position and number of the tokens of each image and each frame."""
+    spans: list[list[Span]] = [[] for _ in range(batch)]
+    for image in images:
+        slots, at = image.slots, 0
+        for count in image.frames or (image.length,):
+            spans[image.sample].append((slots[at], count))
+            at += count
+    return spans
 
 
 def _runs(row: list[bool]) -> list[Span]:
@@ -206,7 +236,9 @@ def sparing_last(images: list[Image], last: list[int]) -> list[Image]:
         if image.end - 1 != last[image.sample]:
             left.append(image)
         elif image.length > 1:
-            left.append(Image.of(image.sample, runs_of(image.slots[:-1])))
+            *before, final = image.frames or (1,)
+            frames = (*before, final - 1) if final > 1 else tuple(before)
+            left.append(Image.of(image.sample, runs_of(image.slots[:-1]), frames))
     return left
 
 
@@ -291,12 +323,13 @@ def check_stated(
             )
 
 
-Found = tuple[torch.Tensor, "list[list[int]] | None"]
+Found = tuple[torch.Tensor, "Sequence[Sequence[Length]] | None"]
 """What a model's adapter saw of a prompt, see :data:`~vlm_prune_ext.engine.parts.SpanSink`."""
 
 
-def images_found(found: Found, batch: int, length: int) -> list[Image]:
-    """Images of a prompt ``(batch, length)`` from what the adapter saw of it.
+def images_found(found: Found, batch: int, length: int, whole_videos: bool) -> list[Image]:
+    """Images of a prompt ``(batch, length)`` from what the adapter saw of it; a video is one image,
+    or each of its frames is.
 
     Raises:
         InputError: that was another prompt.
@@ -311,7 +344,7 @@ def images_found(found: Found, batch: int, length: int) -> list[Image]:
             f"Visual tokens were found in an input of shape {tuple(mask.shape)}, but the "
             f"language model was called with {(batch, length)}."
         )
-    return images_from_mask(mask, lengths)
+    return images_from_mask(mask, lengths, whole_videos)
 
 
 def images_stated(stated: tuple[int | None, int | None], batch: int, length: int) -> list[Image]:

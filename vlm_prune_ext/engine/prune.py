@@ -49,17 +49,23 @@ class Session(AbstractContextManager[Trace]):
         parts: where things are in the model.
         method: what to do.
         visual_span: stated places of visual tokens, or ``None``.
+        whole_videos: rules see a video as one image, not each of its frames.
 
     Raises:
         InputError: the method does not fit the model.
     """
 
     def __init__(
-        self, parts: ModelParts, method: Method, visual_span: VisualSpan | None = None
+        self,
+        parts: ModelParts,
+        method: Method,
+        visual_span: VisualSpan | None = None,
+        *,
+        whole_videos: bool = False,
     ) -> None:
         self.trace = Trace(backend="hooks")
         self.parts, self.method = parts, method
-        self.pruners = _pruners(parts, method, visual_span, self.trace)
+        self.pruners = _pruners(parts, method, visual_span, self.trace, whole_videos)
         self._undos: list[Undo] = []
         # What one session at a time may have.
         vision = parts.vision
@@ -148,7 +154,11 @@ def trace_of(model: nn.Module, decoder: nn.Module) -> Trace | None:
 
 
 def _pruners(
-    parts: ModelParts, method: Method, visual_span: VisualSpan | None, trace: Trace
+    parts: ModelParts,
+    method: Method,
+    visual_span: VisualSpan | None,
+    trace: Trace,
+    whole_videos: bool,
 ) -> list[Pruner]:
     """What carries the method out, at each site where it works."""
     pruners: list[Pruner] = []
@@ -164,7 +174,8 @@ def _pruners(
         site = feature_site(parts, method, between, trace)
         pruners += [site] if site.works_in_tower else []
     if parts.decoder is not None:
-        pruners.append(DecoderPruner(parts, method, visual_span, trace, site))
+        whole_videos = whole_videos or method.compares_frames
+        pruners.append(DecoderPruner(parts, method, visual_span, trace, site, whole_videos))
     elif {"decoder", "features"} & set(method.working_sites):
         raise InputError(
             f"{method.name} drops tokens in a language model, but this is a bare vision tower: "

@@ -28,6 +28,8 @@ class Trace:
             rows with CLS first, for PruMerge the centres and for HoloV the places in the order of
             their tokens. -1 fills up rows of crops that keep fewer.
         visual_input: visual tokens of each sample in the prompt, before anything was dropped.
+        spans: per sample, first position and number of the visual tokens of each image, and of
+            each frame of a video, in the prompt; filled where hooks prune.
         visual_tokens: layer -> visual tokens of each sample that enter that layer; layer 0 and
             each layer at which a rule ran.
         positions: layer -> int64 ``(batch, n)``, rotary positions of the rows that enter it, where
@@ -44,6 +46,7 @@ class Trace:
     lengths: list[int] = field(default_factory=list)
     vision_kept: dict[int, torch.Tensor] = field(default_factory=dict)
     visual_input: list[int] = field(default_factory=list)
+    spans: list[list[tuple[int, int]]] = field(default_factory=list)
     visual_tokens: dict[int, list[int]] = field(default_factory=dict)
     positions: dict[int, torch.Tensor] = field(default_factory=dict)
     merged: dict[int, int] = field(default_factory=dict)
@@ -77,6 +80,7 @@ class Trace:
         self.kept.clear()
         self.lengths.clear()
         self.visual_input.clear()
+        self.spans.clear()
         self.visual_tokens.clear()
         self.positions.clear()
         for layer in [layer for layer in self.merged if layer >= 0]:

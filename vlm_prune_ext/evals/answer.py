@@ -28,7 +28,8 @@ from vlm_prune_ext.fast.generate import check_method
 from vlm_prune_ext.methods.base import Method
 from vlm_prune_ext.models import parts_of
 from vlm_prune_ext.models.base import starts_with
-from vlm_prune_ext.models.images import ImageLike, digest_of, open_image
+from vlm_prune_ext.models.clips import is_video
+from vlm_prune_ext.models.images import ImageLike, digest_of
 from vlm_prune_ext.pruning import prune
 
 logger = logging.getLogger("vlm_prune_ext")
@@ -43,7 +44,8 @@ class Query:
 
     Attributes:
         text: the question; ``<image>`` markers place the images, otherwise they go in front.
-        images: any number of PIL images, paths or bytes.
+        images: any number of PIL images, paths or bytes, and of videos
+            (:class:`~vlm_prune_ext.models.clips.Clip`).
         style: conversation template; ``None`` is the family's own, ``"plain"`` takes ``text`` as
             the whole prompt.
         max_new_tokens: the answer's limit.
@@ -117,6 +119,7 @@ class Answerer:
         model, processor: as :func:`vlm_prune_ext.load` returns them.
         method: what prunes; ``None`` is the baseline, which attaches nothing.
         share: compute what prompts about one picture have in common once.
+        video: what a budget is of, see :func:`vlm_prune_ext.prune`.
 
     Attributes:
         largest: samples that go together at most, once a batch did not fit into memory.
@@ -127,7 +130,13 @@ class Answerer:
     """
 
     def __init__(
-        self, model: Any, processor: Any, method: Method | None = None, *, share: bool = True
+        self,
+        model: Any,
+        processor: Any,
+        method: Method | None = None,
+        *,
+        share: bool = True,
+        video: str = "frame",
     ) -> None:
         self.model, self.processor, self.method = model, processor, method
         self._sharing = Sharing(model, processor, method) if share else None
@@ -136,7 +145,7 @@ class Answerer:
         check_method(model, method)
         stages = method.decoder_stages(self._num_layers) if method is not None else ()
         self._hiding = {stage.layer for stage in stages if stage.mode == "mask"}
-        self._pruned = prune(model, method)  # planned once, entered for each batch
+        self._pruned = prune(model, method, video=video)  # planned once, entered for each batch
 
     def answer(self, queries: Sequence[Query]) -> list[Answer]:
         """Answer a batch: one ``generate`` call, or more where it does not fit into memory.
@@ -197,6 +206,8 @@ class Answerer:
         own = self.model.generation_config.repetition_penalty or 1.0
         if (penalty := options.pop("repetition_penalty", own)) != 1.0:
             mask = inputs["attention_mask"]
+            visual = self.processor.is_visual(inputs["input_ids"])
+            mask = mask.bool() & ~visual
             processors.append(RepetitionPenalty(penalty, mask, self.processor.image_token_id))
             options["repetition_penalty"] = 1.0  # or transformers' own would come on top
         options |= {
@@ -228,7 +239,7 @@ class Answerer:
         ]
 
     def _tiles(self, inputs: Any, queries: Sequence[Query]) -> list[float]:
-        images = [len(query.images) for query in queries]
+        images = [sum(not is_video(one) for one in query.images) for query in queries]
         return tower_images(self.model.config, inputs, images)
 
     def _inputs(self, queries: Sequence[Query]) -> Any:
@@ -269,7 +280,8 @@ def ask(
 
     Args:
         model, processor: as :func:`vlm_prune_ext.load` returns them.
-        image: PIL image, path or bytes, or several that every question is about.
+        image: PIL image, path or bytes, a :class:`~vlm_prune_ext.models.clips.Clip`, or several
+            that every question is about.
         questions: one, or several.
         method: what prunes; ``None``: nothing does.
         max_new_tokens: limit of each answer.
@@ -283,7 +295,7 @@ def ask(
     """
     images = list(image) if isinstance(image, list | tuple) else [image]
     digests = tuple(map(digest_of, images))
-    opened = [open_image(one) for one in images]
+    opened = [processor.opened(one) for one in images]
     asked = [questions] if isinstance(questions, str) else list(questions)
     answerer = Answerer(model, processor, method)
     texts: list[str] = []
@@ -312,6 +324,7 @@ def _costs(
     """Answers that have everything but what was said."""
     batch = inputs["input_ids"].shape[0]
     visual = who.processor.count_visual_tokens(inputs)
+    is_visual = who.processor.is_visual(inputs["input_ids"])
     prompts = inputs["attention_mask"].sum(dim=1).tolist()
     patches = {layer: kept.shape[1] for layer, kept in sorted(trace.vision_kept.items())}
     tiles = [0, *itertools.accumulate(int(count) for count in towers)]
@@ -333,7 +346,7 @@ def _costs(
                 tower_images=towers[row],
                 patches_kept=patches,
                 fast=trace.backend == "graphs",
-                kept=_places(trace, row, inputs, who.processor.image_token_id),
+                kept=_places(trace, row, is_visual),
                 patches={
                     layer: [place for place in found[tiles[row]].tolist() if place >= 0]
                     for layer, found in trace.vision_kept.items()
@@ -344,10 +357,10 @@ def _costs(
     return answers
 
 
-def _places(trace: Trace, row: int, inputs: Any, image_token: int) -> dict[int, list[int]]:
+def _places(trace: Trace, row: int, is_visual: torch.Tensor) -> dict[int, list[int]]:
     """``Answer.kept`` of a row. Where the tower left fewer tokens than the prompt has places, the
     places of one picture still begin where the prompt's do."""
-    visual = (inputs["input_ids"][row] == image_token).nonzero().flatten().tolist()
+    visual = is_visual[row].nonzero().flatten().tolist()
     if not trace.kept or not visual:
         return {}
     if trace.vision_kept:

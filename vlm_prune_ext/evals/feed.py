@@ -27,13 +27,14 @@ from vlm_prune_ext.evals.answer import Answer, Answerer, Query, Sizes
 from vlm_prune_ext.evals.batch_size import BatchSize
 from vlm_prune_ext.evals.spent import current
 from vlm_prune_ext.experiment.record import Sample
+from vlm_prune_ext.models.clips import ReadyClip
 from vlm_prune_ext.models.images import ImageLike, ReadyImage, digest_of
 
 T = TypeVar("T")
 
 _WINDOW = 4  # batches whose rows are put in order of length together
 _ROOM = 1 << 30  # bytes of prepared pictures from which no further row is prepared
-_PICTURES = 64  # pictures that are kept, the newest
+_PICTURES = 64  # pictures that are kept, the newest, as far as there is room for them
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Pictures:
             if made is None:
                 made = self._kept[digest] = Future()
             self._kept.move_to_end(digest)
-            while len(self._kept) > _PICTURES:
+            while len(self._kept) > 1 and (len(self._kept) > _PICTURES or self._bytes() > _ROOM):
                 self._kept.popitem(last=False)
         if mine:
             try:
@@ -109,6 +110,11 @@ class Pictures:
             except BaseException as error:
                 made.set_exception(error)
         return made.result(), digest
+
+    def _bytes(self) -> int:
+        """Of the kept ones that are made (videos are large)."""
+        made = (one for one in self._kept.values() if one.done() and one.exception() is None)
+        return sum(_bytes_of(one.result()) for one in made)
 
 
 @dataclass
@@ -120,6 +126,7 @@ class _Prepared:
     error: BaseException | None = None
     length: int = 0
     size: int = 0  # bytes of its pictures
+    shape: Hashable = None  # of its videos, where those of a batch must have one
     waited: bool = False  # for a full batch, once already
 
     @property
@@ -133,7 +140,7 @@ class _Prepared:
         query = self.query
         assert query is not None
         options = tuple(sorted(query.options.items()))
-        return query.style, query.max_new_tokens, query.until, options
+        return query.style, query.max_new_tokens, query.until, options, self.shape
 
 
 class Feeder:
@@ -241,7 +248,8 @@ class Feeder:
                 spent.read += marks[1] - marks[0]
                 spent.opened += marks[2] - marks[1]
                 spent.tokenised += marks[3] - marks[2]
-            return _Prepared(row, query, None, length, sum(map(_bytes_of, images)))
+            shape = processor.shape_of(images)
+            return _Prepared(row, query, None, length, sum(map(_bytes_of, images)), shape)
         except BaseException as error:  # code of a task, or a decoder, on what nobody has checked
             return _Prepared(row, error=error.with_traceback(None))
 
@@ -293,8 +301,8 @@ def _cut(
 
 
 def _bytes_of(image: Any) -> int:
-    if isinstance(image, ReadyImage):
-        return image.pixels.nbytes
+    if isinstance(image, ReadyImage | ReadyClip):
+        return int(image.pixels.nbytes)
     return int(image.width * image.height * 3)
 
 

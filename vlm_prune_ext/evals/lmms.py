@@ -56,6 +56,10 @@ class PruneModel(lmms):
         min_pixels, max_pixels: pixels of an image, of families that take it as large as it is.
         preprocess: ``host`` or ``device``: where pictures are resized; missing: the device where it
             is a GPU.
+        frames, fps: how many frames of a video are shown, in all or of each second; missing: as
+            the checkpoint's processor chooses, else 32.
+        video_budget: what a method's budget is of: each ``frame`` of a video (also where it is
+            missing), or the whole ``video``.
         conv_template: conversation template (``vicuna_v1``, ``vlmeval``, ...); missing: the
             family's own.
         device_map: ``auto`` spreads one model over all GPUs of a single process.
@@ -87,6 +91,9 @@ class PruneModel(lmms):
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         preprocess: str | None = None,
+        frames: int | None = None,
+        fps: float | None = None,
+        video_budget: str | None = None,
         answerer: Answerer | None = None,
         **given: Any,
     ) -> None:
@@ -111,13 +118,15 @@ class PruneModel(lmms):
                 min_pixels=value_of(min_pixels),
                 max_pixels=value_of(max_pixels),
                 preprocess=value_of(preprocess),
+                frames=value_of(frames),
+                fps=value_of(fps),
                 **self._extra(device_map, revision),
             )
             # Is the style known? Does the method fit the model?
             processor.messages([{"role": "user", "content": "?"}], style=self._style)
+            answerer = Answerer(model, processor, method, video=value_of(video_budget) or "frame")
             with prune(model, method):
                 pass
-            answerer = Answerer(model, processor, method)
         self._answerer: Answerer | None = answerer
         self._device, self._config = answerer.processor.device, answerer.model.config
         self._reader = Reader(self, answerer.processor, self._style)

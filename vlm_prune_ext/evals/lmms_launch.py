@@ -41,8 +41,8 @@ MODEL   one of: {models}
 TASKS   task names with commas between; local ones: {tasks}
 keys    of the model   pretrained (default: the demo checkpoint), dtype, device, device_map,
                        revision, conv_template, attn_implementation, trust_remote_code,
-                       min_pixels, max_pixels, preprocess, and the method's parameters
-                       (vlm-prune methods)
+                       min_pixels, max_pixels, preprocess, frames, fps, video_budget, and the
+                       method's parameters (vlm-prune methods)
         of lmms-eval   {options}
         of the launch  {launch}
         data           folder made by `vlm-prune demo-data`, for the local tasks

@@ -65,6 +65,9 @@ MODEL_KEYS = (
     "min_pixels",
     "max_pixels",
     "preprocess",
+    "frames",
+    "fps",
+    "video_budget",
 )
 """Arguments that say which model and how it is loaded and prompted."""
 

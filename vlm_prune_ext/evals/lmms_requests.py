@@ -7,6 +7,8 @@ with its images, made by the same templates.
 
 from __future__ import annotations
 
+import mimetypes
+import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -16,9 +18,10 @@ from lmms_eval.api.instance import Instance
 from vlm_prune_ext.errors import InputError, reason_of
 from vlm_prune_ext.evals.answer import Query
 from vlm_prune_ext.evals.decoding import Decoding, decoding_of
+from vlm_prune_ext.models.clips import Clip
 from vlm_prune_ext.models.images import digest_of, open_image
+from vlm_prune_ext.models.prompts import IMAGE, VIDEO
 
-IMAGE = "<image>"
 Messages = list[dict[str, Any]]
 Dataset = Mapping[str, Mapping[str, Sequence[Any]]]
 
@@ -63,14 +66,15 @@ def chat_prompt(messages: Any, processor: Any, style: str | None) -> Prompt:
     its message: one each, or all of them at the only marker.
 
     Raises:
-        InputError: audio or video, an unknown role or item, an image that does not decode, markers
-            and images that differ in number.
+        InputError: audio, a video where the family takes none, an unknown role or item, an image
+            that does not decode, markers and images that differ in number.
     """
     if not isinstance(messages, list | tuple) or not messages:
         raise InputError(f"messages={messages!r} is not valid: a list of messages.")
-    _refuse_other_media(messages)
+    _refuse_other_media(messages, processor)
     if not any(_has_text(message) for message in messages if message.get("role") != "system"):
         return Prompt(fault="the question is empty")
+    messages = [_without_video_markers(message) for message in messages]
     # Other families, and VLMEvalKit's template, have images where they put them, unless told.
     spelled = any(IMAGE in _said(item) for message in messages for item in _items(message))
     as_lmms_eval = processor.family in _LLAVA and style != "vlmeval"
@@ -85,9 +89,19 @@ def chat_prompt(messages: Any, processor: Any, style: str | None) -> Prompt:
 def simple_prompt(text: Any, visuals: Any, processor: Any, style: str | None) -> Prompt:
     """The prompt of a text and its images; see :func:`chat_prompt`."""
     pictures = [visual for visual in (visuals or []) if visual is not None]
-    content: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
+    content: list[dict[str, Any]] = [{"type": kind_of(one), "value": one} for one in pictures]
     content.append({"type": "text", "text": text if isinstance(text, str) else ""})
     return chat_prompt([{"role": "user", "content": content}], processor, style)
+
+
+def kind_of(visual: Any) -> str:
+    """Whether what a task hands over for a sample is an ``image`` or a ``video``: a file by its
+    name, an array or list of frames, or an open reader of one."""
+    if isinstance(visual, str | os.PathLike):
+        kind = mimetypes.guess_type(os.fspath(visual))[0] or ""
+        return "video" if kind.startswith("video/") else "image"
+    frames = isinstance(visual, list | tuple) or hasattr(visual, "get_avg_fps")
+    return "video" if frames or getattr(visual, "ndim", 0) == 4 else "image"
 
 
 _LLAVA = ("llava", "llava_next")
@@ -105,7 +119,10 @@ def _write_images(message: Mapping[str, Any], found: list[Any]) -> Mapping[str, 
     images = [open_image(_source(item)) for item in items if _kind_of(item) == "image"]
     said = "".join(_said(item) for item in items)
     markers = said.count(IMAGE)
-    if any(_kind_of(item) not in ("image", "text") for item in items) or not (markers or images):
+    others = {_kind_of(item) for item in items} - {"image", "text"}
+    if markers and "video" in others:
+        raise InputError(f"the text has {markers} {IMAGE} marker(s) beside a video: leave them out")
+    if others or not (markers or images):
         return message  # the processor names what it does not know
     if markers not in (0, len(images)) and not (markers == 1 and images):
         raise InputError(f"the text has {markers} {IMAGE} marker(s) for {len(images)} image(s)")
@@ -113,6 +130,17 @@ def _write_images(message: Mapping[str, Any], found: list[Any]) -> Mapping[str, 
     if markers == 1:
         said = said.replace(IMAGE, " ".join([IMAGE] * len(images)))
     return {**message, "content": said if markers else _joined(items)}
+
+
+def _without_video_markers(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message with videos stands as its items do, whatever its text spells."""
+    items = _items(message)
+    if all(_kind_of(item) != "video" for item in items):
+        return message
+    said = [
+        {**i, "text": _said(i).replace(VIDEO, "")} if _kind_of(i) == "text" else i for i in items
+    ]
+    return {**message, "content": said}
 
 
 def _joined(items: Sequence[Mapping[str, Any]]) -> str:
@@ -142,7 +170,8 @@ def _said(item: Any) -> str:
 
 def _source(item: Mapping[str, Any]) -> Any:
     return next(
-        (item[n] for n in ("url", "image", "path", "value") if item.get(n) is not None), None
+        (item[n] for n in ("url", "image", "video", "path", "value") if item.get(n) is not None),
+        None,
     )
 
 
@@ -162,11 +191,13 @@ def _has_text(message: Mapping[str, Any]) -> bool:
     return any(_said(item).replace(IMAGE, "").strip() for item in _items(message))
 
 
-def _refuse_other_media(messages: Sequence[Mapping[str, Any]]) -> None:
+def _refuse_other_media(messages: Sequence[Mapping[str, Any]], processor: Any) -> None:
     for message in messages:
         for item in _items(message):
-            if _kind_of(item) in ("video", "audio"):
-                raise InputError(f"{_kind_of(item)} is not supported: text and images are.")
+            if _kind_of(item) == "audio":
+                raise InputError("audio is not supported: text, images and videos are.")
+            if _kind_of(item) == "video" and not processor.takes_videos:
+                processor.read_clip(Clip(_source(item)))
 
 
 # -- requests --------------------------------------------------------------------------------------

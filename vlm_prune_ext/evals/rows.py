@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ import pandas as pd
 import vlmeval.dataset
 from vlmeval.dataset import ImageCaptionDataset, ImageMCQDataset, ImageVQADataset, ImageYORNDataset
 from vlmeval.dataset.image_base import ImageBaseDataset
+from vlmeval.dataset.video_dataset_config import supported_video_datasets as VIDEO_SETS
 from vlmeval.smp import load
 
 from vlm_prune_ext.errors import InputError, reason_of
@@ -58,7 +60,46 @@ class OwnVQA(vlmeval.dataset.CustomVQADataset):
     evaluate = vlmeval.dataset.ImageVQADataset.evaluate_heuristic
 
 
-_OWN = (vlmeval.dataset.CustomMCQDataset, vlmeval.dataset.CustomVQADataset, OwnVQA)
+class _OwnVideos:
+    """Put in front of a class for tables of one's own: rows name a video in the column ``video``, a
+    path beside the table, or none. VLMEvalKit has no such tables; it is shown their texts, as of
+    rows without a picture, and scores their answers as it does those."""
+
+    def post_build(self, dataset: str) -> None:
+        """Rows have no pictures that VLMEvalKit would look for."""
+        self.meta_only = False
+
+    def dump_image(self, line: Any) -> list[str]:
+        """None."""
+        return []
+
+    def videos_of(self, line: Any) -> list[dict[str, str]]:
+        """The videos of a row, as items of a message."""
+        name = line["video"]
+        if pd.isna(name) or not str(name).strip():
+            return []
+        root = own_table(self.dataset_name).parent  # type: ignore[attr-defined]
+        path = Path(os.path.normpath(root / str(name)))
+        if not path.is_relative_to(root):
+            raise InputError(f"video {str(name)[:80]!r} leads out of {str(root)!r}")
+        return [{"type": "video", "value": str(path)}]
+
+
+class OwnVideoMCQ(_OwnVideos, vlmeval.dataset.CustomMCQDataset):
+    """A table of one's own with videos and multiple choice."""
+
+
+class OwnVideoVQA(_OwnVideos, OwnVQA):
+    """A table of one's own with videos, questions and right answers."""
+
+
+_OWN = (
+    vlmeval.dataset.CustomMCQDataset,
+    vlmeval.dataset.CustomVQADataset,
+    OwnVQA,
+    OwnVideoMCQ,
+    OwnVideoVQA,
+)
 
 
 @dataclass
@@ -85,10 +126,15 @@ def class_of(name: str) -> type:
     for cls in vlmeval.dataset.DATASET_CLASSES:
         if name in cls.supported_datasets():
             return cls
+    if name in VIDEO_SETS:
+        made: Any = VIDEO_SETS[name]
+        return made.func if isinstance(made, partial) else made  # type: ignore[return-value]
     path = own_table(name)
     if not path.is_file():
         raise unknown_dataset(name, _all_names())
     header = set(read_header(path, _separator(path)))
+    if "video" in header:
+        return OwnVideoMCQ if {"A", "B"} <= header else OwnVideoVQA
     if not {"A", "B"} <= header:
         scored = is_by_path(name) and "answer" in header
         return OwnVQA if scored else vlmeval.dataset.CustomVQADataset
@@ -102,7 +148,7 @@ def _separator(path: Path) -> str:
 
 
 def _all_names() -> set[str]:
-    names = set(vlmeval.dataset.SUPPORTED_DATASETS)
+    names = {*vlmeval.dataset.SUPPORTED_DATASETS, *VIDEO_SETS}
     return {name for name in names if isinstance(name, str)}
 
 
@@ -121,12 +167,24 @@ def check_name(name: str, mode: str) -> None:
             "score: mode 'infer' is accepted, or a file with multiple choice."
         )
     modality, kind = getattr(cls, "MODALITY", "IMAGE"), getattr(cls, "TYPE", None)
-    if modality == "VIDEO" or kind == "MT":
-        what = "videos" if modality == "VIDEO" else "conversations of several turns"
+    packed = modality == "VIDEO" and bool(_arguments(name).get("pack"))
+    if kind == "MT" or packed:
+        what = "several questions in one" if packed else "conversations of several turns"
         raise InputError(
-            f"data={name!r} is not valid: it has {what}; data sets of images with single questions "
-            "are accepted."
+            f"data={name!r} is not valid: it has {what}; data sets of images or videos with single "
+            "questions are accepted."
         )
+    if modality == "VIDEO" and name not in VIDEO_SETS:
+        near = sorted(n for n in VIDEO_SETS if n.startswith(f"{name}_"))
+        raise InputError(
+            f"data={name!r} does not say which frames of a video are shown: "
+            f"{', '.join(near) or 'no other name of it'} is accepted."
+        )
+
+
+def _arguments(name: str) -> dict[str, Any]:
+    made = VIDEO_SETS.get(name)
+    return dict(made.keywords) if isinstance(made, partial) else {}
 
 
 def open_table(name: str) -> Table:
@@ -139,8 +197,10 @@ def open_table(name: str) -> Table:
     bad: list[BadRow] = []
     try:
         with own_reading(bad):
-            if issubclass(cls, ImageBaseDataset):
-                dataset: Any = type(cls.__name__, (_Screening, cls), {"own": cls in _OWN})(name)
+            if name in VIDEO_SETS:
+                dataset: Any = VIDEO_SETS[name]()
+            elif issubclass(cls, ImageBaseDataset):
+                dataset = type(cls.__name__, (_Screening, cls), {"own": cls in _OWN})(name)
             else:
                 dataset = cls(dataset=name)
     except InputError:
@@ -225,8 +285,8 @@ def screen(
         raise _without("'index'", data)
     if folder is not None and "question" not in data:
         raise _without("'question'", data)
-    if folder is not None and not {"image", "image_path"} & set(data):
-        raise _without("'image' or 'image_path'", data)
+    if folder is not None and not {"image", "image_path", "video"} & set(data):
+        raise _without("'image', 'image_path' or 'video'", data)
     data = data.reset_index(drop=True)
     reasons: dict[int, str] = {}
     whole = _mostly(data["index"].map(_is_whole))

@@ -16,6 +16,7 @@ from vlm_prune_ext.fast.generate import FastGenerate, sharing_of
 from vlm_prune_ext.fast.shared import Asked
 from vlm_prune_ext.methods.base import Method, say_once
 from vlm_prune_ext.models import parts_of
+from vlm_prune_ext.models.clips import is_video
 from vlm_prune_ext.models.images import digest_of
 
 _REMEMBERED = 4096  # pictures that were asked about, the newest
@@ -105,6 +106,8 @@ class Sharing:
 
     def _pictures_of(self, query: Question, alone: bool) -> tuple[str, ...]:
         """Digests of its pictures; none where it has none, or where looking would not pay."""
+        if any(map(is_video, query.images)):
+            return ()  # what stands for a video is not one run of one kind of token
         if query.digests or not query.images or alone:
             return query.digests
         return tuple(map(digest_of, query.images))

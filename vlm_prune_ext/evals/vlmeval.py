@@ -41,11 +41,11 @@ from vlm_prune_ext.methods.registry import (
     standard_method,
 )
 from vlm_prune_ext.models import load
+from vlm_prune_ext.models.clips import Clip
+from vlm_prune_ext.models.prompts import IMAGE, VIDEO
 
 LLAVA_MAX_NEW_TOKENS = 2048
 """What VLMEvalKit's ``LLaVA`` allows an answer, whatever the data set."""
-
-IMAGE = "<image>"
 
 
 class PrunedVLM(BaseModel):
@@ -60,6 +60,9 @@ class PrunedVLM(BaseModel):
         dtype, device, attn_implementation, fast, preprocess, trust_remote_code: see
             :func:`vlm_prune_ext.load`.
         min_pixels, max_pixels: of an image, for families that take it as large as it is.
+        frames, fps: how many frames of a video are shown, in all or of each second; ``None``: as
+            the data set says, else as the checkpoint's processor chooses, else 32.
+        video_budget: see ``video`` of :func:`vlm_prune_ext.prune`.
         max_new_tokens: limit of an answer; ``None``: 2048, as VLMEvalKit's ``LLaVA`` has it (the
             demo's data sets have shorter ones).
         loaded: ``(model, processor)`` in place of ``model_path``.
@@ -90,6 +93,9 @@ class PrunedVLM(BaseModel):
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         preprocess: str | None = None,
+        frames: int | None = None,
+        fps: float | None = None,
+        video_budget: str = "frame",
         max_new_tokens: int | None = None,
         loaded: tuple[Any, Any] | None = None,
         **parameters: Any,
@@ -110,6 +116,8 @@ class PrunedVLM(BaseModel):
                 min_pixels=min_pixels,
                 max_pixels=max_pixels,
                 preprocess=preprocess,
+                frames=frames,
+                fps=fps,
             )
         self.model: Any
         self.processor: Any
@@ -117,7 +125,9 @@ class PrunedVLM(BaseModel):
         self.method = method
         self.max_new_tokens = max_new_tokens
         self.last: Answer | None = None
-        self.answerer = Answerer(self.model, self.processor, method)
+        self.VIDEO_LLM = self.processor.takes_videos  # else VLMEvalKit hands frames as pictures
+        self.shown: dict[str, Any] = {}
+        self.answerer = Answerer(self.model, self.processor, method, video=video_budget)
 
     # -- prompts: VLMEvalKit's own LLaVA makes them --------------------------------------------
     def use_custom_prompt(self, dataset: str) -> bool:
@@ -128,16 +138,26 @@ class PrunedVLM(BaseModel):
         """The message of a multiple-choice row, as VLMEvalKit's ``LLaVA`` words it."""
         return LLaVA.build_prompt(self, line, dataset)
 
+    def show(self, dataset: Any) -> None:
+        """Take over how many frames of its videos a data set wants shown, unless that was said."""
+        stated = {name: getattr(dataset, name, 0) for name in ("nframe", "fps")}
+        told = self.processor.frames is not None or self.processor.fps is not None
+        self.shown = {n: value for n, value in stated.items() if value and value > 0 and not told}
+
     def query(self, message: list[dict[str, Any]], dataset: str | None = None) -> Query:
         """A message, texts and images in any order, as a question for the model.
 
         Raises:
-            InputError: an image that does not decode, where the family's template opens it.
+            InputError: an image that does not decode, where the family's template opens it, or a
+                video, where the family takes none.
         """
+        message = [self._with_frames(item) for item in message]
         images = [item["value"] for item in message if item["type"] == "image"]
         # The marker inside a text would be taken for an image.
         clean = [
-            {**item, "value": item["value"].replace(IMAGE, "")} if item["type"] == "text" else item
+            {**item, "value": item["value"].replace(IMAGE, "").replace(VIDEO, "")}
+            if item["type"] == "text"
+            else item
             for item in message
         ]
         limit = self.max_new_tokens or MAX_NEW_TOKENS.get(dataset or "", LLAVA_MAX_NEW_TOKENS)
@@ -149,6 +169,14 @@ class PrunedVLM(BaseModel):
             return Query("".join(parts), images, max_new_tokens=limit)
         text, images = self.processor.messages([{"role": "user", "content": clean}])
         return Query(text, images, style="plain", max_new_tokens=limit)
+
+    def _with_frames(self, item: dict[str, Any]) -> dict[str, Any]:
+        """An item; of a video with how many frames are shown."""
+        if item["type"] != "video":
+            return item
+        if not self.processor.takes_videos:
+            self.processor.read_clip(Clip(item["value"]))
+        return {**self.shown, **item}
 
     # -- answers -------------------------------------------------------------------------------
     def answer(self, query: Query) -> Answer:

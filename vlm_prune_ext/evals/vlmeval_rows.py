@@ -22,7 +22,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from vlmeval import inference
+from vlmeval import inference, inference_video
 from vlmeval.inference import FAIL_MSG
 from vlmeval.vlm.base import BaseModel
 
@@ -78,6 +78,7 @@ class RowModel(BaseModel):
         self._indices = [index_of(index) for index in dataset.data["index"]]
         self._said: dict[int | str, str] = {}
         self._reading = threading.Lock()
+        self.has_videos = getattr(dataset, "MODALITY", "IMAGE") == "VIDEO"
         # Else VLMEvalKit would ask the data set itself, and we would not learn which row it is.
         self._dataset_first = getattr(dataset, "force_use_dataset_prompt", False)
         if self._dataset_first:
@@ -87,7 +88,8 @@ class RowModel(BaseModel):
     def inner(self) -> PrunedVLM:
         """What answers."""
         model = self._load()
-        model.set_dump_image(self.dataset.dump_image)
+        model.set_dump_image(getattr(self.dataset, "dump_image", None))
+        model.show(self.dataset)
         self.sizes = Sizes.of(model.model.config)
         self.device = model.processor.device
         self.warm_up = 3 if self.device.type == "cuda" else 1
@@ -113,8 +115,9 @@ class RowModel(BaseModel):
         self._open = list(places)
 
     def use_custom_prompt(self, dataset: str) -> bool:
-        """Always: that is how rows come by."""
-        return True
+        """Always where that is how rows come by; data sets of videos are asked, see
+        :class:`_Shown`."""
+        return not self.has_videos
 
     def build_prompt(self, line: Any, dataset: str | None = None) -> int | str:
         """The row's index, for :meth:`generate`."""
@@ -142,11 +145,15 @@ class RowModel(BaseModel):
     def _query(self, place: int) -> Query:
         with self._reading:
             line, name = self.dataset.data.iloc[place], self.dataset.dataset_name
-        if not self._dataset_first and self.inner.use_custom_prompt(name):
+        if self.has_videos:
+            with self._reading:  # frames are cut out under locks with a limit
+                message = self.dataset.build_prompt(line, video_llm=self.inner.VIDEO_LLM)
+        elif not self._dataset_first and self.inner.use_custom_prompt(name):
             message = self.inner.build_prompt(line, name)
         else:
             message = self.dataset.build_prompt(line)
-        return self.inner.query(_items(message), name)
+        videos = self.dataset.videos_of(line) if hasattr(self.dataset, "videos_of") else []
+        return self.inner.query([*videos, *_items(message)], name)
 
     def _write(self, batch: Batch) -> None:
         """Write a batch down, and keep what its rows' predictions are."""
@@ -220,15 +227,16 @@ def shown_in_order(model: RowModel, known: set[int | str], rank: int, world: int
     first = {model._indices[place]: place for place in reversed(places)}  # of each index
     open_ = {place for index, place in first.items() if index not in known}
     model.ask([place for place in places if place in open_])
-    theirs = inference.infer_data
+    loop = inference_video if model.has_videos else inference
+    theirs = loop.infer_data
 
     def infer_data(*, dataset: Any, **rest: Any) -> Any:
         return theirs(dataset=_Shown(dataset, data[["index"]].iloc[places], world), **rest)
 
     with ExitStack() as stack, contextlib.closing(model):
-        exchange(stack, inference, "infer_data", infer_data)
+        exchange(stack, loop, "infer_data", infer_data)
         gpu = SimpleNamespace(empty_cache=lambda: None, synchronize=torch.cuda.synchronize)
-        exchange(stack, inference, "torch", SimpleNamespace(cuda=gpu))
+        exchange(stack, loop, "torch", SimpleNamespace(cuda=gpu))
         yield
 
 
@@ -242,6 +250,10 @@ class _Shown:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._dataset, name)
+
+    def build_prompt(self, place: int, **_: Any) -> int | str:
+        """The row's index, as :meth:`RowModel.build_prompt` has it."""
+        return index_of(self.data.iloc[place]["index"])
 
     def __len__(self) -> int:
         return len(self.data)

@@ -21,6 +21,7 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 from vlmeval.inference import infer_data_job
+from vlmeval.inference_video import infer_data_job_video
 
 from vlm_prune_ext.demo import CHECKPOINT
 from vlm_prune_ext.errors import InputError, reason_of
@@ -151,6 +152,8 @@ class Models:
             min_pixels=given.min_pixels,
             max_pixels=given.max_pixels,
             preprocess=given.preprocess,
+            frames=given.frames,
+            fps=given.fps,
         )
 
 
@@ -272,7 +275,12 @@ def predict(
 
     def model() -> PrunedVLM:
         limit = settings.max_new_tokens
-        return PrunedVLM(loaded=models.loaded, method=settings.method, max_new_tokens=limit)
+        return PrunedVLM(
+            loaded=models.loaded,
+            method=settings.method,
+            max_new_tokens=limit,
+            video_budget=settings.video_budget,
+        )
 
     rows = RowModel(
         model, table.dataset, parts, log, settings.batch_size, on_sample, settings.keep_positions
@@ -280,13 +288,12 @@ def predict(
     shown = shown_in_order(rows, known, ranks.rank, ranks.world)
     try:
         with terminable(), own_files(), _written(files.folder), shown:
-            infer_data_job(
-                rows,
-                work_dir=str(files.folder),
-                model_name=files.name,
-                dataset=table.dataset,
-                verbose=settings.verbose,
-            )
+            given = {"model_name": files.name, "dataset": table.dataset}
+            given |= {"work_dir": str(files.folder), "verbose": settings.verbose}
+            if rows.has_videos:
+                infer_data_job_video(rows, result_file=str(files.predictions), **given)
+            else:
+                infer_data_job(rows, **given)
     finally:
         stretch = rows.stretch(ranks.rank)
         if stretch is not None:
@@ -390,6 +397,9 @@ def flatten(result: Any) -> dict[str, float]:
             flat |= {f"{key}/{name}": v for name, v in flatten(value).items()}
         elif isinstance(value, int | float):
             flat[str(key)] = float(value)
+        elif isinstance(value, str):  # as some write their numbers
+            with contextlib.suppress(ValueError):
+                flat |= {str(key): float(value)} if math.isfinite(float(value)) else {}
     return flat
 
 
@@ -398,13 +408,15 @@ def headline(dataset: Any, name: str, scores: dict[str, float], count: int) -> S
     if {"perception", "reasoning"} <= set(scores):
         return Score("perception + reasoning", scores["perception"] + scores["reasoning"])
     if getattr(dataset, "TYPE", "") == "Caption":
-        known = "Bleu_4" if name.startswith("Shapes_") else "CIDEr"
-        return Score(known, scores[known]) if known in scores else None
-    key = "Overall" if "Overall" in scores else next((k for k in scores if _overall(k)), None)
+        usual = "Bleu_4" if name.startswith("Shapes_") else "CIDEr"
+        return Score(usual, scores[usual]) if usual in scores else None
+    known = [key for key in scores if _overall(key)]
+    known.sort(key=lambda key: (key != "Overall", not key.lower().startswith("overall")))
+    key = known[0] if known else None
     if key is None or math.isnan(scores[key]):
         return None
     value = scores[key]
-    is_choice = getattr(dataset, "TYPE", "") == "MCQ"
+    is_choice = getattr(dataset, "TYPE", "") in ("MCQ", "Video-MCQ")
     if is_choice and value <= 1.0:  # VLMEvalKit gives shares for these, percent for others
         value *= 100.0
     single = name.startswith("Shapes_") or (is_choice and "mmbench" not in name.lower())

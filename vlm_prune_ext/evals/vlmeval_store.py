@@ -41,12 +41,16 @@ from vlm_prune_ext.tables import BadRow, read_leniently
 
 DECISIVE = (
     *("method", "seed", "dtype", "attn_implementation", "max_new_tokens", "fast"),
-    *("checkpoint", "weights", "prompts", "min_pixels", "max_pixels"),
+    *("checkpoint", "weights", "prompts", "min_pixels", "max_pixels", "frames", "fps"),
+    "video_budget",
 )
 """What decides predictions: where one of these differs, all rows are asked anew."""
 
 # Column of a row -> part that its answer depends on; further columns are "other".
-_PARTS = {"question": "question", "hint": "hint", "image": "picture", "image_path": "picture"}
+_PARTS = {
+    **{"question": "question", "hint": "hint"},
+    **dict.fromkeys(("image", "image_path", "video", "video_path"), "picture"),
+}
 _NOT_ASKED = {"index", "answer", "category", "l2-category", "split"}
 
 
@@ -189,6 +193,7 @@ def row_parts(dataset: Any) -> dict[int | str, dict[str, str]]:
     data, found = dataset.data, {}
     names = {name: _part(name) for name in map(str, data) if name not in _NOT_ASKED}
     root = Path(getattr(dataset, "img_root", "."))
+    videos = Path(getattr(dataset, "data_root", root))
     seen: dict[str, str] = {}  # pictures are large, and have several rows
 
     def fingerprint(part: str, values: list[Any]) -> str:
@@ -205,6 +210,8 @@ def row_parts(dataset: Any) -> dict[int | str, dict[str, str]]:
             value = row[name]
             if name == "image_path":
                 value = _picture_bytes(value, root)
+            if name in VIDEO_COLUMNS:
+                value = _video_state(value, videos)
             parts.setdefault(part, []).append([name, str(value)])
         found[index_of(row["index"])] = {
             part: fingerprint(part, values) for part, values in parts.items()
@@ -221,6 +228,20 @@ def _picture_bytes(value: Any, root: Path) -> str:
     """Pictures that are named by their files, one or a list: what the files hold."""
     text = str(value)
     return digest([text, *(_content(root / name) for name in texts(text))])
+
+
+VIDEO_COLUMNS = ("video", "video_path")
+
+
+def _video_state(value: Any, root: Path) -> str:
+    """A video that is named by its file or its stem, with the file's size and time: its content
+    would take long to read."""
+    name = str(value)
+    for path in (root / name, root / f"{name}.mp4", root / "video" / f"{name}.mp4"):
+        with contextlib.suppress(OSError, ValueError):
+            found = path.stat()
+            return digest([name, found.st_size, found.st_mtime_ns])
+    return name
 
 
 def _content(path: Path) -> str:

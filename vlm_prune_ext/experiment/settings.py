@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 MODES = ("all", "infer", "eval")
+VIDEO_BUDGETS = ("frame", "video")
 METHOD_HELP = (
     "a method's short form: fastv, fastv:100, fastv:0.25,agg_layer=2 (vlm-prune methods lists them)"
 )
@@ -72,6 +73,14 @@ def _whole_or_text(value: Any) -> Any:
     """A number where a text is one; anything else is left for the check to name."""
     try:
         return int(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _number_or_text(value: Any) -> Any:
+    """As :func:`_whole_or_text`, of numbers with a fraction."""
+    try:
+        return float(value) if isinstance(value, str) else value
     except ValueError:
         return value
 
@@ -133,6 +142,12 @@ NAMES = Kind(
     {"nargs": "+", "metavar": "NAME"},
 )
 WHOLE = whole(1)
+RATE = Kind(
+    "a number above 0",
+    lambda value: type(value) in (int, float) and 0 < value < float("inf"),
+    {"type": _number_or_text, "metavar": "X"},
+    _number_or_text,
+)
 BATCH = Kind(
     "an integer of at least 1, or auto",
     lambda value: value == "auto" or WHOLE.ok(value),
@@ -261,6 +276,7 @@ class ModelSettings(Declared):
             :func:`vlm_prune_ext.load`.
         min_pixels, max_pixels: pixels of an image, of families that take it as large as it is.
         preprocess: where pictures are resized and normalised.
+        frames, fps: how many frames of a video are shown, in all or of each second.
     """
 
     model_path: str | None = option(
@@ -298,6 +314,10 @@ class ModelSettings(Declared):
         choice(PREPROCESS),
         "where pictures are resized, with equal pixels (default: the device where it is a GPU)",
     )
+    frames: int | None = option(
+        None, WHOLE, "frames of a video that are shown (default: the data set's, else 32)"
+    )
+    fps: float | None = option(None, RATE, "frames of each second of a video, in place of --frames")
 
 
 MODEL = tuple(f.name for f in fields(ModelSettings))
@@ -322,6 +342,7 @@ class Settings(ModelSettings):
             memory; ``None``: ``auto`` on a GPU, else 1.
         max_new_tokens: limit of an answer; ``None``: VLMEvalKit's for LLaVA.
         keep_positions: how many of the first rows say in the log which tokens were kept.
+        video_budget: what a method's budget is of: each ``frame`` of a video, or the ``video``.
     """
 
     method: Method | None = None
@@ -346,6 +367,11 @@ class Settings(ModelSettings):
     max_new_tokens: int | None = option(None, WHOLE, "default: VLMEvalKit's for LLaVA, 2048")
     keep_positions: int = option(
         200, WHOLE, "first rows whose kept tokens are logged, for pages (default: 200)"
+    )
+    video_budget: str = option(
+        "frame",
+        choice(VIDEO_BUDGETS),
+        "what a budget is of: each frame of a video, or all of it (default: frame)",
     )
 
     def __post_init__(self) -> None:

@@ -87,6 +87,8 @@ class Method(Declared):
     * ``standard``: values of required fields where somebody asks for the method by name alone.
     * ``published``: field of layers -> further values of the paper's, meant for its 32 layers; like
       a default, such a value gives way in a shallower model.
+    * ``compares_frames``: its rules see a video as one image, with its frames
+      (:attr:`Evidence.frames`), whatever the budget is of.
     * ``companions``: dataclasses of its file that belong to the public API.
     """
 
@@ -100,6 +102,7 @@ class Method(Declared):
     resets: ClassVar[tuple[str, ...]] = ()
     standard: ClassVar[Mapping[str, Any]] = {}
     published: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    compares_frames: ClassVar[bool] = False
     companions: ClassVar[tuple[type[Declared], ...]] = ()
 
     # -- what the engine asks --------------------------------------------------------------

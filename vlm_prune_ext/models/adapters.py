@@ -17,6 +17,7 @@ from vlm_prune_ext.errors import InputError, unknown_name
 from vlm_prune_ext.experiment.settings import PREPROCESS
 from vlm_prune_ext.models.base import (
     PICTURES,
+    VIDEOS,
     Family,
     LoadOptions,
     PromptProcessor,
@@ -30,6 +31,7 @@ from vlm_prune_ext.models.checkpoint import (
     check_flash_attention,
 )
 from vlm_prune_ext.models.clip_text import joint_space
+from vlm_prune_ext.models.clips import check_sampling
 from vlm_prune_ext.models.towers import is_clip
 
 logger = logging.getLogger("vlm_prune_ext")
@@ -150,10 +152,14 @@ def load(
     pictures = {name: value for name, value in pictures.items() if value is not None}
     if family.read_processor is None:
         check_pictures(source, pictures)
+    videos = {name: kw.pop(name) for name in VIDEOS if name in kw}
+    _check_videos(family, videos)
     options = LoadOptions(stated, where, attn_implementation, kw, pictures)
     assert family.load is not None
     model, processor = family.load(source, options)
     processor.preprocess = preprocess
+    for name, value in videos.items():
+        setattr(processor, name, value)
     _turn_on_fast(model, fast)
     return model, processor
 
@@ -164,21 +170,36 @@ def check_pictures(source: Checkpoint, settings: Mapping[str, Any]) -> None:
 
     Args:
         source: the checkpoint.
-        settings: any names; those of :data:`PICTURES` that are not ``None`` are looked at.
+        settings: any names; those of :data:`PICTURES` and :data:`VIDEOS` that are not ``None``
+            are looked at.
 
     Raises:
         InputError: naming the setting and what is accepted.
     """
     given = {n: settings[n] for n in PICTURES if settings.get(n) is not None}
-    if not given:
+    videos = {n: settings[n] for n in VIDEOS if settings.get(n) is not None}
+    if not given and not videos:
         return
     family = _family_of(source)
+    check_sampling(settings.get("frames"), settings.get("fps"))
+    _check_videos(family, videos)
+    if not given:
+        return
     if family.read_processor is None:
         raise InputError(
             f"{', '.join(given)} is no setting of {family.line.title}, whose pictures are prepared "
             "as the checkpoint says; accepted: none."
         )
     family.read_processor(source, given)
+
+
+def _check_videos(family: Family, videos: Mapping[str, Any]) -> None:
+    stated = [name for name, value in videos.items() if value is not None]
+    if stated and not family.line.video:
+        raise InputError(
+            f"{', '.join(stated)} is no setting of {family.line.title}, which takes no videos "
+            "here; accepted: none."
+        )
 
 
 def _turn_on_fast(model: Any, wanted: bool | None) -> None:

@@ -7,15 +7,15 @@ inputs; the checkpoint's chat template makes the text of a conversation. So a fa
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import dropwhile
 from typing import Any
 
 import torch
 import transformers
-from PIL.Image import Image
 from torch import nn
 from transformers import AutoProcessor, BatchFeature
 
@@ -31,11 +31,12 @@ from vlm_prune_ext.models.base import (
     is_named,
     spelled,
 )
-from vlm_prune_ext.models.catalogue import FamilyLine
+from vlm_prune_ext.models.catalogue import FAMILIES, FamilyLine
 from vlm_prune_ext.models.checkpoint import Checkpoint, first_line
-from vlm_prune_ext.models.images import ImageLike, open_image
+from vlm_prune_ext.models.clips import Clip, ReadyClip, chooser, is_video, read_clip
+from vlm_prune_ext.models.images import ImageLike
 from vlm_prune_ext.models.loading import check_files, load_model
-from vlm_prune_ext.models.prompts import IMAGE, Style, Turn
+from vlm_prune_ext.models.prompts import IMAGE, VIDEO, Style, Turn
 
 Row = dict[str, torch.Tensor]
 _ROOM = 4096  # prompts, the newest
@@ -96,7 +97,8 @@ class AutoPrompts(PromptProcessor):
 
     Attributes:
         processor: as above.
-        marker: what stands for one image in the text that it is given.
+        marker: what stands for one image in the text that it is given; ``video_marker``: for one
+            video, ``None`` where the family takes none.
         reserved: ids that no text of a user may become.
     """
 
@@ -109,12 +111,17 @@ class AutoPrompts(PromptProcessor):
         image_token_id: int | None = None,
     ) -> None:
         self.processor, self.marker = processor, marker_of(processor)
+        self.takes_videos = family in FAMILIES and FAMILIES[family].video
+        self.video_marker = marker_of(processor, "video") if self.takes_videos else None
         self._images: OrderedDict[tuple[int, ...], list[int]] = OrderedDict()
         if styles is None:
             styles = {}
             if getattr(processor, "chat_template", None):
-                styles = {"chat": ChatTemplate(processor=processor, marker=self.marker)}
-        styles = {"plain": Style(image=IMAGE), **styles}
+                chat = ChatTemplate(
+                    processor=processor, marker=self.marker, video_marker=self.video_marker
+                )
+                styles = {"chat": chat}
+        styles = {"plain": Style(image=IMAGE, video=VIDEO), **styles}
         token = generic.token_of(model.config) if image_token_id is None else image_token_id
         assert token is not None
         super().__init__(
@@ -132,7 +139,10 @@ class AutoPrompts(PromptProcessor):
 
     def length(self, text: str, images: Sequence[ImageLike], style: str | None) -> int:
         """A guess: the processor alone knows, once it has made the pixels."""
-        pixels = (image.width * image.height for image in map(open_image, images))
+        pixels = (
+            image.width * image.height * (len(image.pixels) if is_video(image) else 1)
+            for image in map(self.opened, images)
+        )
         return len(text) // 4 + sum(pixels) // _PIXELS_A_TOKEN
 
     def ids_of(
@@ -173,7 +183,7 @@ class AutoPrompts(PromptProcessor):
 
     def _unfilled(self, text: str, images: Sequence[ImageLike], style: str | None) -> list[int]:
         """A prompt's tokens with one placeholder for each image."""
-        marked = self._marked(self._style(style).single(text, len(images)), list(images))  # type: ignore[arg-type]
+        marked = self._marked(self._style(style).single(text, len(images)), list(images))
         with self._tokenizing:
             return list(self.tokenizer(marked).input_ids)
 
@@ -183,19 +193,54 @@ class AutoPrompts(PromptProcessor):
             made += next(waiting, []) if token == self.image_token_id else [token]
         return made
 
-    def _encode(self, prompts: list[str], pictures: list[list[Image]]) -> BatchFeature:
+    def read_clip(self, clip: Clip | ReadyClip) -> ReadyClip:
+        """See :meth:`PromptProcessor.read_clip`; the processor chooses frames."""
+        if not self.takes_videos:
+            return super().read_clip(clip)
+        if isinstance(clip, ReadyClip):
+            return clip
+        if clip.frames is None and clip.fps is None and clip.is_file:
+            clip = replace(clip, frames=self.frames, fps=self.fps)
+        return read_clip(clip, chooser(self.processor.video_processor, clip))
+
+    def shape_of(self, images: Sequence[Any]) -> Hashable:
+        """See :meth:`PromptProcessor.shape_of`: frames of its videos, where a model takes those of
+        a batch as one tensor."""
+        videos = [len(one.pixels) for one in images if is_video(one)]
+        if not videos or "video_grid_thw" in self.processor.video_processor.model_input_names:
+            return None
+        return tuple(sorted(set(videos)))
+
+    def is_visual(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """See :meth:`PromptProcessor.is_visual`."""
+        found = super().is_visual(input_ids)
+        token = getattr(self.processor, "video_token_id", None)
+        if not self.takes_videos or token is None:
+            return found
+        return found | (input_ids == token)
+
+    def _encode(self, prompts: list[str], pictures: list[list[Any]]) -> BatchFeature:
         texts = [self._marked(text, own) for text, own in zip(prompts, pictures, strict=True)]
-        # Processors take a batch whose samples all have images, or none that has.
-        shown = [row for row, own in enumerate(pictures) if own]
-        unseen = [row for row, own in enumerate(pictures) if not own]
-        parts = [(rows, self._made(rows, texts, pictures)) for rows in (shown, unseen) if rows]
+        parts = [(rows, self._made(rows, texts, pictures)) for rows in _alike(pictures)]
         data = self._joined(parts, len(texts)) if len(parts) > 1 else parts[0][1]
         self._note_images(data["input_ids"], pictures)
+        self._check_mixture(data["input_ids"], pictures)
         return BatchFeature(self._moved(data))
 
-    def _note_images(self, input_ids: torch.Tensor, pictures: list[list[Image]]) -> None:
+    def _check_mixture(self, input_ids: torch.Tensor, pictures: list[list[Any]]) -> None:
+        """Raise InputError where pictures and videos would be taken for each other: transformers
+        (5.17) does so in GLM-4.1V, whose frames have the placeholders of images."""
+        kinds = {is_video(one) for own in pictures for one in own}
+        if len(kinds) == 2 and not bool((input_ids == self.processor.video_token_id).any()):
+            raise InputError(
+                f"{FAMILIES[self.family].title} takes pictures or videos in one call, not both."
+            )
+
+    def _note_images(self, input_ids: torch.Tensor, pictures: list[list[Any]]) -> None:
         """Remember which placeholders are which image's, where runs of them do not tell."""
         for ids, own in zip(input_ids.tolist(), pictures, strict=True):
+            if any(map(is_video, own)):  # the model's inputs say what a video's are
+                continue
             places = [place for place, token in enumerate(ids) if token == self.image_token_id]
             if len(runs_of(places)) == len(own):
                 continue
@@ -228,13 +273,25 @@ class AutoPrompts(PromptProcessor):
         places = [place for place, token in enumerate(ids) if token == self.image_token_id]
         return [length for _, length in runs_of(places)]
 
-    def _marked(self, text: str, own: list[Image]) -> str:
+    def _marked(self, text: str, own: Sequence[Any]) -> str:
         """The text with the processor's own markers in place of ours."""
+        videos = sum(map(is_video, own))
         pieces = text.split(IMAGE)
-        self._check_markers(len(pieces) - 1, len(own))
+        self._check_markers(len(pieces) - 1, len(own) - videos)
+        made = []
         for piece in pieces:
-            self._check_text(piece)
-        return self.marker.join(pieces)
+            between = piece.split(VIDEO) if videos else [piece]
+            videos -= len(between) - 1
+            for part in between:
+                self._check_text(part)
+            made.append((self.video_marker or "").join(between))
+        if videos:
+            there = text.count(VIDEO)
+            raise InputError(
+                f"The prompt has {there} {VIDEO} marker(s) for {there + videos} video(s): give one "
+                "marker per video, or none to have the videos put in front."
+            )
+        return self.marker.join(made)
 
     def _check_text(self, text: str) -> None:
         """Raise InputError where a text spells what stands for a part of an image or a video."""
@@ -245,10 +302,16 @@ class AutoPrompts(PromptProcessor):
             if token in self.reserved:
                 raise spelled(self.tokenizer.convert_ids_to_tokens(token))
 
-    def _made(self, rows: list[int], texts: list[str], pictures: list[list[Image]]) -> Row:
-        """What the processor makes of some rows of the batch."""
-        shown = [pictures[row] for row in rows]
-        with self._making([image for own in shown for image in own], self.processor):
+    def _made(self, rows: list[int], texts: list[str], pictures: list[list[Any]]) -> Row:
+        """What the processor makes of some rows of the batch, which have media of one kind."""
+        shown = [[one for one in pictures[row] if not is_video(one)] for row in rows]
+        clips = [one for row in rows for one in pictures[row] if is_video(one)]
+        videos: dict[str, Any] = {}
+        if clips:
+            videos["videos"] = [torch.from_numpy(c.pixels).permute(0, 3, 1, 2) for c in clips]
+            videos["video_metadata"] = [clip.metadata() for clip in clips]
+            videos["do_sample_frames"] = False
+        with self._making([image for row in rows for image in pictures[row]], self.processor):
             images = [self._shown(own) for own in shown]
             made = self.processor(
                 text=[texts[row] for row in rows],
@@ -256,6 +319,7 @@ class AutoPrompts(PromptProcessor):
                 padding=True,
                 padding_side="left",
                 return_tensors="pt",
+                **videos,
             )
         return {name: value for name, value in made.items() if name != "labels"}
 
@@ -266,14 +330,27 @@ class AutoPrompts(PromptProcessor):
         for rows, made in parts:
             here = made["input_ids"].shape
             for name, value in made.items():
-                if value.shape[:2] != here:
-                    joined[name] = value  # of the images, in order
+                if value.shape[:2] != here:  # of the images or videos, in order
+                    before = joined.get(name)
+                    joined[name] = value if before is None else torch.cat([before, value])
                     continue
                 fill = self.pad_token_id if name == "input_ids" else 0
                 if name not in joined:
                     joined[name] = value.new_full((count, width), fill)
                 joined[name][rows, width - here[1] :] = value
         return joined
+
+
+def _alike(pictures: list[list[Any]]) -> list[list[int]]:
+    """Rows that a processor takes together: all have images, or none has; the same of videos. Where
+    a row has both, each is by itself, so that media stay in the order of the rows."""
+    kinds = [(any(not is_video(one) for one in own), any(map(is_video, own))) for own in pictures]
+    if (True, True) in kinds and len(set(kinds)) > 1:
+        return [[row] for row in range(len(kinds))]
+    groups: dict[tuple[bool, bool], list[int]] = {}
+    for row, kind in enumerate(kinds):
+        groups.setdefault(kind, []).append(row)
+    return list(groups.values())
 
 
 def _key(ids: Sequence[int], pad: int) -> tuple[int, ...]:
@@ -289,15 +366,15 @@ def _reserved(processor: Any) -> Iterable[int]:
         yield video
 
 
-def marker_of(processor: Any) -> str:
-    """What stands for an image in the text that a processor is given, with what its chat template
-    puts around it."""
-    token = str(processor.image_token)
+def marker_of(processor: Any, kind: str = "image") -> str:
+    """What stands for an image (or ``"video"``) in the text that a processor is given, with what
+    its chat template puts around it."""
+    token = str(getattr(processor, f"{kind}_token"))
     if not getattr(processor, "chat_template", None):
         return token
     before, behind = "what stands before", "what stands behind"
     texts = [{"type": "text", "text": text} for text in (before, behind)]
-    item = [texts[0], {"type": "image"}, texts[1]]
+    item = [texts[0], {"type": kind}, texts[1]]
     said = processor.apply_chat_template([{"role": "user", "content": item}], tokenize=False)
     framed = said.partition(before)[2].partition(behind)[0].strip()
     return framed if framed.count(token) == 1 else token  # some put all images in front
@@ -309,12 +386,14 @@ class ChatTemplate(Style):
 
     Attributes:
         processor: has it.
-        marker: what it writes for an image.
+        marker: what it writes for an image; ``video_marker``: for a video, if the family takes any.
     """
 
     processor: Any = field(default=None, compare=False)
     marker: str = IMAGE
+    video_marker: str | None = None
     image: str = IMAGE
+    video: str = VIDEO
 
     def conversation(self, turns: Sequence[Turn]) -> str:
         """See :meth:`Style.conversation`.
@@ -322,10 +401,17 @@ class ChatTemplate(Style):
         Raises:
             InputError: the template does not take such a conversation, e.g. no system turn.
         """
+        markers = {self.marker: IMAGE}
+        if self.video_marker is not None:
+            markers[self.video_marker] = VIDEO
         for turn in turns:
-            if self.marker in turn.text.replace(IMAGE, ""):
-                raise spelled(self.marker)
-        chat = [{"role": turn.role, "content": _items(turn.text)} for turn in turns]
+            for theirs, ours in markers.items():
+                if theirs in turn.text.replace(IMAGE, "").replace(ours, ""):
+                    raise spelled(theirs)
+        chat = [
+            {"role": turn.role, "content": _items(turn.text, self.video_marker is not None)}
+            for turn in turns
+        ]
         goes_on = bool(turns) and turns[-1].role == "assistant"
         try:
             said = self.processor.apply_chat_template(
@@ -339,7 +425,9 @@ class ChatTemplate(Style):
                 f"The checkpoint's chat template does not take this conversation: "
                 f"{first_line(error)}"
             ) from error
-        return self._without_start(said).replace(self.marker, IMAGE)
+        for theirs, ours in markers.items():
+            said = said.replace(theirs, ours)
+        return self._without_start(said)
 
     def _without_start(self, text: str) -> str:
         """Some templates write the start token, which the tokenizer puts in front by itself."""
@@ -354,10 +442,12 @@ class ChatTemplate(Style):
         return text
 
 
-def _items(text: str) -> list[dict[str, str]]:
-    """The text of a turn as the items of a message."""
+def _items(text: str, videos: bool = False) -> list[dict[str, str]]:
+    """The text of a turn as the items of a message; ``videos``: it may hold some."""
     items: list[dict[str, str]] = []
-    for place, piece in enumerate(text.split(IMAGE)):
-        items += [{"type": "image"}] if place else []
-        items += [{"type": "text", "text": piece}] if piece else []
+    for piece in re.split(f"({IMAGE}|{VIDEO})" if videos else f"({IMAGE})", text):
+        if piece == IMAGE or (videos and piece == VIDEO):
+            items.append({"type": "image" if piece == IMAGE else "video"})
+        elif piece:
+            items.append({"type": "text", "text": piece})
     return items or [{"type": "text", "text": ""}]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -17,10 +17,11 @@ from transformers.image_processing_backends import TorchvisionBackend
 
 from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.errors import InputError, RowError, unknown_name
-from vlm_prune_ext.models.catalogue import FamilyLine
+from vlm_prune_ext.models.catalogue import FAMILIES, FamilyLine
 from vlm_prune_ext.models.checkpoint import FETCHING, first_line
+from vlm_prune_ext.models.clips import Clip, ReadyClip, check_sampling, is_video
 from vlm_prune_ext.models.images import ImageLike, ReadyImage, bytes_of, on_device, open_image
-from vlm_prune_ext.models.prompts import IMAGE, STYLES, Style, Turn, blank_in_front
+from vlm_prune_ext.models.prompts import IMAGE, STYLES, VIDEO, Style, Turn, blank_in_front
 from vlm_prune_ext.models.questions import Questions, answers_for
 from vlm_prune_ext.models.resize import AsOnCpu
 
@@ -110,14 +111,19 @@ PICTURES = (
 """Settings of a family's image processor that loading takes: how large an image may be, and whether
 it is cut into tiles."""
 
+VIDEOS = ("frames", "fps")
+"""How many frames of a video are shown, where the video does not say so itself; see
+:class:`~vlm_prune_ext.models.clips.Clip`."""
+
 
 def check_keywords(given: Mapping[str, Any]) -> None:
     """Raise InputError where an argument of loading is unknown, or is no truth value where it must
     be one."""
     own = ("dtype", "device", "attn_implementation")
     for name in given:
-        if name not in (*KEYWORDS, *PICTURES):
-            raise unknown_name("keyword of load()", name, (*own, *KEYWORDS, *PICTURES))
+        if name not in (*KEYWORDS, *PICTURES, *VIDEOS):
+            raise unknown_name("keyword of load()", name, (*own, *KEYWORDS, *PICTURES, *VIDEOS))
+    check_sampling(given.get("frames"), given.get("fps"))
     for name in ("min_pixels", "max_pixels"):
         value = given.get(name)
         if value is not None and (not isinstance(value, int) or value < 1):
@@ -204,9 +210,15 @@ class PromptProcessor:
         pad_token_id: fills batches on the left; never the placeholder.
         preprocess: where pictures are resized and normalised: ``host``, or those of a batch
             together on the model's ``device``; ``None``: there if it is a GPU.
+        frames, fps: how many frames are shown of a video that does not say so itself, see
+            :class:`~vlm_prune_ext.models.clips.Clip`.
+        takes_videos: whether the family takes any.
     """
 
+    frames: int | None = None
+    fps: float | None = None
     preprocess: str | None = None
+    takes_videos = False
 
     def __init__(
         self,
@@ -273,9 +285,10 @@ class PromptProcessor:
         """Inputs for one question, ready for ``model.generate(**inputs)``.
 
         Args:
-            text: what the user says. ``<image>`` markers place the images; without any they go
-                in front, as the family does it.
-            images: PIL image, path or bytes, or a list of these.
+            text: what the user says. ``<image>`` markers place the images, ``<video>`` markers the
+                videos; without any they go in front, as the family does it.
+            images: PIL image, path or bytes, a :class:`~vlm_prune_ext.models.clips.Clip` for a
+                video, or a list of these.
             style: conversation template; ``plain`` takes the text as the whole prompt.
 
         Returns:
@@ -283,8 +296,8 @@ class PromptProcessor:
             ``pixel_values`` in the model's dtype and what else the family needs.
 
         Raises:
-            InputError: unknown style, as many markers as images are not there, or an image that
-                does not decode.
+            InputError: unknown style, as many markers as images are not there, an image or video
+                that does not decode, or a video for a family that takes none.
         """
         return self.batch([text], [_as_list(images)], style=style)
 
@@ -314,17 +327,39 @@ class PromptProcessor:
             )
         template = self._style(style)
         try:
-            pictures = [[open_image(image) for image in _as_list(entry)] for entry in images]
+            pictures = [[self.opened(image) for image in _as_list(entry)] for entry in images]
             prompts = [
-                template.single(_written(text), len(own))
+                template.single(_written(text), *_counts(own))
                 for text, own in zip(texts, pictures, strict=True)
             ]
             made = self._encode(prompts, pictures)
         except InputError as error:
             raise RowError(str(error)) from error
-        asked = [" ".join(text.replace(IMAGE, " ").split()) for text in texts]
+        asked = [
+            " ".join(text.replace(IMAGE, " ").replace(VIDEO if videos else IMAGE, " ").split())
+            for text, (_, videos) in zip(texts, map(_counts, pictures), strict=True)
+        ]
         self._questions.remember(made["input_ids"], asked)
         return made
+
+    def opened(self, image: Any) -> Any:
+        """A picture or video as its pixels are made of.
+
+        Raises:
+            InputError: it does not decode, or is a video, which the family does not take.
+        """
+        return self.read_clip(image) if is_video(image) else open_image(image)
+
+    def read_clip(self, clip: Clip | ReadyClip) -> ReadyClip:
+        """The frames of a video that the model is shown.
+
+        Raises:
+            InputError: the family takes no videos, or see
+                :func:`vlm_prune_ext.models.clips.read_clip`.
+        """
+        line = FAMILIES.get(self.family)
+        title = self.family if line is None else line.title
+        raise InputError(f"{title} takes no videos here: pictures and text are accepted.")
 
     def questions(self, input_ids: torch.Tensor) -> list[str]:
         """What was asked in prompts that this processor made; of others their whole text.
@@ -350,13 +385,16 @@ class PromptProcessor:
 
         Args:
             messages: each has ``role`` (``system``, ``user`` or ``assistant``) and ``content``, a
-                string or a list of ``{"type": "text", "text": ...}`` and
-                ``{"type": "image", "image": ...}`` (``value``, ``path`` or ``url`` of a local
-                file are taken too). Where the last one is the assistant's, the prompt ends in it.
+                string or a list of ``{"type": "text", "text": ...}``,
+                ``{"type": "image", "image": ...}`` and ``{"type": "video", "video": ...}``
+                (``value``, ``path`` or ``url`` of a local file are taken too; of a video a
+                :class:`Clip`, or with ``nframes``, ``fps``, ``start_time`` and ``end_time``
+                beside it). Where the last one is the assistant's, the prompt ends in it.
             style: conversation template.
 
         Returns:
-            the text, with one ``<image>`` per image, and the images in order.
+            the text, with one ``<image>`` per image and one ``<video>`` per video, and both in
+            order: images are opened, videos are not.
         """
         template = self._style(style)
         images: list[Image] = []
@@ -366,6 +404,9 @@ class PromptProcessor:
             for item in _items(message):
                 if isinstance(item, str):
                     pieces.append(item)
+                elif isinstance(item, Clip):
+                    images.append(item)  # type: ignore[arg-type]
+                    pieces.append(template.video)
                 else:
                     images.append(open_image(item[0]))
                     pieces.append(None)
@@ -394,10 +435,10 @@ class PromptProcessor:
         threads may be in here.
 
         Raises:
-            InputError: see :func:`open_image`.
+            InputError: see :meth:`opened`.
         """
-        opened = open_image(image)
-        if not self.device_pixels or isinstance(opened, ReadyImage):
+        opened = self.opened(image)
+        if not self.device_pixels or isinstance(opened, ReadyImage | ReadyClip):
             return opened
         return ReadyImage(opened.size, self._pinned(bytes_of(opened)))
 
@@ -410,6 +451,10 @@ class PromptProcessor:
         if not self.device_pixels:
             return images
         return [on_device(image, self.device) for image in images]
+
+    def shape_of(self, images: Sequence[Any]) -> Hashable:
+        """What prompts of one batch must have in common of their pictures and videos."""
+        return None
 
     def length(self, text: str, images: Sequence[ImageLike], style: str | None) -> int:
         """Tokens of a prompt, from which batches are put together. Its text's are remembered, so
@@ -425,7 +470,7 @@ class PromptProcessor:
         Args:
             text, images, style: as in :meth:`prompt`.
         """
-        prompt = self._style(style).single(text, len(images))
+        prompt = self._style(style).single(text, *_counts(images))
         return self.token_ids(prompt, self.visual_lengths([open_image(i) for i in images]))
 
     def ids_like(
@@ -455,10 +500,13 @@ class PromptProcessor:
         return BatchFeature(self._moved(self._pad(rows) | pixels))
 
     def _moved(self, data: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """To the model's device, numbers with a fraction in the model's type."""
+        """To the model's device, pixels and their like in the model's type. Seconds stay exact:
+        transformers counts positions with whole ones of them."""
         device, dtype = self.device, self.dtype
         return {
-            name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
+            name: value.to(device, dtype)
+            if value.is_floating_point() and name != "second_per_grid_ts"
+            else value.to(device)
             for name, value in data.items()
         }
 
@@ -563,9 +611,13 @@ class PromptProcessor:
         texts = self.tokenizer.batch_decode(output_ids, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
+    def is_visual(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Which tokens of a prompt stand for a part of an image or video, bool ``(batch, seq)``."""
+        return input_ids == self.image_token_id
+
     def count_visual_tokens(self, inputs: Mapping[str, Any]) -> list[int]:
         """Visual tokens of each sample in what :meth:`prompt` or :meth:`batch` made."""
-        return (inputs["input_ids"] == self.image_token_id).sum(dim=1).tolist()
+        return self.is_visual(inputs["input_ids"]).sum(dim=1).tolist()
 
 
 def sequences_of(output: Any) -> torch.Tensor:
@@ -603,6 +655,12 @@ def _as_list(images: Any) -> list[Any]:
     return list(images) if isinstance(images, list | tuple) else [images]
 
 
+def _counts(media: Sequence[Any]) -> tuple[int, int]:
+    """Images and videos among them."""
+    videos = sum(map(is_video, media))
+    return len(media) - videos, videos
+
+
 def _role(message: Mapping[str, Any]) -> str:
     role = message.get("role")
     if role not in ("system", "user", "assistant"):
@@ -610,8 +668,8 @@ def _role(message: Mapping[str, Any]) -> str:
     return role
 
 
-def _items(message: Mapping[str, Any]) -> list[str | tuple[Any]]:
-    """Content as text pieces and 1-tuples of images."""
+def _items(message: Mapping[str, Any]) -> list[str | tuple[Any] | Clip]:
+    """Content as text pieces, 1-tuples of images, and videos."""
     content = message.get("content")
     if isinstance(content, str):
         return [content]
@@ -622,12 +680,26 @@ def _items(message: Mapping[str, Any]) -> list[str | tuple[Any]]:
     return [_item(item) for item in content]
 
 
-def _item(item: Any) -> str | tuple[Any]:
+def _item(item: Any) -> str | tuple[Any] | Clip:
     kind = item.get("type") if isinstance(item, Mapping) else None
-    names = {"text": ("text", "value"), "image": ("image", "value", "path", "url")}
+    names = {
+        "text": ("text", "value"),
+        "image": ("image", "value", "path", "url"),
+        "video": ("video", "value", "path", "url"),
+    }
     if kind not in names:
         raise unknown_name("type of a message item", kind, names)
     for name in names[kind]:
         if item.get(name) is not None:
-            return str(item[name]) if kind == "text" else (item[name],)
+            found = item[name]
+            if kind == "video":
+                return found if isinstance(found, Clip) else _clip(found, item)
+            return str(found) if kind == "text" else (found,)
     raise InputError(f"A message item of type {kind!r} needs one of: {', '.join(names[kind])}.")
+
+
+def _clip(source: Any, item: Mapping[str, Any]) -> Clip:
+    """The video of a message item, by the names that frameworks have for how much is shown."""
+    frames = next((item[n] for n in ("nframes", "nframe", "frames") if item.get(n)), None)
+    start, end = item.get("start_time"), item.get("end_time")
+    return Clip(source, frames, None if frames else item.get("fps") or None, start, end)

@@ -6,7 +6,7 @@ LLaVA-NeXT these belong to the image and count as visual tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ class FuyuPrompts(AutoPrompts):
         self.newline = int(processor.image_newline_id)
         self.reserved = {self.image_token_id}
 
-    def _marked(self, text: str, own: list[Image]) -> str:
+    def _marked(self, text: str, own: Sequence[Any]) -> str:
         if len(own) > 1 or text.count(IMAGE) != len(own):
             raise InputError(
                 f"The prompt has {text.count(IMAGE)} {IMAGE} marker(s) and {len(own)} image(s): "

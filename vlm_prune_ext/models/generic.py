@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from vlm_prune_ext.engine.parts import ModelParts, Present, SpanSink, Undo
+from vlm_prune_ext.engine.prompt import Length
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.models import questions
 from vlm_prune_ext.models.base import Family
@@ -237,10 +238,15 @@ def _rotate(attn: nn.Module, heads: torch.Tensor, rotary: Any) -> torch.Tensor:
 
 
 def watch_placeholders(
-    inner: Any, image_token_id: int, lengths: Lengths, video_token_id: int | None = None
+    inner: Any,
+    image_token_id: int,
+    lengths: Lengths,
+    video_token_id: int | None = None,
+    video_ends: tuple[int | None, int | None] = (None, None),
 ) -> Callable[[SpanSink], list[Undo]]:
     """What :attr:`ModelParts.watch_spans` asks for: a hook in front of ``inner``, the module that
-    puts image features into the embedded prompt."""
+    puts image features into the embedded prompt. ``video_ends``: tokens that a video stands
+    between, where its frames have placeholders of images (GLM-4.1V)."""
 
     def watch(sink: SpanSink) -> list[Undo]:
         def see(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -251,6 +257,11 @@ def watch_placeholders(
             if video_token_id is not None:
                 video = _places(module, given, video_token_id)
                 assert video is not None
+                if None not in video_ends:
+                    begun, ended = (_places(module, given, one) for one in video_ends)  # type: ignore[arg-type]
+                    assert begun is not None and ended is not None
+                    inside = begun.long().cumsum(1) > ended.long().cumsum(1)
+                    video, mask = video | (mask & inside), mask & ~inside
                 if bool(video.any()):
                     sink(mask | video, frame_lengths(mask, video, given))
                     return
@@ -287,32 +298,43 @@ def equal_lengths(length: int | None) -> Lengths:
 
 def frame_lengths(
     image: torch.Tensor, video: torch.Tensor, given: dict[str, Any]
-) -> list[list[int]] | None:
-    """Visual tokens of each image and each frame of a video, per sample: frames are pruned like
-    pictures.
+) -> list[list[Length]]:
+    """Visual tokens of each image and of each frame of a video, per sample.
 
     Args:
         image, video: where their placeholders stand, bool ``(batch, seq)``.
         given: the call's keyword arguments, which say how many frames each video has.
-
-    Returns:
-        ``None`` where every unbroken run is a frame already.
     """
     kinds = image.int() + 2 * video.int()
     runs = [list(_runs(row)) for row in kinds.tolist()]
     frames = _frames(given)
-    clips = sum(kind == 2 for row in runs for kind, _ in row)
-    if frames is None or clips != len(frames):  # frames with something in between
-        return None
-    waiting, rows = list(frames), []
+    count = sum(kind == 2 for row in runs for kind, _ in row)
+    if frames is not None and count == len(frames):  # a video is one run
+        waiting = iter(frames)
+        return [[_evenly(n, next(waiting)) if k == 2 else n for k, n in row] for row in runs]
+    if frames is None or count != sum(frames):  # then a sample has one at most
+        frames = [sum(kind == 2 for kind, _ in row) for row in runs]
+    waiting = iter([one for one in frames if one])  # something stands between frames
+    rows: list[list[Length]] = []
     for row in runs:
-        own: list[int] = []
-        for kind, length in row:
-            count = waiting.pop(0) if kind == 2 else 1
-            own += [length // count] * count
-            own[-1] += length % count  # a token that closes the clip
+        own: list[Length] = []
+        left = list(row)
+        while left:
+            kind, length = left.pop(0)
+            if kind == 1:
+                own.append(length)
+                continue
+            following = next(waiting) - 1
+            own.append((length, *(n for _, n in left[:following])))
+            del left[:following]
         rows.append(own)
     return rows
+
+
+def _evenly(length: int, frames: int) -> tuple[int, ...]:
+    """Tokens of each frame; one that closes the video is the last one's."""
+    each, rest = divmod(length, frames)
+    return (*[each] * (frames - 1), each + rest)
 
 
 def _frames(given: dict[str, Any]) -> list[int] | None:
@@ -400,7 +422,11 @@ def parts(model: Any, lengths: Lengths | None = None) -> ModelParts:
         why_no_vision=why,
         linear=linear,
         watch_spans=watch_placeholders(
-            inner, token, lengths or _lengths_of(model), token_of(config, "video")
+            inner,
+            token,
+            lengths or _lengths_of(model),
+            token_of(config, "video"),
+            (token_of(config, "video_start"), token_of(config, "video_end")),
         ),
     )
 

@@ -63,7 +63,15 @@ def bytes_of(image: Image.Image) -> torch.Tensor:
     return flat.view(image.height, image.width, 3)
 
 
-ImageLike: TypeAlias = "Image.Image | str | os.PathLike[str] | bytes | ReadyImage"
+class Video:
+    """A video, opened or not: see :mod:`vlm_prune_ext.models.clips`."""
+
+    def digest(self) -> str:
+        """See :func:`digest_of`."""
+        raise NotImplementedError
+
+
+ImageLike: TypeAlias = "Image.Image | str | os.PathLike[str] | bytes | ReadyImage | Video"
 
 
 MAX_PIXELS = 89_478_485
@@ -124,6 +132,8 @@ def digest_of(image: Any) -> str:
     Raises:
         InputError: see :func:`open_image`.
     """
+    if isinstance(image, Video):
+        return image.digest()
     digest = hashlib.blake2b(digest_size=16)
     if isinstance(image, str | os.PathLike) and _is_file(Path(image)):
         image = Path(image).read_bytes()

@@ -12,7 +12,7 @@ from tokenizers.models import BPE
 from transformers import LlamaTokenizer
 from transformers.convert_slow_tokenizer import SentencePieceExtractor, generate_merges
 
-IMAGE = "<image>"
+IMAGE, VIDEO = "<image>", "<video>"
 
 _CURIOUS = (
     "A chat between a curious {0} and an artificial intelligence assistant. "
@@ -38,7 +38,7 @@ class Style:
         user: frame of a user's turn; ``{}`` is what they say.
         answer: frame of an assistant's turn.
         opening: what the assistant's answer follows.
-        image: what an image becomes inside a turn.
+        image, video: what an image, and a video, becomes inside a turn.
         after_system: what divides a system message of the conversation from the first turn.
     """
 
@@ -48,10 +48,13 @@ class Style:
     answer: str = "{}"
     opening: str = ""
     image: str = IMAGE + "\n"
+    video: str = VIDEO + "\n"
     after_system: str = " "
 
-    def single(self, text: str, images: int) -> str:
-        """The prompt of one question; images go in front unless the text places them."""
+    def single(self, text: str, images: int, videos: int = 0) -> str:
+        """The prompt of one question; images and videos go in front unless the text places them."""
+        if videos and VIDEO not in text:
+            text = self.video * videos + text
         if IMAGE not in text:
             text = self.image * images + text
         return self.conversation([Turn("user", text)])
