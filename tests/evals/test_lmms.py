@@ -588,7 +588,7 @@ def test_video_is_refused(make: Make) -> None:
     )
     with said() as lines:
         assert texts(model.generate_until([request])) == [""]
-    assert "video is not supported" in lines[0]
+    assert "takes no videos here" in lines[0]
 
 
 def test_out_of_memory_halves_the_batch(
