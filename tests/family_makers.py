@@ -549,7 +549,9 @@ def mistral3(folder: Path, layers: int = 4) -> None:
     _save(
         "Mistral3",
         folder,
-        text_config=_text(layers, model_type="mistral", head_dim=16, bos_token_id=2),
+        text_config=_text(
+            layers, model_type="mistral", head_dim=16, bos_token_id=2, sliding_window=None
+        ),
         vision_config=_vision(model_type="pixtral", image_size=56, head_dim=16),
         image_token_index=3,
         spatial_merge_size=2,

@@ -169,7 +169,9 @@ def test_tokens_and_trace_are_those_of_the_ordinary_path(tiny: Any, name: str, b
 
 OTHERS = [("internvl", name) for name in ("none", "fastv", "himap", "random", "pdrop")]
 MROPE = ("none", "fastv", "himap", "random", "random-later", "divprune", "sparsevlm", "dart")
-OTHERS += [("qwen2_5_vl", name) for name in MROPE] + [("qwen2_vl", "fastv"), ("qwen2_vl", "none")]
+OTHERS += [(family, name) for name in MROPE for family in ("qwen2_5_vl", "qwen3_vl")]
+PLAIN = ("qwen2_vl", "llava_onevision", "smolvlm", "idefics3", "ovis2", "mistral3", "glm4v")
+OTHERS += [(family, name) for name in ("none", "fastv") for family in PLAIN]
 
 
 @pytest.mark.parametrize(("family", "name"), OTHERS)
@@ -177,7 +179,7 @@ def test_other_families(tmp_path_factory: pytest.TempPathFactory, family: str, n
     folder = tmp_path_factory.mktemp(family)
     getattr(family_makers, family)(folder, layers=6)
     model, processor = vp.load(folder, device=DEVICE, dtype="float32", fast=False)
-    inputs = processor.batch(*BATCHES["padded"](makers.photos(3)))
+    inputs = processor.batch(*BATCHES["uneven"](makers.photos(3)))
     with vp.prune(model, METHODS[name]) as ordinary:
         expected = generate(model.generate, inputs)
     fast = make_fast(model, forced=True)

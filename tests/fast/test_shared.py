@@ -32,8 +32,12 @@ METHODS = tables.pick("none", *tables.METHODS)
 KINDS = ("none", "fastv", "saint", "random", "divprune", "sparsevlm", "saint-vit", "prumerge_plus")
 """Of sharing: all layers or some, with drops among them or in front, rows that are added."""
 CASES = [("original", name) for name in METHODS]
-FAMILIES = ("qwen2_5_vl", "qwen2_vl", "internvl")
-CASES += [("qwen2_5_vl", name) for name in ("none", "fastv", "himap", "random-later", "divprune")]
+FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "internvl")
+CASES += [
+    (family, name)
+    for family in ("qwen2_5_vl", "qwen3_vl")
+    for name in ("none", "fastv", "himap", "random-later", "divprune")
+]
 CASES += [(family, name) for family in FAMILIES[1:] for name in ("none", "fastv", "random")]
 CASES += [("next-vicuna", name) for name in KINDS] + [("huggingface", name) for name in KINDS[:2]]
 

@@ -156,7 +156,7 @@ class DecoderPruner:
         if parts.watch_spans is not None and self.visual_span is None:
             undos += parts.watch_spans(self._see_spans)
         if parts.follow is not None:
-            undos += parts.follow(self._present)
+            undos += parts.follow(self.present)
         return undos
 
     def _touched_layers(self) -> range:
@@ -170,7 +170,7 @@ class DecoderPruner:
             seal(cache, misses_tokens=state.misses_tokens)
         self.states.clear()
 
-    def _present(self) -> torch.Tensor | None:
+    def present(self) -> torch.Tensor | None:
         """See :data:`Present`."""
         call = self.call
         if call is None or not call.prefill:

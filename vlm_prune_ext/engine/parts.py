@@ -117,6 +117,7 @@ class ModelParts:
         rotate: ``rotate(hidden, positions (batch, n), layer)`` -> ``position_embeddings`` of text
             at these positions, where the decoder's rotary embedding is not the plain one; ``None``
             there: positions cannot be counted anew.
+        stacked: first layers behind which the decoder adds features at visual tokens (DeepStack).
         linear: layers that carry a state on instead of attending to keys (linear attention); they
             take a 2-D padding mask, and none at a decode step.
         counts_real: where the decoder is given no positions, it counts tokens that are not
@@ -141,6 +142,7 @@ class ModelParts:
     input_norm: Callable[[Any], Any] = lambda layer: layer.input_layernorm
     plain_rotary: bool = True
     rotate: Callable[[torch.Tensor, torch.Tensor, int], Any] | None = None
+    stacked: int = 0
     linear: frozenset[int] = frozenset()
     counts_real: bool = False
     vision: VisionParts | None = None

@@ -5,6 +5,7 @@ A greedy choice is hundreds of small kernels, which take longer to launch than t
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -132,6 +133,11 @@ def site_of(session: Session | None) -> FeatureSite | None:
     """What chooses between tower and language model, if anything does."""
     pruners = session.pruners if session is not None else []
     return next((p.site for p in pruners if isinstance(p, DecoderPruner)), None)
+
+
+def takes_pixels(tower: nn.Module) -> bool:
+    """Is a tower called with pixels alone, flags apart?"""
+    return "patch_attention_mask" not in inspect.signature(type(tower).forward).parameters
 
 
 class RecordedTower:

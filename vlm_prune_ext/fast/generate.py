@@ -10,19 +10,26 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from types import MethodType
 from typing import Any
 
 import torch
+from transformers import SuppressTokensLogitsProcessor
 
 from vlm_prune_ext.engine.decoder import DecoderPruner
 from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.engine.prune import Session, session_on, trace_of
 from vlm_prune_ext.engine.state import Call
 from vlm_prune_ext.errors import InputError
-from vlm_prune_ext.fast.front import RecordedRules, RecordedTower, drops_inside, site_of
+from vlm_prune_ext.fast.front import (
+    RecordedRules,
+    RecordedTower,
+    drops_inside,
+    site_of,
+    takes_pixels,
+)
 from vlm_prune_ext.fast.graphs import RecordingError
 from vlm_prune_ext.fast.pieces import Pieces
 from vlm_prune_ext.fast.possible import (
@@ -88,8 +95,9 @@ class FastGenerate:
         model: Any = self._model()
         self.pieces = Pieces(self._parts, _Head(model), capture=capture)
         vision = self._parts.vision
-        # A tower that takes all images as one sequence asks the device how long they are.
-        recorded = vision is not None and vision.packed is None
+        # A tower that takes all images as one sequence, or is told which patches are real, asks
+        # the device how many there are.
+        recorded = vision is not None and vision.packed is None and takes_pixels(vision.tower)
         self._tower = RecordedTower(vision.tower, self.pieces.recorder) if recorded else None  # type: ignore[union-attr]
         self._rules = RecordedRules(self.pieces.recorder)
         layers = {id(p) for layer in self._parts.layers for p in layer.parameters()}
@@ -239,7 +247,8 @@ class FastGenerate:
         # Asked while the device works: hundreds of modules take a fifth of a millisecond.
         if not self._unchanged.holds():
             raise _Changed
-        processors = kwargs.get("logits_processor") or []
+        processors = [*_suppressing(model, run.logits.device)]
+        processors += kwargs.get("logits_processor") or []
         criteria = kwargs.get("stopping_criteria") or []
         stops, pad = _special_tokens(model, kwargs, run.logits.device)
         ids = kwargs["input_ids"]
@@ -471,6 +480,13 @@ class _Head:
         """``(batch, hidden)`` -> ``(batch, vocabulary)``."""
         model: Any = self._model()
         return model.get_output_embeddings()(hidden)
+
+
+def _suppressing(model: Any, device: torch.device) -> Iterator[Any]:
+    """What keeps a model from saying the tokens that its generation_config forbids (Ovis2)."""
+    tokens = model.generation_config.suppress_tokens
+    if tokens:
+        yield SuppressTokensLogitsProcessor(tokens, device=str(device))
 
 
 def _special_tokens(

@@ -86,7 +86,8 @@ class Pieces:
 
     def _make(self, key: tuple[int, int, int, int], tokens: int) -> Segment:
         config = self.parts.decoder.config  # type: ignore[union-attr]
-        memory = Activations.of(self.arena, config, key[2], tokens, self.dtype)
+        levels = self.parts.stacked if key[0] < self.parts.stacked else 0
+        memory = Activations.of(self.arena, config, key[2], tokens, self.dtype, levels)
         return Segment(self.parts, self.head, self._cache(key), memory, self.recorder)
 
     def _cache(self, key: tuple[int, int, int, int]) -> SegmentCache:

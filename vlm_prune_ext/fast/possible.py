@@ -17,8 +17,8 @@ from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.fast.segments import axes
 from vlm_prune_ext.methods.base import Method
 
-# Decoders whose forward does nothing around its layers but embedding, rotary positions and the last
-# norm: what else one did (Granite scales its embeddings) would be passed over.
+# Decoders whose forward does nothing around its layers but embedding, rotary positions, the last
+# norm and DeepStack: what else one did (Granite scales its embeddings) would be passed over.
 KNOWN = (
     "LlamaModel",
     "MistralModel",
@@ -26,6 +26,8 @@ KNOWN = (
     "Qwen3Model",
     "Qwen2VLTextModel",
     "Qwen2_5_VLTextModel",
+    "Qwen3VLTextModel",
+    "Glm4vTextModel",
 )
 # Arguments of greedy decoding, and those that do not matter to it.
 INPUTS = frozenset(
@@ -33,8 +35,10 @@ INPUTS = frozenset(
         "input_ids",
         "attention_mask",
         "pixel_values",
+        "pixel_attention_mask",
         "image_sizes",
         "image_grid_thw",
+        "batch_num_images",
         "mm_token_type_ids",
     }
 )
@@ -48,6 +52,7 @@ _FREE = frozenset({"temperature", "top_p", "top_k", "max_new_tokens", "pad_token
 _OWN = frozenset({"eos_token_id", "logits_processor", "stopping_criteria"})
 # Fields of a model's generation_config that greedy decoding does not read, or that are read here.
 _HARMLESS = _FREE | {"bos_token_id", "eos_token_id", "max_length", "transformers_version"}
+_HARMLESS |= {"suppress_tokens"}
 
 
 def why_not(parts: ModelParts, method: Method | None) -> str | None:

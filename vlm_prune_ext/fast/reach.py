@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from vlm_prune_ext.engine.decoder import DecoderPruner
+from vlm_prune_ext.engine.layout import take
 from vlm_prune_ext.engine.state import Call
 from vlm_prune_ext.fast.run import Prompt
 
@@ -70,5 +71,19 @@ class _Watch:
         positions = kwargs["position_ids"]
         if positions.dim() == 3 and len(positions) == 4:  # those of text stand in front
             positions = positions[1:]
-        self.prompt = Prompt(embeds, real, positions)
+        self.prompt = Prompt(embeds, real, positions, self._stacked(embeds, kwargs))
         raise _Reached
+
+    def _stacked(self, embeds: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor | None:
+        """Features that the decoder would add at visual tokens, at the tokens that enter it."""
+        features, mask = kwargs.get("deepstack_visual_embeds"), kwargs.get("visual_pos_masks")
+        if not features or mask is None:
+            return None
+        whole = embeds.new_zeros(len(features), *mask.shape, embeds.shape[-1])
+        for level, own in zip(whole, features, strict=True):
+            level[mask] = own.to(level)
+        here = None if self.pruner is None else self.pruner.present()
+        if here is None:
+            return whole
+        held = take(whole, here.clamp(min=0), -2)
+        return held.masked_fill_((here < 0)[..., None], 0)

@@ -33,11 +33,14 @@ class Prompt:
         real: bool ``(batch, n)``, False at padding; ``None`` if there is none.
         positions: int64 ``(batch, n)``, rotary positions; where these have several axes,
             ``(axes, batch, n)``.
+        stacked: ``(levels, batch, n, hidden)``, what the decoder adds behind its first layers
+            (DeepStack); ``None``: nothing.
     """
 
     embeds: torch.Tensor
     real: torch.Tensor | None
     positions: torch.Tensor
+    stacked: torch.Tensor | None = None
 
 
 @dataclass
@@ -179,6 +182,7 @@ class Run:
         stages: dict[int, Stage],
         layers: range | None = None,
         room: int = 0,
+        stacked: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """All segments, and the drops between them.
 
@@ -188,6 +192,7 @@ class Run:
             stages: by layer.
             layers: to run; ``None``: all.
             room: places that the caches have besides those for decoded tokens.
+            stacked: see :class:`Prompt`; in this order.
 
         Returns:
             what the last segment gave, see :meth:`Segment.run`.
@@ -207,7 +212,7 @@ class Run:
                 step = VARYING_STEP if _varies(stages[first]) else step
             segment = self.pieces.segment(first, stop, hidden, room, step)
             real = self._real_tokens()
-            segment.fill(hidden, positions, real - 1)
+            segment.fill(hidden, positions, real - 1, self._stacked(stacked, first))
             seen = iota(segment.tokens, hidden.device) < real[:, None, None]
             after = behind if self.state.layout.positions is None else real[:, None]
             self.held.append(Part(segment.cache, seen, after))
@@ -232,6 +237,16 @@ class Run:
         """Rotary positions of what is held now; ``whole``: those of the prompt."""
         layout = self.state.layout
         return take(whole, layout.slots, -1) if layout.positions is None else layout.positions
+
+    def _stacked(self, whole: torch.Tensor | None, layer: int) -> torch.Tensor | None:
+        """What is added at what is held now; nothing at rows that a rule added."""
+        layout = self.state.layout
+        if whole is None or layer >= len(whole) or layout.is_whole:
+            return whole
+        held = take(whole, layout.slots, -2)
+        if layout.added:
+            held = held.masked_fill((layout.names >= layout.total)[..., None], 0)
+        return held
 
     def choose(self, stage: Stage, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Let a stage choose; what stays goes on, in order, at the left."""
@@ -385,7 +400,9 @@ def start(
     run = Run(pieces, aligned, state, max_new_tokens)
     between = None if pruner is None else pruner.method.feature_stage()
     run.varying = between is not None and _varies(between)
-    run.prefill(aligned(prompt.embeds, -2), aligned(prompt.positions, -1), stages)
+    stacked = None if prompt.stacked is None else aligned(prompt.stacked, -2)
+    positions = aligned(prompt.positions, -1)
+    run.prefill(aligned(prompt.embeds, -2), positions, stages, stacked=stacked)
     if pruner is not None and call is not None:
         run.write_trace(pruner, call)
     return run

@@ -29,6 +29,12 @@ def head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def rotary_width(config: Any) -> int:
+    """Channels of a head that positions turn."""
+    scaling = getattr(config, "rope_parameters", None) or {}
+    return int(head_dim(config) * scaling.get("partial_rotary_factor", 1.0))
+
+
 def axes(config: Any) -> tuple[int, ...]:
     """Dimensions that positions have besides batch and tokens: three axes (time, height, width) in
     Qwen's models, of which text has the same number on each; else none."""
@@ -123,9 +129,10 @@ class Activations:
         hidden: ``(batch, tokens, hidden)``, what goes in.
         output: the same, what comes out.
         attended: the same, what the last layer's attention received.
-        cosines, sines: ``(batch, tokens, head_dim)``, the rotary embedding.
+        cosines, sines: ``(batch, tokens, channels)``, the rotary embedding.
         positions: int64 ``(batch, tokens)``, see :func:`axes`.
         last: int64 ``(batch,)``, each sample's last token.
+        stacked: ``(levels, batch, tokens, hidden)``, added behind the first layers.
     """
 
     hidden: torch.Tensor
@@ -135,11 +142,14 @@ class Activations:
     sines: torch.Tensor
     positions: torch.Tensor
     last: torch.Tensor
+    stacked: torch.Tensor
 
     @staticmethod
-    def of(arena: Arena, config: Any, batch: int, tokens: int, dtype: torch.dtype) -> Activations:
-        """Views of an arena's memory."""
-        widths = [config.hidden_size] * 3 + [head_dim(config)] * 2
+    def of(
+        arena: Arena, config: Any, batch: int, tokens: int, dtype: torch.dtype, levels: int = 0
+    ) -> Activations:
+        """Views of an arena's memory; ``levels``: layers behind which something is added."""
+        widths = [config.hidden_size] * 3 + [rotary_width(config)] * 2
         names = ("hidden", "output", "attended", "cosines", "sines")
         hidden, output, attended, cosines, sines = (
             arena.view(name, (batch, tokens, width), dtype)
@@ -148,7 +158,8 @@ class Activations:
         shape = (*axes(config), batch, tokens)
         positions = arena.view("positions", shape, torch.int64)
         last = arena.view("last", (batch,), torch.int64)
-        return Activations(hidden, output, attended, cosines, sines, positions, last)
+        stacked = arena.view("stacked", (levels, *hidden.shape), dtype)
+        return Activations(hidden, output, attended, cosines, sines, positions, last, stacked)
 
     def turn(self, decoder: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The rotary embedding of :attr:`positions`, which is kept here."""
@@ -212,23 +223,35 @@ class Segment:
         logits ``(batch, vocabulary)``. Overwritten by the next run of any segment."""
         return self._recorded(self._work)
 
-    def fill(self, hidden: torch.Tensor, positions: torch.Tensor, last: torch.Tensor) -> None:
-        """Before a run: ``(batch, n, hidden)``, ``(batch, n)``, ``(batch,)`` as in
-        :class:`Activations`, of at most :attr:`tokens` tokens."""
+    def fill(
+        self,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        last: torch.Tensor,
+        stacked: torch.Tensor | None = None,
+    ) -> None:
+        """Before a run: ``(batch, n, hidden)``, ``(batch, n)``, ``(batch,)`` and ``(levels, batch,
+        n, hidden)`` as in :class:`Activations`, of at most :attr:`tokens` tokens."""
         count, memory = hidden.shape[1], self.memory
         memory.hidden[:, :count].copy_(hidden)
         if count < self.tokens:  # nobody looks there, but it must stay finite
             memory.hidden[:, count:].zero_()
         memory.positions[..., :count].copy_(positions)
         memory.last.copy_(last)
+        if self.cache.first < len(memory.stacked):
+            memory.stacked.zero_()
+            if stacked is not None:
+                memory.stacked[:, :, :count].copy_(stacked)
 
     def _work(self) -> torch.Tensor:
         hidden, memory = self.memory.hidden, self.memory
         rotary = memory.turn(self.parts.decoder, hidden)
         writer = Writer(self.cache, self.slot, self.tokens)
         with memory.attending(self.parts, None if self.is_last else self.cache.stop - 1):
-            for layer in self.parts.layers[self.cache.first : self.cache.stop]:
-                hidden = run_layer(layer, hidden, rotary, None, writer)
+            for index in range(self.cache.first, self.cache.stop):
+                hidden = run_layer(self.parts.layers[index], hidden, rotary, None, writer)
+                if index < len(memory.stacked):
+                    hidden = hidden + memory.stacked[index]
         if not self.is_last:
             return memory.output.copy_(hidden)
         assert self.parts.final_norm is not None

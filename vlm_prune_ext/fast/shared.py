@@ -67,6 +67,7 @@ class Prefix:
             through the tower.
         places: int64 ``(n,)``, where they stood among these; ``None``: nobody asks.
         tower: what the trace says of the tower: by layer, rows of its images.
+        stacked: ``(n, levels, hidden)``, see :class:`~vlm_prune_ext.fast.run.Prompt`.
         added, attention: see :class:`~vlm_prune_ext.engine.trace.Trace`.
     """
 
@@ -79,6 +80,7 @@ class Prefix:
     tiles: float
     places: torch.Tensor | None = None
     tower: dict[int, torch.Tensor] = field(default_factory=dict)
+    stacked: torch.Tensor | None = None
     added: int | None = None
     attention: Any = None
 
@@ -90,7 +92,8 @@ class Prefix:
     @property
     def bytes(self) -> int:
         """Memory that it takes."""
-        return self.embeds.nbytes + self.positions.nbytes
+        stacked = 0 if self.stacked is None else self.stacked.nbytes
+        return self.embeds.nbytes + self.positions.nbytes + stacked
 
 
 class Prefixes:
@@ -202,6 +205,8 @@ def take_prefixes(
             0 if trace is None or call is None else trace.visual_input[row],
             tiles[row],
         )
+        if prompt.stacked is not None:
+            prefix.stacked = prompt.stacked[:, row, here].movedim(0, 1).clone()
         if short is not None and short.origin is not None:
             prefix.places = short.origin[row, here] - (longest - length)
         found.append(prefix)
@@ -368,7 +373,10 @@ class _Joint:
         aligned, state = _state(counts, [0] * len(counts), images, table.device)
         self.front = Run(pieces, aligned, state, limit)
         room = (table.length + min(limit, ROOM)) * table.together + QUESTION_STEP
-        hidden = self.front.prefill(self.embeds, positions, stages, range(shared), room)
+        layers = range(shared)
+        self.stacked = _stacked(prefixes, self.embeds, pieces.parts.stacked)
+        added = None if self.stacked is None else self.stacked.movedim(2, 0)
+        hidden = self.front.prefill(self.embeds, positions, stages, layers, room, added)
         behind = self.front.behind
         assert behind is not None
         if shared < len(pieces.parts.layers):  # the next piece works in the same memory
@@ -407,7 +415,13 @@ class _Joint:
             run.choose(observe, table.of(entering, count), positions)
         hidden = table.of(torch.cat([self.hidden, self.output], dim=1), count)
         run.behind = self._behind(hidden, positions, count)
-        run.prefill(hidden, positions, stages, range(self.shared, len(pieces.parts.layers)))
+        added = None
+        if self.stacked is not None and self.shared < pieces.parts.stacked:
+            nothing = self.stacked.new_zeros(*self.ids.shape, *self.stacked.shape[2:])
+            joined = torch.cat([self.stacked, nothing], dim=1)
+            added = table.of(joined, count).movedim(2, 0)
+        layers = range(self.shared, len(pieces.parts.layers))
+        run.prefill(hidden, positions, stages, layers, stacked=added)
         run.held, run.bundle = [*self.held(), *run.held], table.bundle()
         return run
 
@@ -422,6 +436,18 @@ class _Joint:
             self.table.of(keys, follow.starts[-1]).transpose(1, 2),
             turns(self.pieces.parts.decoder, hidden, positions),
         )
+
+
+def _stacked(prefixes: list[Prefix], like: torch.Tensor, levels: int) -> torch.Tensor | None:
+    """What is added at the prefixes' tokens, ``(prefixes, n, levels, hidden)``."""
+    if not levels:
+        return None
+    shape = (levels, like.shape[-1])
+    each = [
+        like.new_zeros(one.count, *shape) if one.stacked is None else one.stacked
+        for one in prefixes
+    ]
+    return pad_sequence(each, batch_first=True)
 
 
 def _axes_first(positions: torch.Tensor) -> torch.Tensor:

@@ -74,6 +74,7 @@ def decoder_parts(model: nn.Module, decoder: Any, **more: Any) -> ModelParts:
         "plain_rotary": _turns_plainly(decoder),
         "rotate": _text_rotary(decoder),
         "follow": _follow(decoder),
+        "stacked": _stacked(model, decoder),
     }
     return ModelParts(
         model=model,
@@ -136,6 +137,13 @@ def _follow(decoder: Any) -> Callable[[Present], list[Undo]] | None:
             "follow dropped tokens: nothing can be pruned in it."
         )
     return None
+
+
+def _stacked(model: Any, decoder: Any) -> int:
+    """See :attr:`ModelParts.stacked`."""
+    tower = getattr(getattr(model, "config", None), "vision_config", None)
+    levels = getattr(tower, "deepstack_visual_indexes", None) or ()
+    return len(levels) if hasattr(decoder, "_deepstack_process") else 0
 
 
 def _unused(decoder: Any, name: str) -> bool:
