@@ -37,6 +37,7 @@ class Row:
         crops: tiles that the picture has.
         length: tokens to choose from.
         grid: their rows and columns, where they are one.
+        frames: tokens of each frame, where it is a whole video.
     """
 
     picture: int
@@ -44,6 +45,7 @@ class Row:
     crops: int
     length: int
     grid: tuple[int, int] | None = None
+    frames: tuple[int, ...] = ()
 
 
 class Features:
@@ -97,7 +99,8 @@ class Features:
         for index, (image, tiles) in enumerate(zip(self.images, self.tiles, strict=True)):
             crops = max(1, len(tiles))
             if over == "span" or self.seen is None or self.seen.packed:
-                made.append(Row(index, [], 1, image.length, self._grid_of(image)))
+                grid = None if image.frames else self._grid_of(image)
+                made.append(Row(index, [], 1, image.length, grid, image.frames))
             elif over == "picture":
                 made.append(Row(index, tiles, crops, self.patches * crops))
             else:
@@ -255,7 +258,7 @@ class FeatureSite:
                 found[need] = features.of(need, rows)
         found = {name: tensor.to(features.embeds.device) for name, tensor in found.items()}
         first = rows[0]
-        return FeatureEvidence(first.length, first.crops, first.grid, cls, **found)
+        return FeatureEvidence(first.length, first.crops, first.grid, cls, first.frames, **found)
 
     def _joint(self, features: Features, rows: list[Row], cls: bool) -> dict[str, torch.Tensor]:
         assert self.joint is not None
@@ -310,7 +313,7 @@ def _alike(rows: list[Row]) -> list[list[Row]]:
     """Rows that a rule can be shown as one batch."""
     groups: dict[Any, list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.length, row.crops, row.grid), []).append(row)
+        groups.setdefault((row.length, row.crops, row.grid, row.frames), []).append(row)
     return list(groups.values())
 
 

@@ -87,8 +87,8 @@ class Method(Declared):
     * ``standard``: values of required fields where somebody asks for the method by name alone.
     * ``published``: field of layers -> further values of the paper's, meant for its 32 layers; like
       a default, such a value gives way in a shallower model.
-    * ``compares_frames``: its rules see a video as one image, with its frames
-      (:attr:`Evidence.frames`), whatever the budget is of.
+    * ``compares_frames``: its rule sees a video as one image, with its frames
+      (:attr:`FeatureEvidence.frames`), whatever the budget is of.
     * ``companions``: dataclasses of its file that belong to the public API.
     """
 

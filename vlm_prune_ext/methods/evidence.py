@@ -194,6 +194,7 @@ class FeatureEvidence:
         patches: N.
         crops: crops of the picture that each row belongs to.
         grid: rows and columns of the patches; ``None``: they are no grid, or it is not known.
+        frames: tokens of each frame, of a video that is seen as one; empty: a picture, or a frame.
         cls: whether the tower has a CLS token. Where it has none, attention is the mean over the
             rows of all patches instead of the row of CLS.
         features: need ``features``: ``(batch, [1 +] N, C)``, output of the feature layer, with CLS.
@@ -214,6 +215,7 @@ class FeatureEvidence:
     crops: int = 1
     grid: tuple[int, int] | None = None
     cls: bool = True
+    frames: tuple[int, ...] = ()
     features: torch.Tensor | None = None
     attention: torch.Tensor | None = None
     keys: torch.Tensor | None = None

@@ -191,6 +191,8 @@ def _why_not(method: Method, stages: tuple[Stage, ...], between: FeatureStage | 
             f"it drops in front of layer {late[0]}, and the engine keeps as many tokens in each "
             "layer: methods between vision tower and language model apply"
         )
+    if method.compares_frames:
+        return "it compares the frames of videos, and the engine prunes pictures"
     if between is None:
         return None if stages else "it drops nothing"
     if "joint" in between.needs:
