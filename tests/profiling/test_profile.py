@@ -551,7 +551,7 @@ def test_bad_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 def test_device_that_is_not_there(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = refused(capsys, "profile", "--src-folder", str(folder), "--device", "cuda")
-    assert "--device cuda is not there" in said
+    assert "device='cuda' is not there" in said
 
 
 @pytest.mark.parametrize(

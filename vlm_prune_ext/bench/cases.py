@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from vlm_prune_ext.bench.report import BACKENDS
 from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.engine.prune import run as prune_parts
 from vlm_prune_ext.engine.trace import Trace
@@ -38,7 +39,6 @@ from vlm_prune_ext.models import parts_of
 from vlm_prune_ext.models.base import starts_with
 from vlm_prune_ext.pruning import prune
 
-BACKENDS = ("transformers", "transformers-attentions", "hooks", "graphs")
 BARE = BACKENDS[:2]  # of transformers alone
 NEW_LENGTHS = 3  # tried, for what an answer takes there
 ENERGY_SECONDS = 2.0  # the counter moves every 20 ms or so

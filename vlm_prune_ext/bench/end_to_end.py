@@ -85,13 +85,10 @@ def run(plan: Plan, folder: Path) -> list[Run]:
     model, processor = models.loaded
     roofline = measure_roofline(processor.device, processor.dtype)
     header = {
-        "command": "vlm-prune bench " + " ".join(sys.argv[2:]),
         "data": {"rows": rows, "pictures": pictures, "questions": plan.questions},
         "new_tokens": NEW_TOKENS,
         "ceilings": asdict(roofline),
-        "hardware": host.hardware(processor.device),
-        "versions": host.versions(),
-        "commit": host.commit(),
+        **host.origin(processor.device),
     }
     runs: list[Run] = []
 

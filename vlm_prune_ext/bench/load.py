@@ -19,14 +19,18 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from vlm_prune_ext.demo.drawing import make_scene, render
-from vlm_prune_ext.errors import InputError
-from vlm_prune_ext.experiment.report import Figure, Table
+from vlm_prune_ext.errors import InputError, make_folder
+from vlm_prune_ext.experiment import host
+from vlm_prune_ext.experiment.log import write_json
+from vlm_prune_ext.experiment.report import Figure, Table, write_table
 
 KEY = "vlm_prune"
 START = 900.0  # seconds that a server may take until it answers
@@ -123,14 +127,11 @@ def break_even(results: Sequence[Mapping[str, Any]]) -> str:
         ]
         if method == "none" or not pairs:
             continue
-        if len(better) == len(pairs):
-            said.append(f"{method} has the lower TTFT p50 at every rate measured")
-        elif better:
-            said.append(
-                f"{method} has the lower TTFT p50 at {', '.join(map(str, better))} a second"
-            )
-        else:
-            said.append(f"{method} has the higher TTFT p50 at every rate measured")
+        where = "every rate measured"
+        if better and len(better) < len(pairs):
+            where = f"{', '.join(map(str, better))} a second"
+        than = "lower" if better else "higher"
+        said.append(f"{method} has the {than} TTFT p50 at {where}")
     return "; ".join(said) + "." if said else ""
 
 
@@ -255,22 +256,58 @@ async def _ask(
     return Request(planned, last if first is None else first, last, *counts)
 
 
-def as_json(results: Sequence[Mapping[str, Any]], requests: Sequence[Sequence[Request]]) -> Any:
-    """Results with each request's times."""
-    return [
-        {**result, "times": [asdict(one) for one in mine]}
-        for result, mine in zip(results, requests, strict=True)
-    ]
+# -- the test ------------------------------------------------------------------------------------
+def run(
+    model: str,
+    methods: Sequence[str],
+    rates: Sequence[float],
+    *,
+    device: torch.device,
+    dtype: str | None,
+    requests: int,
+    new_tokens: int,
+    folder: Path,
+) -> int:
+    """Servers one after the other, each at all rates; everything is written after each.
 
+    Args:
+        model: folder or hub name.
+        methods: short forms.
+        rates: arrivals per second.
+        device, dtype: of the server.
+        requests: questions at each rate.
+        new_tokens: of each answer.
+        folder: for ``serve.json``, ``serve.md``, ``serve.csv`` and what servers say.
 
-def versions() -> dict[str, str]:
-    """Of the engine."""
-    from importlib.metadata import packages_distributions, version
-
-    return {name: version(name) for name in packages_distributions().get("vllm", [])}
-
-
-def environment() -> dict[str, str]:
-    """What decides how fast a server is, beside its command line."""
+    Returns:
+        1 where a question was not answered, else 0.
+    """
+    make_folder(folder, "--out ")
+    options = ["--dtype", dtype or "auto", "--max-model-len", "1024"]
+    if device.type == "cpu":
+        options.append("--enforce-eager")  # compiling takes minutes there
+    origin, title = host.origin(device), host.title(f"{model}, vLLM", device)
+    engine = {name: version(name) for name in packages_distributions().get("vllm", [])}
+    origin["versions"] |= engine
+    # What decides how fast a server is, beside its command line.
     names = ("OMP_NUM_THREADS", "VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND")
-    return {name: os.environ[name] for name in names if name in os.environ}
+    environment = {name: os.environ[name] for name in names if name in os.environ}
+    results: list[dict[str, Any]] = []
+    times: list[list[dict[str, Any]]] = []
+    for method in methods:
+        log = folder / f"server_{len(times)}.log"
+        with server(model, method, log, options) as address:
+            measure(address, model, 2.0, 3, new_tokens, 900)  # warms up
+            for place, rate in enumerate(rates):
+                print(f"{method}, {rate:g} arrivals a second", file=sys.stderr, flush=True)
+                found = measure(address, model, rate, requests, new_tokens, 1000 * (place + 1))
+                times.append([asdict(one) for one in found])
+                results.append(summary(method, rate, found))
+                made = table(results, title)
+                write_table(folder, "serve", made, ("md", "csv"))
+                each = [{**one, "times": own} for one, own in zip(results, times, strict=True)]
+                record = {"title": title, **origin, "environment": environment, "results": each}
+                write_json(folder / "serve.json", record)
+    made.show()
+    print(f"Written to {folder}: serve.json, serve.md, serve.csv")
+    return 1 if any(one["failed"] for one in results) else 0

@@ -37,6 +37,7 @@ FIGURES = (
     Figure("same kept", 4, path="same_kept"),
 )
 
+BACKENDS = ("transformers", "transformers-attentions", "hooks", "graphs")
 BACKEND_NAMES = {
     "hf": "transformers",
     "hf-attentions": "transformers-attentions",

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
-from datetime import date
-from functools import partial
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlm_prune_ext.bench import report
 from vlm_prune_ext.commands.common import checkpoint_of, device_for, quiet_transformers
 from vlm_prune_ext.errors import InputError, make_folder, unknown_name
 from vlm_prune_ext.experiment.report import say
@@ -28,6 +27,8 @@ from vlm_prune_ext.experiment.settings import (
     Declared,
     add_options,
     many,
+    named,
+    number,
     option,
     shared,
     text,
@@ -65,7 +66,7 @@ class BenchSettings(Declared):
     )
     backend: Any = option(
         None,
-        many(text("a name")),
+        many(replace(named(report.BACKENDS), read=lambda it: report.BACKEND_NAMES.get(it, it))),
         "transformers; transformers-attentions: the same with eager attention maps; hooks: ours; "
         "graphs: CUDA graphs (default: all that can be)",
         *("--backend", "--ways"),
@@ -94,8 +95,8 @@ class BenchSettings(Declared):
     out: str = option("bench", text("a folder", "DIR"), "default: bench")
     serve: bool = option(False, FLAG, "load test of vLLM's server, of --model and --method")
     rate: Any = option(
-        ("1", "2", "4"),
-        many(text("a number", "N")),
+        (1.0, 2.0, 4.0),
+        many(number("arrivals a second, above 0", above=0.0)),
         "of --serve: arrivals a second; default: 1 2 4",
     )
     requests: int = option(24, WHOLE, "of --serve: questions at each rate; default: 24")
@@ -116,17 +117,16 @@ def run(args: argparse.Namespace) -> int:
         return _end_to_end(said)
     if said.serve:
         return _serve(said)
-    from vlm_prune_ext.bench import cases, report
+    from vlm_prune_ext.bench import cases
     from vlm_prune_ext.experiment import grid
     from vlm_prune_ext.experiment.log import Log, put_aside
     from vlm_prune_ext.experiment.measure import measure_roofline
     from vlm_prune_ext.methods.registry import parse_method
 
-    backends = _backends(said)
+    backends = ["graphs"] if said.fast else list(dict.fromkeys(said.backend or report.BACKENDS))
     methods = list(dict.fromkeys(map(parse_method, said.method)))
-    _check_shape(said)
     quiet_transformers()
-    _check_methods(said, methods)
+    _check_model(said, methods)
     workload = _workload(said)
     wanted = _cases(workload, backends, methods, said)
     cells = [_cell(case, said) for case in wanted]
@@ -187,65 +187,25 @@ def _end_to_end(said: BenchSettings) -> int:
 
 
 def _serve(said: BenchSettings) -> int:
-    """The load test: servers one after the other, each at all rates."""
     from importlib.util import find_spec
 
     from vlm_prune_ext.bench import load
-    from vlm_prune_ext.experiment import host
-    from vlm_prune_ext.experiment.log import write_json
-    from vlm_prune_ext.experiment.report import write_table
 
     if said.model_path is None:
         raise InputError("--serve needs --model: a folder or hub name that vLLM loads.")
-    rates = [_rate(value) for value in said.rate]
     if find_spec("vllm") is None:
         raise InputError("--serve needs vLLM, which is not installed here: see docs/serve.md.")
-    folder = Path(said.out)
-    make_folder(folder, "--out ")
-    options = ["--dtype", said.dtype or "auto", "--max-model-len", "1024"]
-    device = device_for(said)
-    if device.type == "cpu":
-        options.append("--enforce-eager")  # compiling takes minutes there
-    hardware = host.hardware(device)
-    where = hardware.get("gpu") or hardware["cpu"]
-    title = f"{said.model_path}, vLLM, {where}, {date.today().isoformat()}"
-    results: list[dict[str, Any]] = []
-    times: list[Any] = []
     asked = ("none", "divprune:64") if tuple(said.method) == METHODS else said.method
-    for method in dict.fromkeys(asked):
-        log = folder / f"server_{len(times)}.log"
-        with load.server(said.model_path, method, log, options) as address:
-            load.measure(address, said.model_path, 2.0, 3, said.new_tokens, 900)  # warms up
-            for place, rate in enumerate(rates):
-                print(f"{method}, {rate} arrivals a second", file=sys.stderr, flush=True)
-                seed = 1000 * (place + 1)
-                given = (said.model_path, rate, said.requests, said.new_tokens, seed)
-                times.append(load.measure(address, *given))
-                results.append(load.summary(method, rate, times[-1]))
-                made = load.table(results, title)
-                write_table(folder, "serve", made, ("md", "csv"))
-                record = {
-                    "title": title,
-                    "command": "vlm-prune bench " + " ".join(sys.argv[2:]),
-                    "hardware": hardware,
-                    "versions": host.versions() | load.versions(),
-                    "environment": load.environment(),
-                    "results": load.as_json(results, times),
-                }
-                write_json(folder / "serve.json", record)
-    made.show()
-    print(f"Written to {said.out}: serve.json, serve.md, serve.csv")
-    return 1 if any(one["failed"] for one in results) else 0
-
-
-def _rate(value: str) -> float:
-    try:
-        rate = float(value)
-    except ValueError:
-        rate = 0.0
-    if not 0.0 < rate < float("inf"):
-        raise InputError(f"--rate {value} is not valid: arrivals a second, above 0.")
-    return rate
+    return load.run(
+        said.model_path,
+        list(dict.fromkeys(asked)),
+        said.rate,
+        device=device_for(said),
+        dtype=said.dtype,
+        requests=said.requests,
+        new_tokens=said.new_tokens,
+        folder=Path(said.out),
+    )
 
 
 def _cell(case: Case, said: BenchSettings) -> grid.Cell:
@@ -262,7 +222,7 @@ def _cell(case: Case, said: BenchSettings) -> grid.Cell:
 
 def _check(said: BenchSettings) -> None:
     """What can be known before anything heavy is imported."""
-    if said.fast and said.backend not in (None, ["graphs"], ["fast"]):
+    if said.fast and said.backend not in (None, ["graphs"]):
         raise InputError(
             "--fast and --backend exclude each other: --fast is --backend graphs, or an error."
         )
@@ -270,52 +230,27 @@ def _check(said: BenchSettings) -> None:
         raise InputError(f"--out {said.out!r} is a file: a folder is needed.")
 
 
-def _backends(said: BenchSettings) -> list[str]:
-    from vlm_prune_ext.bench.cases import BACKENDS
-    from vlm_prune_ext.bench.report import BACKEND_NAMES
-
-    if said.fast:
-        return ["graphs"]
-    named = [BACKEND_NAMES.get(name, name) for name in said.backend or BACKENDS]
-    for name in named:
-        if name not in BACKENDS:
-            raise unknown_name("--backend", name, BACKENDS)
-    return list(dict.fromkeys(named))
-
-
-def _check_shape(said: BenchSettings) -> None:
-    if said.shape is not None:
-        from vlm_prune_ext.bench.shapes import SHAPES
-
-        if said.shape not in SHAPES:
-            raise unknown_name("--shape", said.shape, SHAPES)
-    if said.visual is None:
-        return
-    if said.shape is None or said.shape.startswith("llava"):
-        what = said.shape or said.model_path or "the demo model"
-        raise InputError(
-            f"--visual {said.visual} is not possible: {what} itself says how many there are."
-        )
-
-
-def _check_methods(said: BenchSettings, methods: list[Method | None]) -> None:
-    """Layers and budgets, before there are any weights."""
+def _check_model(said: BenchSettings, methods: list[Method | None]) -> None:
+    """The shape, and layers and budgets of methods, before there are any weights."""
     from vlm_prune_ext.bench.shapes import SHAPES
     from vlm_prune_ext.evals.precheck import check_config, check_fit
     from vlm_prune_ext.models.checkpoint import Checkpoint
 
-    check: Callable[[Method], None]
-    if said.shape is not None:
-        check = partial(check_config, SHAPES[said.shape]())
-    else:
-        check = partial(check_fit, Checkpoint(checkpoint_of(said)))
-    for method in methods:
-        if method is not None:
-            check(method)
+    if said.shape is not None and said.shape not in SHAPES:
+        raise unknown_name("--shape", said.shape, SHAPES)
+    if said.visual is not None and (said.shape is None or said.shape.startswith("llava")):
+        what = said.shape or said.model_path or "the demo model"
+        raise InputError(
+            f"--visual {said.visual} is not possible: {what} itself says how many there are."
+        )
+    source: Any = SHAPES[said.shape]() if said.shape else Checkpoint(checkpoint_of(said))
+    for method in filter(None, methods):
+        (check_config if said.shape else check_fit)(source, method)
 
 
 def _workload(said: BenchSettings) -> Workload:
     from vlm_prune_ext.bench.cases import of_checkpoint, of_shape
+    from vlm_prune_ext.demo.drawing import make_scene, render
     from vlm_prune_ext.models import dtype_of, load
 
     device = device_for(said)
@@ -334,13 +269,8 @@ def _workload(said: BenchSettings) -> Workload:
         attn_implementation="sdpa",
         fast=False,
     )
-    return of_checkpoint(said.model_path or "demo model", model, processor, QUESTION, _picture())
-
-
-def _picture() -> Any:
-    from vlm_prune_ext.demo.drawing import make_scene, render
-
-    return render(make_scene(0))
+    picture = render(make_scene(0))
+    return of_checkpoint(said.model_path or "demo model", model, processor, QUESTION, picture)
 
 
 def _cases(
@@ -356,19 +286,17 @@ def _cases(
     found: list[Case] = []
     left_out: dict[str, set[str]] = {}
     reasons = set()
-    for batch in dict.fromkeys(said.batch_size):
-        for backend in backends:
-            for method in methods:
-                case = Case(backend, method, batch)
-                reason = possible(workload, case)
-                if reason is None:
-                    found.append(case)
-                    continue
-                reasons.add(reason)
-                if said.fast:
-                    raise InputError(f"--fast is not possible: {reason}.")
-                if backend in ("graphs", "hooks"):
-                    left_out.setdefault(f"{backend} ({reason})", set()).add(case.label)
+    for batch, backend, method in product(dict.fromkeys(said.batch_size), backends, methods):
+        case = Case(backend, method, batch)
+        reason = possible(workload, case)
+        if reason is None:
+            found.append(case)
+            continue
+        reasons.add(reason)
+        if said.fast:
+            raise InputError(f"--fast is not possible: {reason}.")
+        if backend in ("graphs", "hooks"):
+            left_out.setdefault(f"{backend} ({reason})", set()).add(case.label)
     for what, labels in left_out.items():
         print(f"Left out: {what}: {', '.join(sorted(labels))}", file=sys.stderr)
     if not found:
@@ -380,17 +308,12 @@ def _cases(
 def _header(workload: Workload, roofline: Any, said: BenchSettings) -> dict[str, Any]:
     from vlm_prune_ext.experiment import host
 
-    hardware = host.hardware(workload.device)
-    where = hardware.get("gpu") or hardware["cpu"]
-    dtype = str(workload.dtype).removeprefix("torch.")
-    prompt = f"{workload.span[0]} + {workload.span[1]} + {workload.text - workload.span[0]} tokens"
+    dtype, (start, visual) = str(workload.dtype).removeprefix("torch."), workload.span
+    prompt = f"{start} + {visual} + {workload.text - start} tokens"
     return {
-        "title": f"{workload.name}, {prompt}, {dtype}, {where}, {date.today().isoformat()}",
-        "command": "vlm-prune bench " + " ".join(sys.argv[2:]),
-        "prompt": {"text": workload.text, "visual": workload.span[1], "start": workload.span[0]},
+        "title": host.title(f"{workload.name}, {prompt}, {dtype}", workload.device),
+        "prompt": {"text": workload.text, "visual": visual, "start": start},
         "new_tokens": said.new_tokens,
         "ceilings": asdict(roofline),
-        "hardware": hardware,
-        "versions": host.versions(),
-        "commit": host.commit(),
+        **host.origin(workload.device),
     }

@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Sequence
 from functools import cache
 from importlib import metadata
@@ -93,6 +94,22 @@ def cpu_name() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def title(what: str, device: torch.device | str | None) -> str:
+    """What was measured, where and when, in a line."""
+    found = hardware(device)
+    return f"{what}, {found.get('gpu') or found['cpu']}, {datetime.date.today().isoformat()}"
+
+
+def origin(device: torch.device | str | None) -> dict[str, Any]:
+    """Command, hardware, versions and commit, as result files keep them."""
+    return {
+        "command": " ".join(["vlm-prune", *sys.argv[1:]]),
+        "hardware": hardware(device),
+        "versions": versions(),
+        "commit": commit(),
+    }
 
 
 def host(device: torch.device | str, idle_watts: float | None = None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -107,6 +108,22 @@ def whole(low: int, high: int | None = None) -> Kind:
     )
 
 
+def number(accepted: str, low: float = 0.0, high: float = math.inf, above: float = -1.0) -> Kind:
+    """A number of ``low`` to ``high``, larger than ``above`` and finite."""
+
+    def read(value: Any) -> Any:
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            return value
+
+    def ok(value: Any) -> bool:
+        inside = isinstance(value, float) and low <= value <= high and above < value
+        return inside and value != math.inf
+
+    return Kind(accepted, ok, {"metavar": "N"}, read)
+
+
 def named(values: Iterable[str], metavar: str = "NAME") -> Kind:
     """One of some names; of others the near one is suggested."""
     names = tuple(values)
@@ -128,7 +145,7 @@ def many(kind: Kind, *, none: bool = False) -> Kind:
 
     said = f"{kind.accepted} or none" if none else kind.accepted
     more = {key: value for key, value in kind.arguments.items() if key != "type"}
-    return Kind(said, kind.ok, {**more, "nargs": "+", "action": "extend"}, read)
+    return Kind(said, kind.ok, {**more, "nargs": "+", "action": "extend"}, read, kind.names)
 
 
 def required(kind: Kind) -> Kind:
@@ -244,7 +261,8 @@ class Declared:
             return unknown_name(flag, value, kind.names)
         if isinstance(value, str) and not value.strip():
             return InputError(f"{flag} {value!r} is not valid: it is empty.")
-        return InputError(f"{flag} {value} is not valid: {kind.accepted}.")
+        said = f"{value:g}" if isinstance(value, float) else value
+        return InputError(f"{flag} {said} is not valid: {kind.accepted}.")
 
     @classmethod
     def of(cls, line: Mapping[str, Any], file: Mapping[str, Any] | None = None) -> Self:

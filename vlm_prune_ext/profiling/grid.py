@@ -14,6 +14,7 @@ from vlm_prune_ext.experiment.settings import (
     Declared,
     Kind,
     many,
+    number,
     option,
     shared,
     text,
@@ -81,19 +82,6 @@ class Optimization:
         return "+".join(part for part in (self.precision, self.kernel, self.form) if part)
 
 
-def _number(value: Any) -> Any:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return value
-
-
-_SECONDS = Kind(
-    "0 to 3600 seconds",
-    lambda value: isinstance(value, float) and 0 <= value <= 3600,
-    {"metavar": "N"},
-    _number,
-)
 _OPTIMIZATION = Kind("a name", lambda value: True, {"metavar": "NAME"}, Optimization.parse)
 
 
@@ -144,6 +132,8 @@ class ProfileSettings(Declared):
     max_new_tokens: int = option(32, WHOLE, "limit of an answer (default: 32)")
     seed: int = option(0, whole(0, 1 << 40), "default: 0")
     energy_seconds: float = option(
-        5.0, _SECONDS, "least time that energy is measured over (default: 5; 0: not at all)"
+        5.0,
+        number("0 to 3600 seconds", 0, 3600),
+        "least time that energy is measured over (default: 5; 0: not at all)",
     )
     trust_remote_code: bool = shared("trust_remote_code")

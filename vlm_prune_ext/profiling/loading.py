@@ -55,28 +55,6 @@ class Loaded:
     optimization: Optimization
 
 
-def resolve_device(name: str | None) -> str:
-    """A device's full name.
-
-    Raises:
-        InputError: it is not there.
-    """
-    if name is None:
-        return "cuda:0" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"--device {name} is not valid: cpu, cuda or cuda:N.") from error
-    if device.type == "cpu":
-        return "cpu"
-    if device.type != "cuda":
-        raise InputError(f"--device {name} is not supported: cpu, cuda or cuda:N.")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if (device.index or 0) >= count:
-        raise InputError(f"--device {name} is not there: {count} GPU(s) can be used.")
-    return f"cuda:{device.index or 0}"
-
-
 def check_optimization(optimization: Optimization, device: str) -> None:
     """Raise InputError where a device or this installation cannot do what is asked for."""
     said = f"--optimization {optimization} cannot be done on {device}: "
@@ -110,7 +88,7 @@ def load_for(
     Args:
         name: folder, repository or short name; ``"demo"`` is the demo's checkpoint, and
             ``"random:llava-1.5-7b"`` a published shape with random weights.
-        device: as :func:`resolve_device` names it.
+        device: ``cpu`` or ``cuda:N``.
         optimization: what is asked for.
         trust_remote_code: see :func:`vlm_prune_ext.load`.
 

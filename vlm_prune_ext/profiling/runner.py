@@ -22,13 +22,13 @@ from vlm_prune_ext.experiment.measure import idle_power
 from vlm_prune_ext.experiment.metrics import require
 from vlm_prune_ext.experiment.record import digest
 from vlm_prune_ext.experiment.settings import method_as_json, method_of
+from vlm_prune_ext.models import device_of
 from vlm_prune_ext.profiling.grid import AXES, Optimization, ProfileSettings
 from vlm_prune_ext.profiling.loading import (
     Loaded,
     check_name,
     check_optimization,
     load_for,
-    resolve_device,
 )
 from vlm_prune_ext.profiling.measuring import CellMeasurer
 from vlm_prune_ext.profiling.report import LOG, failed_text
@@ -59,7 +59,7 @@ def resolved(said: ProfileSettings) -> ProfileSettings:
         InputError: a device that is not there, an optimisation that one of them cannot do, a
             random model of an unknown shape, or a package that is not installed.
     """
-    devices = list(dict.fromkeys(map(resolve_device, said.device)))
+    devices = list(dict.fromkeys(str(device_of(name)) for name in said.device))
     for device in devices:
         for optimization in said.optimization:
             check_optimization(optimization, device)
