@@ -10,10 +10,12 @@ apart. Start-up is CPU time, the least of three starts. ``HOUSE_FILES=1`` names 
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
 import json
 import os
 import resource
+import runpy
 import statistics
 import subprocess
 import sys
@@ -74,7 +76,7 @@ def traced(what: str) -> dict[str, int]:
             if code.co_flags & inspect.CO_OPTIMIZED:  # a function
                 entered.add((code.co_filename, code.co_name, code.co_firstlineno))
 
-    {"prompt": prompt, "row": row}[what](look)
+    {"prompt": prompt, "inside": inside, "row": row}[what](look)
     if os.environ.get("HOUSE_FILES"):
         for name in sorted({name for name, *_ in entered}):
             mine = sorted(function for file, function, _ in entered if file == name)
@@ -86,9 +88,10 @@ def traced(what: str) -> dict[str, int]:
 def prompt(look: Any) -> None:
     """One FastV answer of the demo model, which is loaded and was asked before."""
     import vlm_prune_ext as vp
+    from vlm_prune_ext.demo import CHECKPOINT
     from vlm_prune_ext.demo.drawing import make_scene, render
 
-    model, processor = vp.load("demo")
+    model, processor = vp.load(CHECKPOINT)
     picture = render(make_scene(0))
 
     def ask() -> None:
@@ -101,18 +104,32 @@ def prompt(look: Any) -> None:
     sys.settrace(None)
 
 
+def inside(look: Any) -> None:
+    """The same where ``prune`` is open and the prompt is made: what each of many prompts costs."""
+    import vlm_prune_ext as vp
+    from vlm_prune_ext.demo import CHECKPOINT
+    from vlm_prune_ext.demo.drawing import make_scene, render
+
+    model, processor = vp.load(CHECKPOINT)
+    inputs = processor.prompt("What is this?", render(make_scene(0)))
+    with vp.prune(model, vp.FastV(agg_layer=2, attention_rank=20)):
+        model.generate(**inputs, max_new_tokens=4)
+        sys.settrace(look)
+        model.generate(**inputs, max_new_tokens=4)
+        sys.settrace(None)
+
+
 def row(look: Any) -> None:
     """The whole of ``run_vlmeval.py`` for one row, from its arguments to its table."""
-    import contextlib
-
-    from vlm_prune_ext import cli
-
     words = ["--data", "Shapes_MCQ", "--method", "fastv:20", "--limit", "1", "--device", "cpu"]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        sys.argv = ["run_vlmeval.py", *words, "--work-dir", str(Path(folder, "out"))]
         sys.settrace(look)
-        code = cli.main(["eval", *words, "--work-dir", str(Path(folder, "out"))])
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as end:
+            assert not end.code
         sys.settrace(None)
-    assert code == 0
 
 
 # -- all of it -----------------------------------------------------------------------------------
@@ -121,7 +138,11 @@ def measured(root: Path) -> dict[str, str]:
     found = sizes(root)
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     here = {"cwd": root, "env": environment}
-    for what, name in (("prompt", "one FastV prompt"), ("row", "one VLMEvalKit row")):
+    for what, name in (
+        ("prompt", "one FastV prompt"),
+        ("inside", "its answer alone, prune being open"),
+        ("row", "one VLMEvalKit row"),
+    ):
         words = [sys.executable, str(Path(__file__).resolve()), "--traced", what]
         done = subprocess.run(words, check=True, stdout=subprocess.PIPE, **here)  # type: ignore[call-overload]
         found[f"{name}: files, functions (files, imports included)"] = (

@@ -85,6 +85,7 @@ class DecoderPruner:
         assert parts.decoder is not None
         self.parts, self.method, self.trace, self.site = parts, method, trace, site
         self.visual_span, self.whole_videos = visual_span, whole_videos
+        self.stated = method.stated_span
         self.num_layers = len(parts.layers)
         planned = method.decoder_stages(self.num_layers)
         if parts.linear:
@@ -257,7 +258,7 @@ class DecoderPruner:
             )
         trace.visual_input[:] = tokens_by_sample(images, given.batch)
         trace.spans[:] = spans_of(images, given.batch)
-        check_stated(self.method.stated_span, images, given.first_tokens())
+        check_stated(self.stated, images, given.first_tokens())
         state, kwargs = self._start(given, images, kwargs)
         trace.visual_tokens[0] = state.prefill.visual_counts()
         self._now.call = Call(state, prefill=True)
@@ -272,7 +273,7 @@ class DecoderPruner:
             return images_found(found, batch, length, self.whole_videos)
         if self.parts.watch_spans is not None:
             return []
-        return images_stated(self.method.stated_span, batch, length)
+        return images_stated(self.stated, batch, length)
 
     def _start(self, given: DecoderInput, images: list[Image], kwargs: dict) -> tuple[State, dict]:
         """What is known of a prompt, and the decoder's arguments for what enters layer 0."""

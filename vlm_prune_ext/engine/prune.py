@@ -233,9 +233,17 @@ def _refuse(parts: ModelParts, shortens: bool) -> Undo:
     tower = parts.vision.layers if parts.vision is not None else ()
     layers = [*parts.layers, *tower]
     if "torch._dynamo.eval_frame" in sys.modules:  # else nothing was compiled
-        whole = [parts.model, *parts.model.children(), parts.decoder]
-        if any(map(_is_compiled, [*whole, *layers])):
-            raise InputError(COMPILED)
+        whole = [parts.model, *parts.model.children(), *layers]
+        if parts.decoder is not None:
+            whole.append(parts.decoder)
+        for module in whole:
+            own = vars(module)
+            if (
+                type(module).__name__ == "OptimizedModule"
+                or own.get("_compiled_call_impl") is not None
+                or hasattr(own.get("forward"), "_torchdynamo_orig_callable")
+            ):
+                raise InputError(COMPILED)
 
     def look(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         refuse_compiled()
@@ -257,14 +265,6 @@ def _refuse(parts: ModelParts, shortens: bool) -> Undo:
             )
 
     return parts.model.register_forward_pre_hook(look, with_kwargs=True).remove
-
-
-def _is_compiled(module: Any) -> bool:
-    if type(module).__name__ == "OptimizedModule":
-        return True
-    made = getattr(module, "_compiled_call_impl", None)
-    own = vars(module).get("forward") if module is not None else None
-    return made is not None or hasattr(own, "_torchdynamo_orig_callable")
 
 
 # -- what transformers leaves behind --------------------------------------------------------------

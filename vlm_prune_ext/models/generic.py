@@ -407,14 +407,18 @@ def parts(model: Any, lengths: Lengths | None = None) -> ModelParts:
         InputError: images reach the decoder in another way.
     """
     decoder, config = find_decoder(model), model.config
-    if any("cross_attn" in layer._modules for layer in decoder.layers):
+    inside = [layer._modules for layer in decoder.layers]
+    if any("cross_attn" in modules for modules in inside):
         raise InputError(
             f"{type(model).__name__} shows images to its decoder by cross-attention, not as tokens "
             "of the prompt: nothing to prune."
         )
-    layers = list(enumerate(decoder.layers))
-    linear = frozenset(place for place, layer in layers if "linear_attn" in layer._modules)
-    stateful = [n for n, layer in layers if n not in linear and not _attends(layer)]
+    linear = frozenset(n for n, modules in enumerate(inside) if "linear_attn" in modules)
+    stateful = [
+        n
+        for n, modules in enumerate(inside)
+        if n not in linear and "k_proj" not in getattr(modules.get("self_attn"), "_modules", ())
+    ]
     if stateful:
         raise InputError(
             f"Layer {stateful[0]} of {type(decoder).__name__} does not attend to tokens that it "
@@ -449,10 +453,6 @@ def _lengths_of(model: nn.Module) -> Lengths:
         return known(mask, given) if found is None else found
 
     return lengths
-
-
-def _attends(layer: nn.Module) -> bool:
-    return hasattr(layer._modules.get("self_attn"), "k_proj")
 
 
 def _image_length(config: Any) -> int | None:
