@@ -153,20 +153,14 @@ def images_from_mask(
         whole_videos: a video is one image; else each of its frames is.
     """
     images: list[Image] = []
-    for sample, row in enumerate(mask.tolist()):
-        runs = _runs(row)
-        frames: list[tuple[int, ...]] = []
+    for sample, row in enumerate(mask.cpu()):
+        runs = runs_of(row.nonzero().flatten().tolist())
+        wanted: list[tuple[int, ...]] = []  # tokens of each image; several numbers: of each frame
         for length in lengths[sample] if lengths is not None else []:
-            if whole_videos and isinstance(length, tuple):
-                frames.append(length)
-            else:
-                frames += [(one,) for one in ([length] if isinstance(length, int) else length)]
-        parts = _split(runs, [sum(own) for own in frames])
-        if len(parts) != len(frames) or not whole_videos:
-            images += [Image.of(sample, own) for own in parts]
-            continue
-        for own, lengths_of in zip(parts, frames, strict=True):
-            images.append(Image.of(sample, own, lengths_of if len(lengths_of) > 1 else ()))
+            each = (length,) if isinstance(length, int) else length
+            wanted += [each] if whole_videos else [(one,) for one in each]
+        for own, each in _split(runs, wanted):
+            images.append(Image.of(sample, own, each if len(each) > 1 else ()))
     return images
 
 
@@ -181,25 +175,16 @@ def spans_of(images: list[Image], batch: int) -> list[list[Span]]:
     return spans
 
 
-def _runs(row: list[bool]) -> list[Span]:
-    runs: list[Span] = []
-    start = None
-    for place, visual in enumerate([*row, False]):
-        if visual and start is None:
-            start = place
-        elif not visual and start is not None:
-            runs.append((start, place - start))
-            start = None
-    return runs
-
-
-def _split(runs: list[Span], lengths: list[int]) -> list[list[Span]]:
-    """The runs of each image: shared out by the stated lengths, if these fill them exactly."""
+def _split(
+    runs: list[Span], wanted: list[tuple[int, ...]]
+) -> list[tuple[list[Span], tuple[int, ...]]]:
+    """The runs of each image: shared out by the lengths ``wanted``, if these fill them exactly."""
+    lengths = list(map(sum, wanted))
     if sum(lengths) != sum(length for _, length in runs) or not all(lengths):
-        return [[run] for run in runs]
-    images: list[list[Span]] = []
+        return [([run], ()) for run in runs]
+    images = []
     waiting = list(runs)
-    for length in lengths:
+    for length, each in zip(lengths, wanted, strict=True):
         own: list[Span] = []
         while length:
             start, here = waiting.pop(0)
@@ -208,7 +193,7 @@ def _split(runs: list[Span], lengths: list[int]) -> list[list[Span]]:
             length -= taken
             if here > taken:
                 waiting.insert(0, (start + taken, here - taken))
-        images.append(own)
+        images.append((own, each))
     return images
 
 
@@ -271,10 +256,10 @@ def images_from_argument(span: VisualSpan, batch: int, seq: int) -> list[Image]:
 def _per_sample(span: VisualSpan, batch: int) -> list[list[Span]]:
     if _is_pair(span):
         return [[(int(span[0]), int(span[1]))] for _ in range(batch)]  # type: ignore[arg-type,call-overload]
-    entries = list(span) if isinstance(span, tuple | list) else []
-    if len(entries) == batch and all(_is_pair(e) or _is_pair_list(e) for e in entries):
-        pairs = [[e] if _is_pair(e) else list(e) for e in entries]  # type: ignore[arg-type]
-        return [[(int(a), int(b)) for a, b in sample] for sample in pairs]  # type: ignore[union-attr,misc]
+    if isinstance(span, tuple | list) and len(span) == batch:
+        samples: list[Any] = [[entry] if _is_pair(entry) else entry for entry in span]
+        if all(isinstance(each, tuple | list) and all(map(_is_pair, each)) for each in samples):
+            return [[(int(a), int(b)) for a, b in each] for each in samples]
     raise InputError(
         f"visual_span={span!r} is not valid: give (start, length), or a list with one entry for "
         f"each of the {batch} samples, each a (start, length) or a list of them."
@@ -287,10 +272,6 @@ def _is_pair(value: object) -> bool:
         and len(value) == 2
         and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
     )
-
-
-def _is_pair_list(value: object) -> bool:
-    return isinstance(value, tuple | list) and all(_is_pair(v) for v in value)
 
 
 def check_stated(
