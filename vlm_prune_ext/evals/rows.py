@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -475,7 +475,7 @@ _KINDS = ((b"\xff\xd8", ".jpg"), (b"GIF8", ".gif"), (b"RIFF", ".webp"), (b"BM", 
 
 
 def unpack(encoded: str) -> str:
-    """A file with a picture's bytes, as they are.
+    """A file with a picture's bytes, as they are; rows with one picture come soon after each other.
 
     Args:
         encoded: base64, with either alphabet; blanks and line ends in it do not count.
@@ -484,6 +484,15 @@ def unpack(encoded: str) -> str:
         InputError: it is not base64.
         OSError: the folder cannot be written.
     """
+    path = _unpacked(encoded, cache_folder())
+    if not Path(path).is_file():
+        _unpacked.cache_clear()
+        path = _unpacked(encoded, cache_folder())
+    return path
+
+
+@lru_cache(64)
+def _unpacked(encoded: str, _: Path) -> str:
     if encoded.startswith("data:"):
         encoded = encoded.partition(",")[2]
     try:

@@ -127,12 +127,15 @@ class PrunedVLM(BaseModel):
         self.last: Answer | None = None
         self.VIDEO_LLM = self.processor.takes_videos  # else VLMEvalKit hands frames as pictures
         self.shown: dict[str, Any] = {}
+        self._kinds: dict[str, Any] = {}
         self.answerer = Answerer(self.model, self.processor, method, video=video_budget)
 
     # -- prompts: VLMEvalKit's own LLaVA makes them --------------------------------------------
     def use_custom_prompt(self, dataset: str) -> bool:
         """Multiple choice gets LLaVA's wording, everything else the data set's."""
-        return DATASET_TYPE(dataset) == "MCQ"
+        if dataset not in self._kinds:  # VLMEvalKit looks through all that it knows
+            self._kinds[dataset] = DATASET_TYPE(dataset)
+        return self._kinds[dataset] == "MCQ"
 
     def build_prompt(self, line: Any, dataset: str | None = None) -> list[dict[str, str]]:
         """The message of a multiple-choice row, as VLMEvalKit's ``LLaVA`` words it."""

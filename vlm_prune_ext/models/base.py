@@ -440,17 +440,14 @@ class PromptProcessor:
         opened = self.opened(image)
         if not self.device_pixels or isinstance(opened, ReadyImage | ReadyClip):
             return opened
-        return ReadyImage(opened.size, self._pinned(bytes_of(opened)))
-
-    def _pinned(self, values: torch.Tensor) -> torch.Tensor:
-        """In memory that a GPU can copy from while it works."""
-        return values.pin_memory() if self.device.type == "cuda" else values
+        return ReadyImage(opened.size, bytes_of(opened, self.device.type == "cuda"))
 
     def _shown(self, images: list[Image]) -> list[Any]:
         """Images as the image processor is given them."""
         if not self.device_pixels:
             return images
-        return [on_device(image, self.device) for image in images]
+        device = self.device
+        return [on_device(image, device) for image in images]
 
     def shape_of(self, images: Sequence[Any]) -> Hashable:
         """What prompts of one batch must have in common of their pictures and videos."""

@@ -55,12 +55,15 @@ def on_device(image: Image.Image | ReadyImage, device: torch.device) -> torch.Te
     return raw.to(device, non_blocking=True).permute(2, 0, 1)
 
 
-def bytes_of(image: Image.Image) -> torch.Tensor:
-    """An RGB picture, uint8 ``(height, width, 3)``."""
+def bytes_of(image: Image.Image, pinned: bool = False) -> torch.Tensor:
+    """An RGB picture, uint8 ``(height, width, 3)``; pinned: where a GPU can copy from while it
+    works."""
     import torch
 
-    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return flat.view(image.height, image.width, 3)
+    shape = (image.height, image.width, 3)
+    made = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+    np.copyto(made.numpy(), np.frombuffer(image.tobytes(), np.uint8).reshape(shape))
+    return made
 
 
 class Video:
@@ -86,6 +89,7 @@ def open_image(image: Any) -> Image.Image:
     """An RGB image of 8 bits per channel.
 
     Grey values of more bits are scaled so that white stays white; LAB goes through sRGB's profile.
+    A PIL image in RGB stays the object that it is.
 
     Args:
         image: PIL image, path of a file, or the bytes of one. What ``PromptProcessor.ready`` made
@@ -205,6 +209,9 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
         image = image.convert("LA")
     if image.mode == "I" or image.mode.startswith("I;"):
         return _grey(image, name).convert("RGB")
+    if image.mode == "RGB":
+        image.load()
+        return image
     return image.convert("RGB")
 
 

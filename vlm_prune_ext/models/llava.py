@@ -118,7 +118,8 @@ class LlavaProcessor(PromptProcessor):
             return super().ready(image)
         opened = open_image(image)
         pixels = self._pixels_of(opened).to(self.dtype)
-        return ReadyImage(opened.size, self._pinned(pixels))
+        pinned = self.device.type == "cuda"  # a GPU can copy from there while it works
+        return ReadyImage(opened.size, pixels.pin_memory() if pinned else pixels)
 
     def visual_lengths(self, images: list[Image]) -> list[int]:
         """The same for every image."""
