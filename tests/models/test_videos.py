@@ -73,10 +73,12 @@ def test_inputs_are_those_of_the_processor(form: families.Form, clip: Path) -> N
         **sampled,
     )
     how = {"fps": 2} if form.name == "glm4v" else {"nframes": 4}
-    made = ask(form, chat(str(clip), **how))
-    assert set(made) == set(expected)
-    for name, value in expected.items():
-        assert torch.equal(torch.as_tensor(value), made[name].cpu()), name
+    for where in ("device", None):
+        form.processor.preprocess = where
+        made = ask(form, chat(str(clip), **how))
+        assert set(made) == set(expected)
+        for name, value in expected.items():
+            assert torch.equal(torch.as_tensor(value), made[name].cpu()), name
 
 
 def test_a_batch_of_videos_pictures_and_text_equals_singles(

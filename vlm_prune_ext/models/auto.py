@@ -308,7 +308,9 @@ class AutoPrompts(PromptProcessor):
         clips = [one for row in rows for one in pictures[row] if is_video(one)]
         videos: dict[str, Any] = {}
         if clips:
-            videos["videos"] = [torch.from_numpy(c.pixels).permute(0, 3, 1, 2) for c in clips]
+            where = self.device if self.device_pixels else None
+            frames = [torch.from_numpy(clip.pixels).to(where) for clip in clips]
+            videos["videos"] = [one.permute(0, 3, 1, 2) for one in frames]
             videos["video_metadata"] = [clip.metadata() for clip in clips]
             videos["do_sample_frames"] = False
         with self._making([image for row in rows for image in pictures[row]], self.processor):
