@@ -449,7 +449,7 @@ class Sizes(flops.Sizes):
     def of(config: Any) -> Sizes:
         """Read off a model's config."""
         found = flops.Sizes.of(config)
-        return Sizes(found.decoder, found.vision)
+        return Sizes(found.decoder, found.vision, found.tile)
 
     def sample(self, index: int | str, answer: Answer, *, warm_up: bool) -> Sample:
         """An answer as a line of the log."""
@@ -478,9 +478,9 @@ class Sizes(flops.Sizes):
         """FLOPs of what was computed for an answer: of what it shared, its share."""
         if self.decoder is None:
             return prefill
-        layer, saved = self.decoder.layer_flops, 1 - 1 / answer.shared
-        shared = answer.lengths[: answer.shared_layers]
-        return prefill - saved * sum(layer(n - answer.question_tokens) for n in shared)
+        saved, own = 1 - 1 / answer.shared, answer.question_tokens
+        shared = [length - own for length in answer.lengths[: answer.shared_layers]]
+        return prefill - saved * self.decoder.stack_flops(shared)
 
 
 @lru_cache(4096)  # few prompts of a data set differ in these

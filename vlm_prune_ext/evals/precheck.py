@@ -92,13 +92,15 @@ def prompt_of(source: Checkpoint) -> Prompt:
 
 
 def decoder_of(source: Checkpoint) -> dict[str, Any] | None:
-    """Sizes of the decoder as plain values; ``None`` where it is of another build."""
+    """Sizes of the decoder as plain values; ``None`` where it is of another build, or its layers
+    are of several, which papers' ways of counting do not know."""
     from vlm_prune_ext.experiment.flops import DecoderShape
 
     try:
-        return asdict(DecoderShape.from_config(_config(source)))
+        shape = DecoderShape.from_config(_config(source))
     except ValueError:
         return None
+    return None if shape.own else asdict(shape)
 
 
 _SOME_TOKENS = 1000  # of a picture, where it depends on the picture: ratios are worked out

@@ -56,11 +56,11 @@ def measure(method: Method, by: str, prompt: Prompt) -> float:
         return float(lengths[-1])
     if by == "mean":
         return fmean(lengths)
-    return sum(map(prompt.shape.layer_flops, lengths)) / _whole(prompt)
+    return prompt.shape.stack_flops(lengths) / _whole(prompt)
 
 
 def _whole(prompt: Prompt) -> float:
-    return prompt.shape.layers * prompt.shape.layer_flops(prompt.visual)
+    return prompt.shape.stack_flops([prompt.visual] * prompt.shape.layers)
 
 
 def wanted(budget: Budget, by: str, prompt: Prompt) -> float:
@@ -69,7 +69,7 @@ def wanted(budget: Budget, by: str, prompt: Prompt) -> float:
     if by == "flops":
         if isinstance(budget, float):
             return budget
-        return prompt.shape.layers * prompt.shape.layer_flops(budget) / _whole(prompt)
+        return prompt.shape.stack_flops([budget] * prompt.shape.layers) / _whole(prompt)
     return budget * prompt.visual if isinstance(budget, float) else float(budget)
 
 

@@ -40,6 +40,8 @@ class DecoderShape:
     Attributes:
         layers, hidden, heads, kv_heads, head_dim, intermediate, vocab: as usually named.
         mlp_matrices: 3 with a gate (SwiGLU, GeGLU), 2 without (OPT, Persimmon).
+        own: by layer, where they differ (Gemma 4, Qwen3.5): multiply-adds of a token, and the width
+            of its queries, 0 where none attends; empty: as the sizes say.
     """
 
     layers: int
@@ -50,41 +52,113 @@ class DecoderShape:
     intermediate: int
     vocab: int
     mlp_matrices: int = 3
+    own: tuple[tuple[float, int], ...] = ()
 
     @staticmethod
     def from_config(config: Any) -> DecoderShape:
         """Read off a transformers language-model config (or one that has a ``text_config``).
 
         Raises:
-            InputError: a size is missing, or differs from layer to layer.
+            InputError: a size is missing.
         """
         config = (
             getattr(config, "text_config", None) or getattr(config, "llm_config", None) or config
         )
         heads = _size(config, "num_attention_heads")
         hidden = _size(config, "hidden_size")
-        plain = getattr(config, "model_type", "") in PLAIN
+        kind = str(getattr(config, "model_type", ""))
+        plain, first = kind in PLAIN, _layer_config(config, 0)
         return DecoderShape(
             layers=_size(config, "num_hidden_layers"),
             hidden=hidden,
             heads=heads,
-            kv_heads=heads if plain else _stated(config, "num_key_value_heads") or heads,
-            head_dim=_stated(config, "head_dim") or hidden // heads,
+            kv_heads=heads if plain else getattr(first, "num_key_value_heads", None) or heads,
+            head_dim=getattr(first, "head_dim", None) or hidden // heads,
             intermediate=_size(config, "ffn_dim" if hasattr(config, "ffn_dim") else MLP_WIDTH),
             vocab=_size(config, "vocab_size"),
             mlp_matrices=2 if plain else 3,
+            own=_LAYERS[kind](config) if kind in _LAYERS else (),
         )
 
-    def layer_flops(self, length: int) -> float:
-        """One decoder layer over ``length`` tokens."""
+    def layer_flops(self, length: int, layer: int = 0) -> float:
+        """Decoder layer ``layer`` over ``length`` tokens."""
+        if self.own:
+            weights, queries = self.own[layer]
+            return 2.0 * weights * length + 4.0 * queries * length**2
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         weights = 2 * self.hidden * queries + 2 * self.hidden * keys
         weights += self.mlp_matrices * self.hidden * self.intermediate
         return 2.0 * weights * length + 4.0 * queries * length**2
 
+    def stack_flops(self, lengths: Sequence[int]) -> float:
+        """The first layers, over so many tokens each."""
+        return sum(self.layer_flops(length, layer) for layer, length in enumerate(lengths))
+
     def head_flops(self, positions: int = 1) -> float:
         """The output head over ``positions`` tokens."""
         return 2.0 * self.hidden * self.vocab * positions
+
+
+def _layer_config(config: Any, layer: int) -> Any:
+    """A config as one layer sees it, where sizes differ by layer (Gemma 4)."""
+    try:
+        config.num_key_value_heads  # noqa: B018 - transformers refuses to answer for all layers
+    except RuntimeError:
+        return config.per_layer_config[layer]
+    except AttributeError:
+        pass
+    return config
+
+
+def _qwen3_5_layers(config: Any) -> tuple[tuple[float, int], ...]:
+    """Qwen3.5: queries come with a gate; three of four layers are gated delta networks, whose state
+    is read, corrected and read again by each token (3 products of key by value, a head)."""
+    hidden, mlp = config.hidden_size, 3 * config.hidden_size * config.intermediate_size
+    queries = config.num_attention_heads * config.head_dim
+    full = 3 * hidden * queries + 2 * hidden * config.num_key_value_heads * config.head_dim
+    heads = config.linear_num_value_heads
+    keys = config.linear_num_key_heads * config.linear_key_head_dim
+    values = heads * config.linear_value_head_dim
+    linear = hidden * (2 * keys + 3 * values + 2 * heads)
+    linear += config.linear_conv_kernel_dim * (2 * keys + values)
+    linear += 3 * heads * config.linear_key_head_dim * config.linear_value_head_dim
+    return tuple(
+        (full + mlp, queries) if kind == "full_attention" else (linear + mlp, 0)
+        for kind in config.layer_types
+    )
+
+
+def _gemma4_layers(config: Any) -> tuple[tuple[float, int], ...]:
+    """Gemma 4: heads of another width in layers without a window, whose keys may be their values;
+    beside the MLP a few of many experts, where there are any.
+
+    Raises:
+        InputError: a small one, with inputs of each layer's own.
+    """
+    if config.hidden_size_per_layer_input:
+        raise InputError(
+            f"FLOPs of {type(config).__name__} with hidden_size_per_layer_input="
+            f"{config.hidden_size_per_layer_input} are not stated."
+        )
+    hidden = config.hidden_size
+    mlp = 3 * hidden * config.intermediate_size
+    if config.enable_moe_block:
+        mlp += hidden * config.num_experts
+        mlp += config.top_k_experts * 3 * hidden * config.moe_intermediate_size
+    found = []
+    for layer, kind in enumerate(config.layer_types):
+        own = _layer_config(config, layer)
+        queries = config.num_attention_heads * own.head_dim
+        shared = config.attention_k_eq_v and kind == "full_attention"
+        keys = own.num_key_value_heads * own.head_dim * (1 if shared else 2)
+        found.append((2.0 * hidden * queries + hidden * keys + mlp, queries))
+    return tuple(found)
+
+
+_LAYERS: Mapping[str, Callable[[Any], tuple[tuple[float, int], ...]]] = {
+    "qwen3_5_text": _qwen3_5_layers,
+    "gemma4_text": _gemma4_layers,
+}
 
 
 @dataclass(frozen=True)
@@ -149,7 +223,7 @@ def decoder_flops(shape: DecoderShape, lengths: Sequence[int], *, head_positions
         raise InputError(
             f"lengths={list(lengths)!r} is not valid: one length for each of {shape.layers} layers."
         )
-    return sum(map(shape.layer_flops, lengths)) + shape.head_flops(head_positions)
+    return shape.stack_flops(lengths) + shape.head_flops(head_positions)
 
 
 def vision_flops(
@@ -197,7 +271,8 @@ class PromptFlops:
         prefill, prefill_baseline: of the language model with the method and without, text tokens
             and output head included.
         visual, visual_baseline: of its layers over the visual tokens alone.
-        vision, vision_baseline: of tower and projector; 0 where the tower is not CLIP's.
+        vision, vision_baseline: of tower and projector; 0 where what they take depends on the
+            picture's own size.
     """
 
     prefill: float = 0.0
@@ -234,20 +309,31 @@ class PromptFlops:
 @dataclass(frozen=True)
 class Sizes:
     """Sizes that FLOPs follow from; ``None`` for parts of another build, whose FLOPs are not
-    stated."""
+    stated.
+
+    Attributes:
+        decoder: of the language model.
+        vision: of a CLIP tower.
+        tile: FLOPs of another tower, and its projector, for one tile of a picture; ``None`` where
+            they depend on the picture's own size (Qwen's towers, Pixtral), which counts of tiles
+            do not tell: :func:`prefill_flops` does.
+    """
 
     decoder: DecoderShape | None
     vision: VisionShape | None
+    tile: float | None = None
 
     @staticmethod
     def of(config: Any) -> Sizes:
         """Read off a model's config."""
         tower = getattr(getattr(config, "vision_config", None), "model_type", None)
         vision = VisionShape.from_config(config) if tower == "clip_vision_model" else None
+        per_tile = _TILE.get(str(getattr(config, "model_type", "")))
+        tile = per_tile(config) if per_tile is not None else None
         try:
-            return Sizes(DecoderShape.from_config(config), vision)
+            return Sizes(DecoderShape.from_config(config), vision, tile)
         except InputError:  # an encoder-decoder model, or code of a checkpoint's own
-            return Sizes(None, vision)
+            return Sizes(None, vision, tile)
 
     def prompt(
         self,
@@ -268,16 +354,19 @@ class Sizes:
         """
         found = PromptFlops()
         if self.decoder is not None and lengths:
-            layer, layers, text = self.decoder.layer_flops, self.decoder.layers, tokens - visual
+            shape, layers, text = self.decoder, self.decoder.layers, tokens - visual
             found += PromptFlops(
-                decoder_flops(self.decoder, lengths),
-                decoder_flops(self.decoder, [tokens] * layers),
-                sum(layer(max(length - text, 0)) for length in lengths),
-                layers * layer(visual),
+                decoder_flops(shape, lengths),
+                decoder_flops(shape, [tokens] * layers),
+                shape.stack_flops([max(length - text, 0) for length in lengths]),
+                shape.stack_flops([visual] * layers),
             )
         if self.vision is not None:
             own, whole = vision_flops(self.vision, patches_kept), vision_flops(self.vision)
             found += PromptFlops(vision=own * tower_images, vision_baseline=whole * tower_images)
+        elif self.tile is not None:
+            cost = self.tile * tower_images
+            found += PromptFlops(vision=cost, vision_baseline=cost)
         return found
 
 
@@ -326,16 +415,8 @@ def _kept(method: Method | None, budget: Budget | None, total: int) -> int:
     return resolve_budget(None, budget, total)
 
 
-def _stated(config: Any, name: str) -> Any:
-    try:
-        return getattr(config, name, None)
-    except RuntimeError as error:  # transformers' answer where layers differ (Gemma 4)
-        kind = type(config).__name__
-        raise InputError(f"{name} of {kind} differs by layer: FLOPs are not stated.") from error
-
-
 def _size(config: Any, name: str) -> int:
-    value = _stated(config, name)
+    value = getattr(config, name, None)
     if not isinstance(value, int):
         raise InputError(f"{name}={value!r} is not valid: the model's config must state it.")
     return value
@@ -396,9 +477,9 @@ def _linear(*widths: int) -> float:
     return sum(2.0 * a * b for a, b in pairwise(widths))
 
 
-def _encoder_layer(hidden: int, intermediate: int, length: int) -> float:
-    """A layer of self-attention and a two-matrix MLP over ``length`` rows."""
-    weights = 4 * _linear(hidden, hidden) + 2 * _linear(hidden, intermediate)
+def _encoder_layer(hidden: int, intermediate: int, length: int, matrices: int = 2) -> float:
+    """A layer of self-attention and an MLP over ``length`` rows."""
+    weights = 4 * _linear(hidden, hidden) + matrices * _linear(hidden, intermediate)
     return weights * length + 4.0 * hidden * length**2
 
 
@@ -423,8 +504,14 @@ def tower_images(
     total = sum(images) if images is not None else 1
     if pixels is None or not total:
         return [0.0] * len(images or (0,))
-    if getattr(config, "model_type", "") == "llava_next":
+    kind = getattr(config, "model_type", "")
+    if kind in ("llava_next", "llava_onevision"):
         each = [float(tiles) for tiles in _tiles(config, inputs)]
+    elif inputs.get("pixel_attention_mask") is not None:  # what is filled up is no tile
+        rows = inputs["pixel_attention_mask"].flatten(2).any(dim=-1).sum(dim=1).tolist()
+        shown = iter(rows)  # the processor leaves samples without a picture out
+        by_sample = [float(next(shown, 0)) if count else 0.0 for count in images or rows]
+        return by_sample if images is not None else [sum(by_sample)]
     else:
         each = [math.prod(pixels.shape[:-3]) / total] * total
     rest = iter(each)
@@ -439,7 +526,14 @@ def _tiles(config: Any, inputs: Mapping[str, Any]) -> list[int]:
         return []
     side, pinpoints = config.vision_config.image_size, config.image_grid_pinpoints
     sizes = [size.tolist() for size in inputs["image_sizes"]]
-    return [image_size_to_num_patches(size, pinpoints, side) for size in sizes]
+    together = inputs.get("batch_num_images")  # LLaVA-OneVision cuts a picture that is alone
+    alone = [True] * len(sizes)
+    if together is not None:
+        alone = [count == 1 for count in together.tolist() for _ in range(count)]
+    return [
+        image_size_to_num_patches(size, pinpoints, side) if own else 1
+        for size, own in zip(sizes, alone, strict=True)
+    ]
 
 
 def _count(config: Any, inputs: Mapping[str, Any]) -> float:
@@ -491,31 +585,153 @@ def _cut(length: int, size: int) -> list[int]:
     return [min(size, length - start) for start in range(0, length, size)]
 
 
-def _siglip(config: Any, inputs: Mapping[str, Any], kept: dict[int, int]) -> float:
-    """Gemma 3: SigLIP without a class token, patches pooled, then one matrix."""
-    vision = config.vision_config
-    patches = (_side(vision.image_size) // _side(vision.patch_size)) ** 2
-    one = _linear(vision.num_channels * _side(vision.patch_size) ** 2, vision.hidden_size) * patches
+def _vit(vision: Any, extra: int = 0, matrices: int = 2) -> tuple[float, int]:
+    """A plain vision transformer: its FLOPs for a tile, and its patches; ``extra`` tokens beside
+    them (CLS)."""
+    side = _side(vision.patch_size)
+    patches = (_side(vision.image_size) // side) ** 2
+    one = _linear(vision.num_channels * side**2, vision.hidden_size) * patches
     one += vision.num_hidden_layers * _encoder_layer(
-        vision.hidden_size, vision.intermediate_size, patches
+        vision.hidden_size, vision.intermediate_size, patches + extra, matrices
     )
-    if getattr(vision, "vision_use_head", True):  # runs, though its output is not used
+    return one, patches
+
+
+def _siglip(config: Any) -> tuple[float, int]:
+    """SigLIP, with a head that runs, though its output is not used."""
+    vision = config.vision_config
+    one, patches = _vit(vision)
+    if getattr(vision, "vision_use_head", True):
         width = vision.hidden_size
         one += _cross_attention(width, width, 1, width, patches)
         one += 2 * _linear(width, vision.intermediate_size)
-    one += _linear(vision.hidden_size, config.text_config.hidden_size) * config.mm_tokens_per_image
-    return one * _count(config, inputs)
+    return one, patches
 
 
-def _intern(config: Any, inputs: Mapping[str, Any], kept: dict[int, int]) -> float:
-    """InternVL: patches of a square become one token in front of a two-layer projector."""
-    vision, text = config.vision_config, config.text_config.hidden_size
-    hidden, fold = vision.hidden_size, int(1 / config.downsample_ratio) ** 2
-    patches = (_side(vision.image_size) // _side(vision.patch_size)) ** 2
-    one = _linear(vision.num_channels * _side(vision.patch_size) ** 2, hidden) * patches
-    one += vision.num_hidden_layers * _encoder_layer(hidden, vision.intermediate_size, patches + 1)
-    one += _linear(hidden * fold, text, text) * (patches // fold)
-    return one * _count(config, inputs)
+def _widths(config: Any) -> tuple[int, int]:
+    return config.vision_config.hidden_size, config.text_config.hidden_size
+
+
+def _gemma3(config: Any) -> float:
+    """Patches are pooled, then one matrix."""
+    return _siglip(config)[0] + _linear(*_widths(config)) * config.mm_tokens_per_image
+
+
+def _paligemma(config: Any) -> float:
+    one, patches = _siglip(config)
+    return one + _linear(*_widths(config)) * patches
+
+
+def _onevision(config: Any) -> float:
+    one, patches = _siglip(config)
+    hidden, text = _widths(config)
+    return one + _linear(hidden, text, text) * patches
+
+
+def _aya(config: Any) -> float:
+    """Squares of patches become one token in front of a gated projector."""
+    one, patches = _siglip(config)
+    hidden, text = _widths(config)
+    fold, inner = config.downsample_factor**2, getattr(config, "alignment_intermediate_size", text)
+    return one + (_linear(hidden * fold, inner) + _linear(inner // 2, text)) * (patches // fold)
+
+
+def _intern(config: Any) -> float:
+    """InternVL: squares of patches become one token in front of a two-layer projector."""
+    one, patches = _vit(config.vision_config, extra=1)
+    hidden, text = _widths(config)
+    fold = int(1 / config.downsample_ratio) ** 2
+    return one + _linear(hidden * fold, text, text) * (patches // fold)
+
+
+def _idefics(config: Any) -> float:
+    """Idefics3 and SmolVLM: squares of patches become one token by one matrix."""
+    one, patches = _vit(config.vision_config)
+    hidden, text = _widths(config)
+    fold = config.scale_factor**2
+    return one + _linear(hidden * fold, text) * (patches // fold)
+
+
+def _ovis(config: Any) -> float:
+    """Ovis2: squares of patches become weights over a visual vocabulary, and these a mean of its
+    embeddings."""
+    vision = config.vision_config
+    one, patches = _vit(vision, matrices=3)
+    fold, words = vision.hidden_stride**2, vision.vocab_size
+    known = words - vision.num_visual_indicator_tokens
+    made = _linear(vision.hidden_size * fold, known) + _linear(words, config.hidden_size)
+    return one + made * (patches // fold)
+
+
+_TILE: Mapping[str, Callable[[Any], float]] = {
+    "gemma3": _gemma3,
+    "paligemma": _paligemma,
+    "llava_onevision": _onevision,
+    "aya_vision": _aya,
+    "internvl": _intern,
+    "idefics3": _idefics,
+    "smolvlm": _idefics,
+    "ovis2": _ovis,
+}
+"""Model types whose towers take tiles of one size -> FLOPs of a tile, projector included."""
+
+
+def _pixtral(config: Any, inputs: Mapping[str, Any], kept: dict[int, int]) -> float:
+    """Mistral 3: all pictures of a batch in one sequence, whose mask parts them; pixels are filled
+    up to the largest."""
+    pixels = inputs.get("pixel_values")
+    if pixels is None:
+        return 0.0
+    vision, (hidden, text) = config.vision_config, _widths(config)
+    side, merge = _side(vision.patch_size), config.spatial_merge_size**2
+    grid = len(pixels) * (pixels.shape[-2] // side) * (pixels.shape[-1] // side)
+    total = _linear(vision.num_channels * side**2, hidden) * grid
+    patches = sum((down // side) * (across // side) for down, across in inputs["image_sizes"])
+    patches = int(patches)
+    total += vision.num_hidden_layers * _encoder_layer(
+        hidden, vision.intermediate_size, patches, matrices=3
+    )
+    return total + _linear(hidden * merge, hidden, text, text) * (patches // merge)
+
+
+def _glm(config: Any, inputs: Mapping[str, Any], kept: dict[int, int]) -> float:
+    """GLM-4.1V: as Qwen's towers, with a gated MLP of the language model's width, a convolution
+    that joins patches, and a gated merger."""
+    grids = inputs.get("image_grid_thw")
+    if grids is None:
+        return 0.0
+    vision = config.vision_config
+    hidden, out, inner = vision.hidden_size, vision.out_hidden_size, vision.intermediate_size
+    values = vision.in_channels * vision.temporal_patch_size * _side(vision.patch_size) ** 2
+    fold = vision.spatial_merge_size**2
+    per_token = _linear(hidden * fold, out, out) + 3 * _linear(out, inner)
+    total = 0.0
+    for frames, down, across in grids.tolist():
+        patches = down * across
+        one = _linear(values, hidden) * patches + per_token * patches / fold
+        one += vision.depth * _encoder_layer(hidden, out, patches, matrices=3)
+        total += frames * one
+    return total
+
+
+def _gemma4(config: Any, inputs: Mapping[str, Any], kept: dict[int, int]) -> float:
+    """Gemma 4: patches of a picture, filled up to one number, are pooled by a matrix of weights and
+    projected."""
+    pixels = inputs.get("pixel_values")
+    if pixels is None:
+        return 0.0
+    vision, (hidden, text) = config.vision_config, _widths(config)
+    count, patches, values = pixels.shape
+    heads = vision.num_attention_heads * vision.head_dim
+    keys = vision.num_key_value_heads * vision.head_dim
+    weights = 2 * _linear(hidden, heads) + 2 * _linear(hidden, keys)
+    weights += 3 * _linear(hidden, vision.intermediate_size)
+    one = _linear(values, hidden) * patches
+    one += vision.num_hidden_layers * (weights * patches + 4.0 * heads * patches**2)
+    pooled = patches // vision.pooling_kernel_size**2
+    one += 2.0 * pooled * patches * hidden
+    shown = int((inputs["input_ids"] == config.image_token_id).sum())
+    return count * one + _linear(hidden, text) * shown
 
 
 def _qformer(config: Any, inputs: Mapping[str, Any], kept: dict[int, int]) -> float:
@@ -561,14 +777,20 @@ def _patches(config: Any, inputs: Mapping[str, Any], kept: dict[int, int]) -> fl
     return _linear(values, config.text_config.hidden_size) * math.prod(patches.shape[:-1])
 
 
+def _by_tile(
+    tile: Callable[[Any], float],
+) -> Callable[[Any, Mapping[str, Any], dict[int, int]], float]:
+    return lambda config, inputs, kept: tile(config) * _count(config, inputs)
+
+
 _SIGHT: Mapping[str, Callable[[Any, Mapping[str, Any], dict[int, int]], float]] = {
+    **{kind: _by_tile(tile) for kind, tile in _TILE.items()},
     "llava": _clip,
     "llava_next": _clip,
-    "qwen2_vl": _qwen,
-    "qwen2_5_vl": _qwen,
-    "qwen3_vl": _qwen,
-    "gemma3": _siglip,
-    "internvl": _intern,
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"), _qwen),
+    "glm4v": _glm,
+    "mistral3": _pixtral,
+    "gemma4": _gemma4,
     "blip-2": _qformer,
     "instructblip": _qformer,
     "fuyu": _patches,
@@ -712,8 +934,11 @@ def count_flops(vision: Sequence[torch.nn.Module] = ()) -> Iterator[FlopCount]:
 _VISION = (
     "vision_tower",
     "multi_modal_projector",
+    "connector",
     "visual",
     "vision_model",
+    "visual_embeddings_table",
+    "embed_vision",
     "qformer",
     "language_projection",
     "vision_embed_tokens",
