@@ -557,4 +557,4 @@ def _bind(function: Callable[..., Any], index: int) -> Callable[..., Any]:
     def hook(*args: Any) -> Any:
         return function(index, *args)
 
-    return hook
+    return hook  # of this package by its module, as a partial is not

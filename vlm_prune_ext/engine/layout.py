@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from vlm_prune_ext.engine.prompt import DecoderInput, Image
 from vlm_prune_ext.methods.evidence import Answer, Evidence, Stage
@@ -427,7 +428,7 @@ class Prefill:
         nothing), and what comes in. Groups and counts are updated; the layout is not."""
         gone = None
         groups: list[Group] = []
-        new: list[_New] = []
+        new: list[tuple[Group, Added]] = []
         for index, group in enumerate(self.groups):
             here = self.layout.places_of(group.tokens, group.samples)
             answer = stage.rule(look(index, group, here))
@@ -450,7 +451,11 @@ class Prefill:
         return gone, _joined(new, len(self.held)) if new else None
 
     def _with_rows(
-        self, group: Group, hidden: torch.Tensor, behind: torch.Tensor, new: list[_New]
+        self,
+        group: Group,
+        hidden: torch.Tensor,
+        behind: torch.Tensor,
+        new: list[tuple[Group, Added]],
     ) -> Group:
         """A group with rows added to each image; notes them in ``new``."""
         count, device = hidden.shape[1], hidden.device
@@ -459,7 +464,9 @@ class Prefill:
             firsts.append([self.layout.total + self.created[sample]])
             self.created[sample] += count
         names = sent(firsts, device) + iota(count, device)
-        new.append(_New(group, hidden, names, behind))
+        slots, behind = group.last.expand_as(names), behind.expand_as(names)
+        added = Added(hidden, names, slots, behind, torch.ones_like(names, dtype=torch.bool))
+        new.append((group, added))
         first = group.total + group.added
         places = iota(first + count, device)[first:].expand_as(names)
         return replace(
@@ -487,36 +494,19 @@ Look = Callable[[int, Group, torch.Tensor], Evidence]
 ``(rows, n)`` of its tokens in the sequence."""
 
 
-@dataclass
-class _New:
-    """Rows for each image of a group: ``hidden`` ``(rows, c, hidden)``, ``names`` ``(rows, c)``,
-    ``behind`` ``(rows, 1)`` place that they stand behind."""
-
-    group: Group
-    hidden: torch.Tensor
-    names: torch.Tensor
-    behind: torch.Tensor
-
-
-def _joined(new: list[_New], batch: int) -> Added:
+def _joined(new: list[tuple[Group, Added]], batch: int) -> Added:
     """The rows of all groups, side by side in their samples."""
-    columns, used = [], [0] * batch
-    for one in new:
-        firsts = []
-        for sample in one.group.names:
-            firsts.append([used[sample]])
-            used[sample] += one.names.shape[1]
-        columns.append(sent(firsts, one.names.device) + iota(one.names.shape[1], one.names.device))
-    hidden = new[0].hidden.new_zeros(batch, max(used), new[0].hidden.shape[-1])
-    names, slots, behind = (new[0].names.new_zeros(batch, max(used)) for _ in range(3))
-    real = torch.zeros_like(names, dtype=torch.bool)
-    for one, column in zip(new, columns, strict=True):
-        at = (one.group.samples[:, None], column)
-        hidden[at] = one.hidden
-        names[at], real[at] = one.names, True
-        slots[at] = one.group.last.expand_as(column)
-        behind[at] = one.behind.expand_as(column)
-    return Added(hidden, names, slots, behind, real)
+    rows: list[list[tuple[Added, int]]] = [[] for _ in range(batch)]
+    for group, added in new:
+        for row, sample in enumerate(group.names):
+            rows[sample].append((added, row))
+
+    def side_by_side(name: str) -> torch.Tensor:
+        none = getattr(new[0][1], name)[0, :0]
+        own = [torch.cat([none, *(getattr(a, name)[row] for a, row in each)]) for each in rows]
+        return pad_sequence(own, batch_first=True)
+
+    return Added(*map(side_by_side, ("hidden", "names", "slots", "behind", "real")))
 
 
 def _outcome(group: Group, kept: torch.Tensor) -> tuple[list[Group], torch.Tensor | None]:

@@ -9,6 +9,7 @@ padding was cut off; compose.py reads them there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -305,8 +306,7 @@ class VisionPruner(Watch):
             attn: Any = layers[index].self_attn
             handles.append(attn.k_proj.register_forward_hook(self._see_keys))
             # In front of any hook that records the layer's output: it must record what is left.
-            hook = _LayerHook(self, stage)
-            handles.append(layers[index].register_forward_hook(hook, prepend=True))
+            handles.append(layers[index].register_forward_hook(self._hook(stage), prepend=True))
         return handles
 
     def _begin(self, module: nn.Module, args: Any) -> None:
@@ -316,7 +316,15 @@ class VisionPruner(Watch):
     def _see_keys(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
         self.keys = output.unflatten(-1, (self.parts.num_heads, -1)).transpose(1, 2)
 
-    def after_layer(self, stage: VisionStage, hidden: torch.Tensor) -> torch.Tensor:
+    def _hook(self, stage: VisionStage) -> Callable[..., Any]:
+        def after_layer(module: nn.Module, args: Any, output: Any) -> Any:
+            if isinstance(output, tuple):
+                return (self._left(stage, output[0]), *output[1:])
+            return self._left(stage, output)
+
+        return after_layer
+
+    def _left(self, stage: VisionStage, hidden: torch.Tensor) -> torch.Tensor:
         """What is left of a layer's output ``(images, 1 + patches, dim)``, CLS first."""
         assert self.keys is not None
         batch, tokens = hidden.shape[:2]
@@ -342,15 +350,3 @@ class VisionPruner(Watch):
         full.scatter_(1, kept[..., None].expand(tiles.shape), tiles)
         made = self.hand_on(full)
         return made if output.dim() == 3 else made[0]
-
-
-class _LayerHook:
-    """Forward hook of one tower layer, whose output may be a tensor or a tuple."""
-
-    def __init__(self, pruner: VisionPruner, stage: VisionStage) -> None:
-        self.pruner, self.stage = pruner, stage
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (self.pruner.after_layer(self.stage, output[0]), *output[1:])
-        return self.pruner.after_layer(self.stage, output)
