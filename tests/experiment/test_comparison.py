@@ -17,7 +17,6 @@ from vlm_prune_ext.experiment.comparison import (
     summary_table,
 )
 from vlm_prune_ext.experiment.grid import DONE, Cell, line_of
-from vlm_prune_ext.experiment.latex import latex
 from vlm_prune_ext.experiment.log import Log
 from vlm_prune_ext.experiment.metrics import bleu_words
 from vlm_prune_ext.experiment.pareto import COSTS, curves, front
@@ -35,6 +34,7 @@ from vlm_prune_ext.experiment.record import (
     ranges,
 )
 from vlm_prune_ext.experiment.results import LOG, Results, read
+from vlm_prune_ext.experiment.show import latex
 from vlm_prune_ext.experiment.statistics import holm
 
 ROWS = 60

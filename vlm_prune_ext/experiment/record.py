@@ -381,11 +381,7 @@ class Record:
     @property
     def mean_visual_tokens(self) -> float:
         """Visual tokens kept, mean over decoder layers."""
-        layers = sum(group.last - group.first + 1 for group in self.visual_tokens)
-        if not layers:
-            return 0.0
-        held = sum(g.after * (g.last - g.first + 1) for g in self.visual_tokens)
-        return held / layers
+        return mean_held(self.visual_tokens)
 
     @property
     def last_visual_tokens(self) -> float | None:
@@ -396,6 +392,12 @@ class Record:
     def token_steps(self) -> str:
         """Visual tokens of a sample on their way through the layers: ``576 → 100``."""
         return token_steps(self.visual_tokens)
+
+
+def mean_held(groups: Sequence[LayerGroup]) -> float:
+    """Visual tokens that groups of layers hold, mean over layers; 0 of none."""
+    layers = sum(group.last - group.first + 1 for group in groups)
+    return sum(g.after * (g.last - g.first + 1) for g in groups) / layers if layers else 0.0
 
 
 def token_steps(groups: Sequence[LayerGroup]) -> str:

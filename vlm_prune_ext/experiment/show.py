@@ -11,11 +11,10 @@ from vlm_prune_ext.experiment.comparison import (
     pair_table,
     summary_table,
 )
-from vlm_prune_ext.experiment.latex import latex
 from vlm_prune_ext.experiment.log import write_whole
 from vlm_prune_ext.experiment.pareto import draw
 from vlm_prune_ext.experiment.published import published_table
-from vlm_prune_ext.experiment.report import write_table
+from vlm_prune_ext.experiment.report import Table, terminal_text, write_table
 from vlm_prune_ext.experiment.results import Results
 
 TABLES = ("md", "csv", "tex", "json")
@@ -65,3 +64,42 @@ def write(
             written.append(path)
     plots = [name for name in PLOTS if name in formats]
     return written + draw(results, results.folder / "sweep", plots, titles)
+
+
+# -- LaTeX with booktabs ---------------------------------------------------------------------------
+_SIGNS = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "→": r"$\rightarrow$",
+    "±": r"$\pm$",
+    "×": r"$\times$",
+    "…": r"\ldots{}",
+    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+}
+
+
+def latex_cell(value: object) -> str:
+    """A text that LaTeX prints as it is."""
+    return "".join(_SIGNS.get(character, character) for character in terminal_text(value))
+
+
+def latex(table: Table) -> str:
+    """A table as a ``tabular`` of its own; the document needs ``\\usepackage{booktabs}``."""
+    sides = "".join("l" if column.left else "r" for column in table.columns)
+    head = " & ".join(latex_cell(column.name) for column in table.columns)
+    rows = (" & ".join(map(latex_cell, row)) + r" \\" for row in table.cells())
+    said = [f"% {latex_cell(text)}" for text in (table.title, table.legend(), *table.notes) if text]
+    return "\n".join(
+        [
+            *said,
+            rf"\begin{{tabular}}{{{sides}}}",
+            r"\toprule",
+            rf"{head} \\",
+            r"\midrule",
+            *rows,
+            r"\bottomrule",
+            r"\end{tabular}",
+            "",
+        ]
+    )

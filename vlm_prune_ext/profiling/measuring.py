@@ -19,7 +19,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ from vlm_prune_ext.experiment.measure import (
 )
 from vlm_prune_ext.experiment.measure import warm as warm_up
 from vlm_prune_ext.experiment.metrics import METRICS, Answered, everywhere, fitting, score_all
-from vlm_prune_ext.experiment.record import Sample, Spread, held
+from vlm_prune_ext.experiment.record import LayerGroup, Sample, Spread, layer_groups, mean_held
 from vlm_prune_ext.models.base import starts_with
 from vlm_prune_ext.profiling.loading import Loaded
 from vlm_prune_ext.pruning import prune
@@ -425,7 +425,10 @@ class CellMeasurer:
                         prompt_tokens=batch.visual[row] + batch.text[row],
                         new_tokens=new[row],
                         visual_tokens=batch.visual[row],
-                        visual_kept={str(layer): counts[row] for layer, counts in kept.items()},
+                        visual_kept={
+                            "0": batch.visual[row],
+                            **{str(layer): counts[row] for layer, counts in kept.items()},
+                        },
                         lengths=list(run.trace.lengths),
                         prefill_seconds=clock.ttft / size,
                         decode_seconds=clock.decode / size,
@@ -489,11 +492,13 @@ class CellMeasurer:
         )
 
     def _tokens(self, samples: Sequence[Sample], batches: Sequence[Batch]) -> Tokens:
-        layers = [_held(sample) for sample in samples]
+        visual = statistics.fmean(sample.visual_tokens for sample in samples)
+        # Of encoder-decoder models no layers are known.
+        groups = layer_groups(samples) or [LayerGroup(0, 0, visual, visual)]
         return Tokens(
-            visual=statistics.fmean(sample.visual_tokens for sample in samples),
-            visual_kept=statistics.fmean(statistics.fmean(counts) for counts in layers),
-            visual_last=statistics.fmean(counts[-1] for counts in layers),
+            visual=visual,
+            visual_kept=mean_held(groups),
+            visual_last=groups[-1].after,
             text=statistics.fmean(count for batch in batches for count in batch.text),
             width=statistics.fmean(batch.width for batch in batches),
             new=statistics.fmean(sample.new_tokens for sample in samples),
@@ -503,12 +508,3 @@ class CellMeasurer:
     def _new(self, run: _Run) -> list[int]:
         """New tokens of each example, its end token included."""
         return lengths_until(run.ids, stop_ids(self.model, self.processor))
-
-
-def _held(sample: Sample) -> list[int]:
-    """Visual tokens of a sample in each decoder layer; where nothing was dropped, all of them."""
-    if not sample.visual_kept or not sample.lengths:
-        return [sample.visual_tokens]
-    first = {"0": sample.visual_tokens, **sample.visual_kept}
-    whole = replace(sample, visual_kept=first)
-    return [held(whole, layer) for layer in range(len(sample.lengths))]
