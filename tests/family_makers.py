@@ -480,6 +480,79 @@ def llava_onevision(folder: Path, layers: int = 4) -> None:
     ).save_pretrained(folder)
 
 
+def _video_llava(kind: str, folder: Path, layers: int, **fields: Any) -> tuple[Any, dict[str, Any]]:
+    """LLaMA behind CLIP; returns the tokenizer and what both processors take."""
+    names = ["<pad>", "</s>", "<s>", "<image>", "<video>"]
+    _save(
+        kind,
+        folder,
+        text_config=_text(layers, model_type="llama"),
+        image_token_index=3,
+        video_token_index=4,
+        tie_word_embeddings=False,
+        **fields,
+    )
+    # The published templates put all images of a turn in front of its videos, both before its text.
+    template = (
+        "{% for message in messages %}{{ message['role'].upper() + ': '}}"
+        "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+        "{{ '<image>\n' }}{% endfor %}"
+        "{% for content in message['content'] | selectattr('type', 'equalto', 'video') %}"
+        "{{ '<video>\n' }}{% endfor %}"
+        "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+        "{{ content['text'] + ' ' }}{% endfor %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+    )
+    given = {
+        "patch_size": 7,
+        "num_additional_image_tokens": 1,
+        "vision_feature_select_strategy": "default",
+        "chat_template": template,
+    }
+    tokenizer = fast_tokenizer(names, "<s>", bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    return tokenizer, given
+
+
+def llava_next_video(folder: Path, layers: int = 4) -> None:
+    pinpoints = [[28, 28], [28, 56], [56, 28], [56, 56]]
+    tokenizer, given = _video_llava(
+        "LlavaNextVideo",
+        folder,
+        layers,
+        vision_config=_vision(model_type="clip_vision_model"),
+        image_grid_pinpoints=pinpoints,
+        image_seq_length=16,
+    )
+    size = {"shortest_edge": 28}
+    crop = {"height": 28, "width": 28}
+    transformers.LlavaNextVideoProcessor(
+        transformers.LlavaNextVideoVideoProcessor(size=size, crop_size=crop),
+        transformers.LlavaNextImageProcessor(
+            size=size, crop_size=crop, image_grid_pinpoints=pinpoints
+        ),
+        tokenizer,
+        **given,
+    ).save_pretrained(folder)
+
+
+def video_llava(folder: Path, layers: int = 4) -> None:
+    tokenizer, given = _video_llava(
+        "VideoLlava",
+        folder,
+        layers,
+        vision_config=_vision(model_type="clip_vision_model"),
+        image_seq_length=16,
+        video_seq_length=136,
+    )
+    size = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+    transformers.VideoLlavaProcessor(
+        transformers.VideoLlavaImageProcessor(**size),
+        transformers.VideoLlavaVideoProcessor(**size),
+        tokenizer,
+        **given,
+    ).save_pretrained(folder)
+
+
 def _idefics(kind: str, folder: Path, layers: int) -> None:
     names = ["<pad>", "<end_of_utterance>", "<|im_start|>", "<fake_token_around_image>"]
     names += ["<image>", "<global-img>", *(f"<row_{a}_col_{b}>" for a in (1, 2) for b in (1, 2))]
@@ -806,6 +879,12 @@ TABLE = {
     "gemma4": Kind(gemma4, "Gemma4"),
 }
 """Families that are a line of the table and nothing else."""
+
+VIDEO = {
+    "llava_next_video": Kind(llava_next_video, "LlavaNextVideo"),
+    "video_llava": Kind(video_llava, "VideoLlava"),
+}
+"""The same, made for videos."""
 
 
 # -------------------------------------------------------------- InternVL as it was published

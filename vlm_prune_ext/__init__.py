@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 # (lmms-eval imports every plug-in at start, whether it is used or not).
 _HOMES = {
     "load": "models",
+    "Clip": "models.clips",
     "prune": "pruning",
     "ask": "evals.answer",
     "attach": "pruning",

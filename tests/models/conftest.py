@@ -10,8 +10,9 @@ import pytest
 
 from tests import family_makers, makers
 
+_KINDS = family_makers.KINDS | family_makers.TABLE | family_makers.VIDEO
 FAMILIES: dict[str, Callable[[Path], Any]] = {
-    **{name: kind.make for name, kind in (family_makers.KINDS | family_makers.TABLE).items()},
+    **{name: kind.make for name, kind in _KINDS.items()},
     "internvl_chat": lambda folder: family_makers.internvl_chat(folder, "LlamaForCausalLM"),
     "llava": makers.tiny_original,
     "llava_hf": makers.tiny_hf_llava,

@@ -16,13 +16,15 @@ from transformers import AutoProcessor
 from transformers.video_utils import load_video
 
 import vlm_prune_ext as vp
-from tests import makers, tables, video_makers
+from tests import family_makers, makers, tables, video_makers
 from tests.models import test_families as families
 from vlm_prune_ext.errors import RowError
-from vlm_prune_ext.models.clips import Clip, read_clip
+from vlm_prune_ext.models.clips import read_clip
 from vlm_prune_ext.models.images import digest_of
 
+Clip = vp.Clip
 NAMES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "glm4v", "gemma4")
+NAMES += tuple(family_makers.VIDEO)
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -108,7 +110,7 @@ def test_a_batch_of_videos_pictures_and_text_equals_singles(
 @pytest.mark.parametrize("name", [*tables.EVERYWHERE, "dart", "sparsevlm"])
 def test_every_method_by_frame_and_by_video(form: families.Form, clip: Path, name: str) -> None:
     """A budget is of each frame, or of the whole video; keeping all is the unpruned model."""
-    if form.name in ("qwen2_vl", "glm4v", "gemma4"):
+    if form.name not in ("qwen2_5_vl", "qwen3_vl", "llava_onevision"):
         pytest.skip("the decoder of another one here")
     inputs = form.processor.prompt("What?", Clip(clip, 4))
     methods = {**families.METHODS, **families.OTHERS}
@@ -145,6 +147,26 @@ def test_what_is_left_of_a_whole_video_is_what_the_masked_model_computes(
         form.model(**inputs, use_cache=False)
     scale = {"atol": 1e-5 * float(masked.first.abs().max()), "rtol": 0.0}
     families.compare_rows(seen.first, masked.first, kept[2], inputs, **scale)
+
+
+@pytest.mark.parametrize("method", [vp.FasterVLM(budget=2), vp.DivPrune(ratio=0.5)])
+def test_methods_behind_the_tower_by_frame(form: families.Form, clip: Path, method: Any) -> None:
+    """Frames are chosen from one by one, as if each were a picture; where a model pools them, a
+    method that needs the tower's patches says so."""
+    inputs = form.processor.prompt("What?", Clip(clip, 4))
+    try:
+        with vp.prune(form.model, method) as trace:
+            form.generate(inputs, steps=1)
+    except vp.InputError as error:
+        assert isinstance(method, vp.FasterVLM), error
+        assert "pools in videos" in str(error) or "by its vision tower" in str(error)
+        assert form.name not in ("qwen2_5_vl", "qwen3_vl")
+        return
+    frames = [count for _, count in trace.spans[0]]
+    each = [2 if isinstance(method, vp.FasterVLM) else round(0.5 * n) for n in frames]
+    assert trace.visual_tokens[0] == [sum(each)]
+    kept = trace.vision_kept[max(trace.vision_kept)]
+    assert [int((row >= 0).sum()) for row in kept] == each
 
 
 def test_sources_of_one_video_give_one_input(folders: Any, clip: Path) -> None:

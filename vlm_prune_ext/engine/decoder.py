@@ -36,6 +36,7 @@ from vlm_prune_ext.engine.prompt import (
     Image,
     VisualSpan,
     check_stated,
+    has_videos,
     images_found,
     images_from_argument,
     images_stated,
@@ -53,7 +54,7 @@ from vlm_prune_ext.engine.state import (
     watch,
 )
 from vlm_prune_ext.engine.trace import Trace
-from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.errors import InputError, RowError
 from vlm_prune_ext.methods.base import Method, say_once
 from vlm_prune_ext.methods.evidence import Stage
 
@@ -270,10 +271,37 @@ class DecoderPruner:
         if self.visual_span is not None:
             return images_from_argument(self.visual_span, batch, length)
         if found is not None:
-            return images_found(found, batch, length, self.whole_videos)
+            self._check_videos(found)
+            images = images_found(found, batch, length, self.whole_videos)
+            self._say_what_frames_get(images)
+            return images
         if self.parts.watch_spans is not None:
             return []
         return images_stated(self.stated, batch, length)
+
+    def _check_videos(self, found: Found) -> None:
+        """Raise RowError where a rule would look for a video's tokens among its patches in vain."""
+        vision = self.parts.vision
+        if self.site is None or not self.site.works_in_tower or vision is None:
+            return
+        if vision.pools_videos and has_videos(found):
+            raise RowError(
+                f"{self.method.name} chooses among the tower's patches, which "
+                f"{type(self.parts.model).__name__} pools in videos: methods that choose among the "
+                "prompt's tokens apply (divprune, dycoke, random, those in the language model)."
+            )
+
+    def _say_what_frames_get(self, images: list[Image]) -> None:
+        """Say once that a budget of a whole video leaves frames with nothing."""
+        behind = self.site.stage if self.site is not None else None
+        stages = [*self.stages.values(), *([behind] if behind is not None else [])]
+        budgets = [stage.budget for stage in stages if isinstance(stage.budget, int)]
+        most = max((len(image.frames) for image in images), default=0)
+        if budgets and min(budgets) < most:
+            say_once(
+                f"{self.method.name}: a budget of {min(budgets)} tokens for a video of {most} "
+                "frames is below one token per frame: some keep none."
+            )
 
     def _start(self, given: DecoderInput, images: list[Image], kwargs: dict) -> tuple[State, dict]:
         """What is known of a prompt, and the decoder's arguments for what enters layer 0."""

@@ -84,6 +84,8 @@ class VisionParts:
         grid: patches per side.
         cls: whether CLS is the first of its tokens.
         drops: whether its layers may drop patches (CLIP's may).
+        pools_videos: frames of videos are made smaller around the projector: which tokens are which
+            patches is not known then.
         packed: for towers that take all images as one sequence (Qwen's); the other fields but
             ``tower`` and ``projector`` do not matter then.
     """
@@ -96,6 +98,7 @@ class VisionParts:
     projector: nn.Module | None = None
     cls: bool = True
     drops: bool = True
+    pools_videos: bool = False
     packed: Packed | None = None
 
 

@@ -328,6 +328,12 @@ def images_found(found: Found, batch: int, length: int, whole_videos: bool) -> l
     return images_from_mask(mask, lengths, whole_videos)
 
 
+def has_videos(found: Found | None) -> bool:
+    """Whether what the adapter saw of a prompt holds videos."""
+    lengths = None if found is None else found[1]
+    return any(isinstance(one, tuple) for row in lengths or () for one in row)
+
+
 def images_stated(stated: tuple[int | None, int | None], batch: int, length: int) -> list[Image]:
     """Images from the lengths that a method's fields state, where nothing else is known.
 

@@ -239,8 +239,13 @@ class Answerer:
         ]
 
     def _tiles(self, inputs: Any, queries: Sequence[Query]) -> list[float]:
-        images = [sum(not is_video(one) for one in query.images) for query in queries]
-        return tower_images(self.model.config, inputs, images)
+        """Of each query; where a video's frames come as pictures do, each is one."""
+        videos = [sum(map(is_video, query.images)) for query in queries]
+        images = [len(query.images) - n for query, n in zip(queries, videos, strict=True)]
+        tiles = tower_images(self.model.config, inputs, images)
+        frames = inputs.get("pixel_values_videos")
+        each = frames.shape[1] if frames is not None and frames.dim() == 5 else 0
+        return [tile + n * each for tile, n in zip(tiles, videos, strict=True)]
 
     def _inputs(self, queries: Sequence[Query]) -> Any:
         styles = {query.style for query in queries}

@@ -500,7 +500,7 @@ def tower_images(
         inputs: what ``generate`` gets.
         images: pictures of each sample, in order; ``None``: all together are one sample.
     """
-    pixels = inputs.get("pixel_values")
+    pixels = inputs.get("pixel_values", inputs.get("pixel_values_images"))
     total = sum(images) if images is not None else 1
     if pixels is None or not total:
         return [0.0] * len(images or (0,))

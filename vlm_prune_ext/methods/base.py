@@ -56,10 +56,13 @@ def say_once(text: str) -> None:
 def resolve_budget(name: str | None, budget: Budget, total: int) -> int:
     """Tokens to keep of ``total``: a count as it is, a ratio rounded (halves to even, at least 1).
 
-    A count above ``total`` keeps all of that image, which is said once where ``name``, the field's,
-    is given.
+    A count above ``total`` keeps all of that image, and a ratio of less than one token keeps one,
+    which is said once where ``name``, the field's, is given.
     """
     if isinstance(budget, float):
+        if not round(budget * total) and name is not None:
+            said = f"{name}={budget} is below one token of some images or frames"
+            say_once(f"{said}: these keep one.")
         return max(1, round(budget * total))
     if budget > total and name is not None:
         say_once(f"{name}={budget} is above the visual tokens of some images: these keep them all.")

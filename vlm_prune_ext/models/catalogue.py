@@ -75,6 +75,8 @@ FAMILIES: dict[str, FamilyLine] = {
         FamilyLine(
             "llava_onevision", "LLaVA-OneVision", _hf("LlavaOnevision"), video=True, fast=True
         ),
+        FamilyLine("llava_next_video", "LLaVA-NeXT-Video", _hf("LlavaNextVideo"), video=True),
+        FamilyLine("video_llava", "Video-LLaVA", _hf("VideoLlava"), video=True),
         FamilyLine("qwen2_vl", "Qwen2-VL", _hf("Qwen2VL"), video=True, fast=True),
         FamilyLine("qwen2_5_vl", "Qwen2.5-VL", _hf("Qwen2_5_VL"), video=True, fast=True),
         FamilyLine("qwen3_vl", "Qwen3-VL", _hf("Qwen3VL"), video=True, fast=True),
@@ -169,6 +171,14 @@ CATALOGUE: Mapping[str, Entry] = {
             8.0,
             _APACHE,
         ),
+        Entry(
+            "llava-next-video-7b",
+            "llava-hf/LLaVA-NeXT-Video-7B-hf",
+            "llava_next_video",
+            7.1,
+            _LLAMA2,
+        ),
+        Entry("video-llava-7b", "LanguageBind/Video-LLaVA-7B-hf", "video_llava", 7.4, _APACHE),
         Entry("qwen2-vl-7b", "Qwen/Qwen2-VL-7B-Instruct", "qwen2_vl", 8.3, _APACHE),
         Entry("qwen2.5-vl-3b", "Qwen/Qwen2.5-VL-3B-Instruct", "qwen2_5_vl", 3.8, "Qwen research"),
         Entry("qwen2.5-vl-7b", "Qwen/Qwen2.5-VL-7B-Instruct", "qwen2_5_vl", 8.3, _APACHE),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from vlm_prune_ext.models.catalogue import FamilyLine
 
 _TOWERS = ("vision_tower", "vision_model", "visual")
 _PROJECTORS = ("multi_modal_projector", "connector")
+_POOLS = ("vision_resampler", "apply_pooling")  # what makes frames of videos smaller
 
 
 def find_tower(inner: Any) -> tuple[VisionParts | None, str]:
@@ -31,13 +33,17 @@ def find_tower(inner: Any) -> tuple[VisionParts | None, str]:
         return None, "the model has no vision tower that is known"
     projector = next((getattr(inner, n) for n in _PROJECTORS if hasattr(inner, n)), None)
     feature = getattr(inner.config, "vision_feature_layer", None)
+    pools = any(hasattr(inner, name) for name in _POOLS)
     if is_clip(tower) and projector is not None and feature is not None:
-        return vision_parts(tower, feature=feature, projector=projector), ""
+        found = vision_parts(tower, feature=feature, projector=projector)
+        why = "frames of videos are pooled between it and the projector" if pools else ""
+        return replace(found, drops=not pools, pools_videos=pools), why
     why = (
         f"its vision tower, a {type(tower).__name__}, is not CLIP-like; methods that work in the "
         "language model apply"
     )
-    return _packed(tower) or _by_tile(tower, projector, feature), why
+    by_tile = _packed(tower) or _by_tile(tower, projector, feature)
+    return by_tile and replace(by_tile, pools_videos=pools), why
 
 
 def _by_tile(tower: Any, projector: nn.Module | None, feature: Any) -> VisionParts | None:
