@@ -294,8 +294,9 @@ class DecoderPruner:
     def _say_what_frames_get(self, images: list[Image]) -> None:
         """Say once that a budget of a whole video leaves frames with nothing."""
         behind = self.site.stage if self.site is not None else None
-        stages = [*self.stages.values(), *([behind] if behind is not None else [])]
-        budgets = [stage.budget for stage in stages if isinstance(stage.budget, int)]
+        stated = [stage.budget for stage in self.stages.values()]
+        stated += [behind.budget] if behind is not None else []
+        budgets = [budget for budget in stated if isinstance(budget, int)]
         most = max((len(image.frames) for image in images), default=0)
         if budgets and min(budgets) < most:
             say_once(
