@@ -48,7 +48,8 @@ def no_grad():
 
 
 # -- other families ----------------------------------------------------------------------------
-JOINING = ("qwen2_5_vl", "qwen3_vl", "idefics3", "gemma3", "internvl")  # patches, in the projector
+JOINING = ("qwen2_5_vl", "qwen3_vl", "glm4v", "idefics3", "gemma3", "internvl", "aya_vision")
+"""Patches, in the projector."""
 FAMILIES = (*JOINING, "llava_onevision", "paligemma")
 WITH_CLS = ("internvl",)
 
@@ -96,6 +97,72 @@ def test_family(form: Form, name: str) -> None:
         assert counts == [max(1, round(0.5 * total)) for total in totals]
     who = None if name in ("divprune", "downsample") else "received"
     assert trace.vision_attention == ("cls" if who and form.name in WITH_CLS else who)
+
+
+MROPE = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_5", "glm4v")
+
+
+@pytest.mark.parametrize("name", MROPE)
+def test_positions_of_what_is_left_are_unchanged(name: str, tmp_path: Path) -> None:
+    """On all three axes, padded, with several pictures and none; and a batch is its singles."""
+    getattr(family_makers, name)(tmp_path)
+    form = load_form(name, tmp_path)
+    pictures = makers.photos(3)
+    images = [pictures[:1], pictures[1:], [], pictures[2:]]
+    texts = ["What is this?", "Which of them is red?", "Hello!", "How many?"]
+    inputs = form.processor.batch(texts, images)
+    seen: list[torch.Tensor] = []
+
+    def see(module: Any, args: Any, kwargs: Any) -> None:
+        if kwargs["inputs_embeds"].shape[1] > 1:
+            seen.append(kwargs["position_ids"][-3:])
+
+    decoder: Any = vp.models.parts_of(form.model).decoder
+    for method in (None, vp.DivPrune(ratio=0.5)):
+        with vp.prune(form.model, method) as trace:
+            handle = decoder.register_forward_pre_hook(see, with_kwargs=True)
+            tokens, logits = form.generate(inputs, 3)
+            handle.remove()
+    whole, left = seen
+    kept, row = next(iter(trace.vision_kept.values())), 0
+    merge = form.model.config.vision_config.spatial_merge_size
+    lengths = (inputs["image_grid_thw"].prod(dim=1) // merge**2).tolist()
+    for sample, own in enumerate(images):
+        visual = inputs["input_ids"][sample] == form.processor.image_token_id
+        stays, places = ~visual, visual.nonzero()[:, 0]
+        first = 0
+        for _ in own:
+            mine = kept[row][kept[row] >= 0]
+            stays[places[first : first + lengths[row]][mine]] = True
+            first, row = first + lengths[row], row + 1
+        assert first == len(places) and int(stays[visual].sum()) < max(1, first)
+        expected = whole[:, sample, stays]
+        assert torch.equal(left[:, sample, -expected.shape[1] :], expected)
+        with vp.prune(form.model, vp.DivPrune(ratio=0.5)):
+            one = form.generate(form.processor.batch([texts[sample]], [own]), 3)
+        assert torch.equal(one[0][0], tokens[sample])
+        torch.testing.assert_close(one[1][0], logits[sample], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mistral3", "ovis2", "gemma4", "blip2_opt"])
+def test_towers_that_are_not_read(name: str, tmp_path: Path) -> None:
+    """What reads the tower says what it reads and what fits; what reads tokens alone applies."""
+    getattr(family_makers, name)(tmp_path)
+    form = load_form(name, tmp_path)
+    for method, what in (
+        (vp.FasterVLM(budget=3), "reads attention of the vision tower: .*DivPrune"),
+        (vp.SCOPE(budget=3), "reads (attention|features).* of the vision tower: .*DivPrune"),
+    ):
+        with pytest.raises(vp.InputError, match=what) as told, vp.prune(form.model, method):
+            pass
+        assert "\n" not in str(told.value)
+    with vp.prune(form.model, vp.DivPrune(ratio=0.5)) as trace:
+        tokens, logits = form.generate(form.inputs([0, 1]), 3)
+        assert trace.visual_tokens[0] == [max(1, round(0.5 * n)) for n in trace.visual_input]
+        for i in range(2):
+            one = form.generate(form.inputs([i]), 3)
+            assert torch.equal(one[0][0], tokens[i])
+            torch.testing.assert_close(one[1][0], logits[i], atol=1e-4, rtol=1e-4)
 
 
 def test_text_between_tiles_stays_where_it_is(form: Form) -> None:

@@ -146,18 +146,18 @@ def test_restored_after_an_exception(form: families.Form, baseline: Any) -> None
 
 
 def test_several_images_and_none(form: families.Form) -> None:
-    """Samples with two images, none and one in one batch equal singles."""
-    pictures = makers.photos(3)
-    images = [[pictures[0], pictures[1]], [], [pictures[2]]]
+    """Samples with two images, none and one in one batch of four equal singles."""
+    pictures, texts = makers.photos(3), [*families.TEXTS, "And what is that, in a few words?"]
+    images = [[pictures[0], pictures[1]], [], [pictures[2]], [pictures[1]]]
     if form.name == "paligemma":
         with pytest.raises(vp.InputError, match="PaliGemmaProcessor does not take images of no"):
             form.processor.prompt(families.TEXTS[1])
         images[1] = [pictures[1]]
     with vp.prune(form.model, families.METHODS["fastv"]) as trace:
-        tokens, logits = form.generate(form.processor.batch(families.TEXTS, images))
+        tokens, logits = form.generate(form.processor.batch(texts, images))
         assert trace.visual_input[1] == 0 or form.name == "paligemma"
-        for i in range(3):
-            inputs = form.processor.prompt(families.TEXTS[i], images[i])
+        for i in range(4):
+            inputs = form.processor.prompt(texts[i], images[i])
             one_tokens, one_logits = form.generate(inputs)
             assert torch.equal(tokens[i], one_tokens[0])
             torch.testing.assert_close(logits[i], one_logits[0], **exactly(form))

@@ -23,8 +23,16 @@ from vlm_prune_ext.methods.evidence import CLS, FeatureEvidence, FeatureStage, N
 Answer = torch.Tensor | NewTokens
 MERGES = (
     "merges features in front of the projector, and this model's projector makes one token of "
-    "several patches: methods that choose among tokens apply."
+    "several patches: methods that choose among tokens (DivPrune, FasterVLM, VisPruner, SCOPE, "
+    "HoloV) or work in the language model apply."
 )
+_READ = {
+    "attention": "attention",
+    "features": "features of patches",
+    "keys": "keys",
+    "last": "queries and keys of the last layer",
+    "joint": "the space shared with its text half",
+}
 
 
 @dataclass
@@ -292,7 +300,11 @@ def feature_site(
     if stage.over == "span" or (stage.needs == ("projected",) and vision is None):
         return FeatureSite(stage, None, trace)
     if vision is None or vision.projector is None:
-        raise InputError(f"{method.name} chooses by its vision tower: {parts.why_no_vision}.")
+        what = " and ".join(_READ[need] for need in stage.needs if need in _READ)
+        raise InputError(
+            f"{method.name} reads {what} of the vision tower: {parts.why_no_vision}, and so does "
+            "DivPrune, which reads the visual tokens alone."
+        )
     if vision.packed is not None and {"keys", "last"} & set(stage.needs):
         raise InputError(f"{method.name} {MERGES}")
     joint = None

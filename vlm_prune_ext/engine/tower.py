@@ -150,7 +150,9 @@ class Watch:
     ) -> torch.Tensor | None:
         if not self._addressing:
             return None
-        made = self.hand_on(output if output.dim() == 3 else output[None])
+        # Some give tokens as rows and columns (Aya Vision), some one tile without its dimension.
+        tiles = output.flatten(1, -2) if output.dim() > 2 else output[None]
+        made = self.hand_on(tiles)
         return made.view_as(output)
 
     def hand_on(self, tiles: torch.Tensor) -> torch.Tensor:

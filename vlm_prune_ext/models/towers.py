@@ -82,7 +82,9 @@ def _packed(tower: Any) -> VisionParts | None:
     whole = getattr(tower, "fullatt_block_indexes", None) or [len(blocks) - 1]
     index = max(whole)
     group = int(tower.spatial_merge_size) ** 2
-    packed = Packed(blocks[index].attn, _Rotated(blocks[index].attn, rotate), group)
+    # GLM-4.1V's merger is handed tokens: what it has of patches stands in front of a convolution.
+    entrance = tower.post_layernorm if hasattr(tower, "downsample") else None
+    packed = Packed(blocks[index].attn, _Rotated(blocks[index].attn, rotate), group, entrance)
     return VisionParts(
         tower=tower,
         layers=blocks,
