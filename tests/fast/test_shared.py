@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -125,6 +126,24 @@ def test_what_is_told_of_shared_answers(models: Any) -> None:
             assert answer.shared == 1 or answer.shared_layers == layers
             sample = sizes.sample(0, answer, warm_up=False)
             assert (sample.flops_computed < sample.flops) == (answer.shared > 1)
+
+
+def test_time_to_first_token_counts_what_was_kept_from_an_earlier_call(
+    models: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A picture's features serve every method that drops later, whose times are to compare."""
+    model, processor = models("original")
+    tower = model.model.vision_tower
+    plain = type(tower).forward
+    monkeypatch.setattr(
+        type(tower), "forward", lambda *a, **k: [time.sleep(0.4), plain(*a, **k)][1]
+    )
+    query = Query("What is there?", [makers.photo(seed=77)], max_new_tokens=2, digests=("77",))
+    for method in (None, METHODS["fastv"], METHODS["pdrop"]):
+        start = time.perf_counter()
+        (answer,) = Answerer(model, processor, method).answer([query])
+        assert answer.prefill_seconds > 0.4
+    assert time.perf_counter() - start < 0.4
 
 
 def test_needs_say_what_depends_on_the_question() -> None:

@@ -76,7 +76,8 @@ class Answer:
         visual_tokens: of the prompt, before anything is dropped.
         visual_kept: decoder layer -> visual tokens that enter it: layer 0, and each layer in front
             of which a rule ran (``num_layers``: behind the last).
-        prefill_seconds: until the first new token, this sample's share of its batch.
+        prefill_seconds: until the first new token, this sample's share of its batch; where the
+            picture's features were kept from an earlier call, with what they took then.
         decode_seconds: from there to the end of its batch, this sample's share.
         lengths: tokens that enter each decoder layer in the prefill, its own only (no padding);
             empty for a model whose decoder layers are not known.
@@ -225,7 +226,8 @@ class Answerer:
             clock.stop()
             if output is not None:
                 towers = self._tiles(inputs, queries) if plan is None else plan.tiles()
-                costs = _costs(self, inputs, towers, trace, clock)
+                spared = 0.0 if plan is None else plan.spared()
+                costs = _costs(self, inputs, towers, trace, clock, spared)
         if output is None:  # why is said where it was found out
             return self._together(queries, None)
         if plan is not None:
@@ -324,9 +326,15 @@ def _count_layers(model: Any, method: Method | None) -> int:
 
 
 def _costs(
-    who: Answerer, inputs: Any, towers: Sequence[float], trace: Trace, clock: TokenClock
+    who: Answerer,
+    inputs: Any,
+    towers: Sequence[float],
+    trace: Trace,
+    clock: TokenClock,
+    spared: float,
 ) -> list[Answer]:
-    """Answers that have everything but what was said."""
+    """Answers that have everything but what was said; ``spared``: seconds of an earlier call that
+    belong to this one's time to first token."""
     batch = inputs["input_ids"].shape[0]
     visual = who.processor.count_visual_tokens(inputs)
     is_visual = who.processor.is_visual(inputs["input_ids"])
@@ -344,7 +352,7 @@ def _costs(
                 new_tokens=0,
                 visual_tokens=visual[row],
                 visual_kept=kept,
-                prefill_seconds=clock.ttft / batch,
+                prefill_seconds=(clock.ttft + spared) / batch,
                 decode_seconds=clock.decode / batch,
                 lengths=who._lengths(prompts[row] - visual[row], kept),
                 batch=batch,

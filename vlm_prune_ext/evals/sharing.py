@@ -190,6 +190,10 @@ class Plan:
         """Of each row, what its pictures are for the tower."""
         return [self._asked.found[index].tiles for index in self._asked.owner]
 
+    def spared(self) -> float:
+        """Seconds that prefixes took that were there already: whole prompts would take them."""
+        return sum(prefix.seconds for prefix in self._asked.known)
+
     def told(self) -> list[dict[str, Any]]:
         """Of each row, fields of its answer about what was shared."""
         layers = self._engine.shared_layers(self._sharing.method)

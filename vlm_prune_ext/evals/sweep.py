@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import multiprocessing
 import os
 import sys
 import time
@@ -142,10 +141,6 @@ class Evaluate:
 
         if threads:
             torch.set_num_threads(threads)
-        if "fork" in multiprocessing.get_all_start_methods():
-            # VLMEvalKit scores short answers in 16 processes of its own: spawned, each would
-            # import it all.
-            multiprocessing.set_start_method("fork", force=True)
         register_datasets()
         self.held = Held(self._load)
 

@@ -7,9 +7,10 @@ asked anew.
 VLMEvalKit (checked: 0.0.20) writes pictures straight to their place, where another process, or the
 next run after a kill, takes the first half of one for the whole; and its scoring of multiple choice
 writes ``/tmp/<time to the second>.xlsx`` and reads it back, which two processes do in the same
-second. Its readers take ``None``, ``NA`` and ``null``, which options and answers may be, for
-missing values, and it finds out what a text is by running it as Python. :func:`own_files` and
-:func:`own_reading` see to all of it.
+second. It scores short answers in 16 processes, each a copy of one that holds a model: starting
+them takes seconds, what they do takes milliseconds. Its readers take ``None``, ``NA`` and ``null``,
+which options and answers may be, for missing values, and it finds out what a text is by running it
+as Python. :func:`own_files` and :func:`own_reading` see to all of it.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from __future__ import annotations
 import ast
 import contextlib
 import json
+import multiprocessing
 import re
 import sys
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -267,8 +270,8 @@ def texts(cell: str) -> list[str]:
 # -- VLMEvalKit's own files ------------------------------------------------------------------------
 @contextmanager
 def own_files() -> Iterator[None]:
-    """While this is open, pictures appear whole or not at all, scoring files have own names, and
-    tables are read as :func:`own_reading` has it.
+    """While this is open, pictures appear whole or not at all, scoring files have own names, rows
+    are scored in this process, and tables are read as :func:`own_reading` has it.
 
     Only names inside VLMEvalKit's modules are exchanged, and they are put back.
     """
@@ -276,6 +279,9 @@ def own_files() -> Iterator[None]:
     with own_reading([]), ExitStack() as stack:
         for module in _users_of(vlm.decode_base64_to_image_file):
             exchange(stack, module, "decode_base64_to_image_file", whole(module))
+        for name in ("mp", "multiprocessing"):
+            for module in _users_of(multiprocessing, name):
+                exchange(stack, module, name, _OneProcess())
         plain = multiple_choice.timestr
         exchange(stack, multiple_choice, "timestr", lambda: f"{plain()}_{tag}")
         try:
@@ -311,6 +317,18 @@ def is_spelled(value: Any, kind: type) -> bool:
         return isinstance(ast.literal_eval(value), kind)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return False
+
+
+class _OneProcess:
+    """``multiprocessing``, whose pools are one thread."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(multiprocessing, name)
+
+    @staticmethod
+    def Pool(*_: Any, **__: Any) -> ThreadPool:
+        """A pool that forks nothing."""
+        return ThreadPool(1)
 
 
 class _Pandas:
@@ -366,10 +384,11 @@ def exchange(stack: ExitStack, module: Any, name: str, new: Any) -> None:
     setattr(module, name, new)
 
 
-def _users_of(function: Callable[..., Any]) -> list[Any]:
-    """VLMEvalKit's modules that have this function under its name."""
-    loaded = [module for name, module in list(sys.modules.items()) if name.startswith("vlmeval")]
-    return [m for m in loaded if getattr(m, function.__name__, None) is function]
+def _users_of(thing: Any, name: str = "") -> list[Any]:
+    """VLMEvalKit's modules that have a function under its name, or anything under a stated one."""
+    name = name or thing.__name__
+    loaded = [module for key, module in list(sys.modules.items()) if key.startswith("vlmeval")]
+    return [module for module in loaded if vars(module).get(name) is thing]
 
 
 def whole(module: Any) -> Callable[..., None]:

@@ -35,6 +35,11 @@ PACKAGES = (
 
 def versions() -> dict[str, str]:
     """Python's version and those of :data:`PACKAGES` that are installed."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

@@ -23,6 +23,7 @@ from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.engine.prune import Session, session_on, trace_of
 from vlm_prune_ext.engine.state import Call
 from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.experiment.measure import now
 from vlm_prune_ext.fast.front import (
     RecordedRules,
     RecordedTower,
@@ -388,22 +389,33 @@ class FastGenerate:
         """What the questions share, out of memory or made now."""
         keys = self._keys(asked.keys, None if session is None else session.method)
         found = {key: self.prefixes.get(key) for key in keys}
+        asked.known[:] = [one for one in found.values() if one is not None]
         missing = [index for index, key in enumerate(keys) if found[key] is None]
         if missing:
-            inputs, tiles = asked.make(missing)
-            unknown = sorted(set(inputs) - INPUTS)
-            if unknown:
-                raise _NotHere(f"the model is given {unknown[0]}")
-            prompt, call, _ = self._enter(model, session, inputs)
-            lengths = [asked.lengths[index] for index in missing]
-            trace = None if session is None else session.trace
-            for index, prefix in zip(
-                missing, take_prefixes(prompt, call, lengths, tiles, trace), strict=True
-            ):
+            made = self._make_prefixes(model, session, asked, missing)
+            for index, prefix in zip(missing, made, strict=True):
                 found[keys[index]] = prefix
                 self.prefixes.put(keys[index], prefix)
         asked.found[:] = [one for key in keys if (one := found[key]) is not None]
         return asked.found
+
+    def _make_prefixes(
+        self, model: Any, session: Session | None, asked: Asked, which: list[int]
+    ) -> list[Prefix]:
+        device = self.pieces.recorder.device
+        start = now(device)
+        inputs, tiles = asked.make(which)
+        unknown = sorted(set(inputs) - INPUTS)
+        if unknown:
+            raise _NotHere(f"the model is given {unknown[0]}")
+        prompt, call, _ = self._enter(model, session, inputs)
+        lengths = [asked.lengths[index] for index in which]
+        trace = None if session is None else session.trace
+        made = take_prefixes(prompt, call, lengths, tiles, trace)
+        seconds = (now(device) - start) / len(made)
+        for prefix in made:
+            prefix.seconds = seconds
+        return made
 
 
 _SHARING: weakref.WeakKeyDictionary[Any, FastGenerate] = weakref.WeakKeyDictionary()

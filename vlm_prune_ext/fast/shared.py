@@ -45,6 +45,7 @@ class Asked:
         make: prefixes -> the model's inputs for them, each with one token more (any text), and the
             tiles of each.
         found: is filled with the prefixes.
+        known: is filled with those of them that were there already.
     """
 
     owner: list[int]
@@ -53,6 +54,7 @@ class Asked:
     keys: list[Hashable]
     make: Callable[[list[int]], tuple[Mapping[str, Any], list[float]]]
     found: list[Prefix] = field(default_factory=list)
+    known: list[Prefix] = field(default_factory=list)
 
 
 @dataclass
@@ -69,6 +71,7 @@ class Prefix:
         tower: what the trace says of the tower: by layer, rows of its images.
         stacked: ``(n, levels, hidden)``, see :class:`~vlm_prune_ext.fast.run.Prompt`.
         added, attention: see :class:`~vlm_prune_ext.engine.trace.Trace`.
+        seconds: that it took to make, its share of those that were made together.
     """
 
     embeds: torch.Tensor
@@ -83,6 +86,7 @@ class Prefix:
     stacked: torch.Tensor | None = None
     added: int | None = None
     attention: Any = None
+    seconds: float = 0.0
 
     @property
     def count(self) -> int:
