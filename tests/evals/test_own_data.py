@@ -16,8 +16,10 @@ from tests.makers import photo
 from vlm_prune_ext import cli
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.evals import names
+from vlm_prune_ext.evals.answer import Answerer
 from vlm_prune_ext.evals.names import check_by_sight, own_table, table_name
 from vlm_prune_ext.evals.rows import OwnVQA, open_table
+from vlm_prune_ext.experiment.record import read_record
 
 
 @pytest.fixture(autouse=True)
@@ -72,21 +74,21 @@ def test_paths_do_not_lead_out_of_the_tables_folder(tmp_path: Path) -> None:
     [
         ("nowhere.tsv", "'nowhere.tsv' does not exist"),
         ("MMBench_DEV_EN.tsv", "name of a benchmark: rename"),
-        ("task", "task of lmms-eval"),
+        ("task", "2 tasks \\(mine, other\\): the YAML file of one"),
+        ("task/nowhere.yaml", "no task of lmms-eval"),
+        ("shapes_mcq_ppl", r"multiple_choice: \./run_lmms\.sh"),
+        ("mmbench", r"group of tasks of lmms-eval.*mmbench_en_dev"),
+        ("shapes_ynn", "'shapes_yn'"),
+        ("Shapes_YNN", "'Shapes_YN'"),
     ],
 )
 def test_what_is_no_table_is_refused(tmp_path: Path, data: str, said: str) -> None:
     (tmp_path / "MMBench_DEV_EN.tsv").write_text("index\tquestion\n")
     (tmp_path / "task").mkdir()
-    (tmp_path / "task" / "mine.yaml").write_text("task: mine\n")
+    for name in ("mine", "other"):
+        (tmp_path / "task" / f"{name}.yaml").write_text(f"task: {name}\n")
     with pytest.raises(InputError, match=said):
         check_by_sight(data)
-
-
-def test_a_task_of_lmms_eval_is_sent_there() -> None:
-    pytest.importorskip("lmms_eval")
-    with pytest.raises(InputError, match=r"'pope' is a task of lmms-eval: \./run_lmms\.sh"):
-        check_by_sight("pope")
 
 
 def test_two_tables_of_one_name_are_refused(tmp_path: Path) -> None:
@@ -111,3 +113,67 @@ def test_eval_scores_it_and_a_tsv_of_multiple_choice(tmp_path: Path) -> None:
         lines = (tmp_path / "out" / stem / f"{stem}_rows.jsonl").read_text().splitlines()
         assert all(json.loads(line)["score"] in (0.0, 1.0) for line in lines)
     assert not [path for path in (tmp_path / "LMUData").rglob("*") if path.is_file()]
+
+
+TASK = """
+task: mine
+dataset_path: json
+dataset_kwargs: {data_files: {test: rows.json}}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function own.pictures
+doc_to_text: question
+doc_to_target: answer
+process_results: !function own.results
+generation_kwargs: {max_new_tokens: 3}
+metric_list: [{metric: odd, aggregation: mean, higher_is_better: true}]
+"""
+OWN = """
+from PIL import Image
+def pictures(doc): return [Image.new("RGB", (40, 40), doc["category"])]
+def results(doc, answers): return {"odd": float(doc["id"] % 2 or not answers)}
+"""
+
+
+@pytest.mark.slow
+def test_a_folder_of_a_task_of_lmms_eval(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its loop and metric, our log: what is known is not asked again, and gives the same record."""
+    pytest.importorskip("lmms_eval")
+    model = makers.tiny_original(tmp_path / "llava-v1.5-7b")
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "mine.yaml").write_text(TASK)
+    (tmp_path / "task" / "own.py").write_text(OWN)
+    rows = [
+        {"id": n, "question": f"What is {n}?", "answer": str(n), "category": color}
+        for n, color in enumerate(["red", "green", "blue", "red"])
+    ]
+    (tmp_path / "task" / "rows.json").write_text("\n".join(map(json.dumps, rows)))
+    asked: list[int] = []
+    answer = Answerer.answer
+    monkeypatch.setattr(
+        Answerer, "answer", lambda self, some: asked.append(len(some)) or answer(self, some)
+    )
+    words = ["eval", "--model", str(model), "--method", "fastv:5", "--device", "cpu"]
+    words += ["--data", "./task", "--limit", "3", "--out", str(tmp_path / "out")]
+    assert cli.main(words) == 0 and sum(asked) == 3
+    stem = "llava-1.5-7b-fastv_rank5_mine"
+    folder = tmp_path / "out" / stem
+    record = read_record(folder / f"{stem}_results.json")
+    assert record.score is not None and (record.score.name, record.samples) == ("odd", 3)
+    assert record.score.value == pytest.approx(100 / 3) and record.score.standard_error
+    assert record.last_visual_tokens == 5 and record.hardware and record.seconds
+    lines = [json.loads(x) for x in (folder / f"{stem}_rows.jsonl").read_text().splitlines()]
+    assert [line["score"] for line in lines] == [0.0, 1.0, 0.0]
+    assert lines[1]["question"] == "What is 1?" and lines[1]["category"] == "green"
+    log = folder / f"{stem}_samples.jsonl"
+    log.write_text("".join(x for x in log.read_text().splitlines(True) if '"index": 1,' not in x))
+    assert cli.main(words) == 0 and sum(asked) == 4
+    again = read_record(folder / f"{stem}_results.json")
+    assert (again.score, again.visual_tokens) == (record.score, record.visual_tokens)
+    (tmp_path / "task" / "rows.json").write_text(
+        "\n".join(map(json.dumps, [{**rows[0], "question": "And now?"}, *rows[1:]]))
+    )
+    assert cli.main(words) == 0 and sum(asked) == 5
+    assert "1 row has changed (question)" in capsys.readouterr().err

@@ -138,7 +138,8 @@ def _run(settings: Settings) -> int:
         keep_out_of_lmudata()
     import_quietly()
     from vlm_prune_ext.evals.rows import check_name, register_datasets
-    from vlm_prune_ext.evals.vlmeval_run import Models, Ranks, run_dataset
+    from vlm_prune_ext.evals.sweep import evaluate
+    from vlm_prune_ext.evals.vlmeval_run import Models, Ranks
     from vlm_prune_ext.models.adapters import check_pictures
     from vlm_prune_ext.pruning import announce
 
@@ -153,7 +154,7 @@ def _run(settings: Settings) -> int:
     made = []
     with ranks.connected(settings.device):
         for name in settings.data:
-            made.append(run_dataset(settings, name, models))
+            made.append(evaluate(settings, name, models))
     records = [one for one in made if one is not None]
     return report(records, settings) if ranks.rank == 0 else 0
 

@@ -26,7 +26,8 @@ from vlm_prune_ext.errors import InputError, reason_of
 from vlm_prune_ext.evals.answer import Answer, Answerer, Query, Sizes
 from vlm_prune_ext.evals.batch_size import BatchSize
 from vlm_prune_ext.evals.spent import current
-from vlm_prune_ext.experiment.record import Sample
+from vlm_prune_ext.experiment import host, measure
+from vlm_prune_ext.experiment.record import Sample, Stretch
 from vlm_prune_ext.models.clips import ReadyClip
 from vlm_prune_ext.models.images import ImageLike, ReadyImage, digest_of
 
@@ -328,6 +329,40 @@ def by_picture(rows: Iterable[T], picture: Callable[[T], Hashable]) -> Iterator[
         yield from group
 
 
+def sample_in(
+    batch: Batch, sizes: Sizes, index: int | str, answer: Answer, *, warm_up: bool
+) -> Sample:
+    """An answer of a batch as a line of the log."""
+    sample = sizes.sample(index, answer, warm_up=warm_up)
+    return replace(sample, seconds=batch.seconds / batch.size, batch=batch.size)
+
+
+class Stint:
+    """Answering of one process, from now on.
+
+    Args:
+        device: that it answers on.
+
+    Attributes:
+        warm_up: answers whose times say nothing, the first ones.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self.warm_up = device, 3 if device.type == "cuda" else 1
+        measure.reset_peak(device)
+        self._energy, self._start = measure.EnergyMeter(device, None), time.perf_counter()
+
+    def stretch(self, rank: int = 0) -> Stretch:
+        """What it took so far."""
+        return Stretch(
+            rank=rank,
+            seconds=time.perf_counter() - self._start,
+            peak_memory_bytes=measure.peak_memory(self._device),
+            energy_joules=self._energy.joules(),
+            hardware=host.hardware(self._device),
+        )
+
+
 def answer_rows(
     answerer: Answerer,
     rows: Iterable[tuple[int | str, Callable[[], Query]]],
@@ -361,9 +396,7 @@ def answer_rows(
         for one in batch.outcomes:
             index = indices[one.index]
             if one.answer is not None:
-                sample = sizes.sample(index, one.answer, warm_up=warm_up)
-                share = batch.seconds / batch.size
-                done[one.index] = replace(sample, seconds=share, batch=batch.size)
+                done[one.index] = sample_in(batch, sizes, index, one.answer, warm_up=warm_up)
             elif one.asked and one.error is not None:
                 raise one.error
             else:

@@ -26,7 +26,7 @@ from vlm_prune_ext.demo import CHECKPOINT
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.evals.answer import Answerer
 from vlm_prune_ext.evals.batch_size import AUTO, LARGEST, BatchSize, batch_size_of
-from vlm_prune_ext.evals.feed import Feeder, Outcome, Row, by_picture
+from vlm_prune_ext.evals.feed import Batch, Feeder, Outcome, Row, by_picture
 from vlm_prune_ext.evals.lmms_likelihood import Likelihood, Scorer
 from vlm_prune_ext.evals.lmms_plugin import class_name, method_of, models, value_of
 from vlm_prune_ext.evals.lmms_requests import Reader, Source, Task
@@ -213,12 +213,16 @@ class PruneModel(lmms):
         for batch in Feeder(self.answerer, size).batches(rows):
             answers = [one.answer for one in batch.outcomes if one.answer is not None]
             self._tally.add(batch.seconds, answers)
+            self.note(batch, tasks)
             for one in batch.outcomes:
                 yield one.index, self._result(tasks[one.index].source, one)
             if bar is not None:
                 bar.update(len(batch.outcomes))
         if bar is not None:
             bar.close()
+
+    def note(self, batch: Batch, tasks: Mapping[int, Task]) -> None:
+        """A batch is done: for whoever keeps a log."""
 
     def _order(self, tasks: Mapping[int, Task]) -> Iterator[int]:
         """Places, those with one picture side by side as far as they are near each other."""

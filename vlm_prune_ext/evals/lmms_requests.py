@@ -316,12 +316,13 @@ class Reader:
         for (task, split), mine in sets.items():
             docs = [source.doc for source in mine]
             for start in range(0, len(docs), _AT_ONCE):
-                digests = _digests(self._data[task][split], docs[start : start + _AT_ONCE])
+                digests = _digests(self.data[task][split], docs[start : start + _AT_ONCE])
                 found.update(zip(mine[start : start + _AT_ONCE], digests, strict=False))
         return [found.get(source) for source in sources]
 
     @property
-    def _data(self) -> Dataset:
+    def data(self) -> Dataset:
+        """The tasks' data: task -> split -> rows."""
         data: Dataset = self._model.task_dict
         return data
 
@@ -329,7 +330,7 @@ class Reader:
         self, source: Source, text: Any, to_visual: Callable[[Any], Any] | None
     ) -> Callable[[], Prompt]:
         def make() -> Prompt:
-            row = fetch(self._data, source)
+            row = fetch(self.data, source)
             visuals = to_visual(row) if to_visual is not None else None
             return simple_prompt(text, visuals, self._processor, self._style)
 
@@ -337,7 +338,7 @@ class Reader:
 
     def _chat(self, source: Source, to_messages: Callable[[Any], Any]) -> Callable[[], Prompt]:
         def make() -> Prompt:
-            messages = to_messages(fetch(self._data, source))
+            messages = to_messages(fetch(self.data, source))
             return chat_prompt(messages, self._processor, self._style)
 
         return make
@@ -351,7 +352,7 @@ class Reader:
         text, target, to_visual, doc, task, split = request.args
         source = Source(task, split, doc)
         if not isinstance(target, str):
-            target = str(target(fetch(self._data, source)))
+            target = str(target(fetch(self.data, source)))
         return source, self._simple(source, text, to_visual), target
 
     def _bare(self, text: str) -> Prompt:
@@ -375,7 +376,7 @@ class Reader:
 
     def _simple_follow(self, source: Source, to_text: Callable[..., Any]) -> Follow:
         def follow(number: int, answers: list[str], info: Any) -> Step:
-            row = fetch(self._data, source)
+            row = fetch(self.data, source)
             said = to_text(row, previous_output=answers, round_idx=number, previous_round_info=info)
             if not (isinstance(said, tuple) and len(said) == 5):
                 return Step(None)
@@ -389,7 +390,7 @@ class Reader:
 
     def _chat_follow(self, source: Source, to_messages: Callable[..., Any]) -> Follow:
         def follow(number: int, answers: list[str], info: Any) -> Step:
-            row = fetch(self._data, source)
+            row = fetch(self.data, source)
             said = to_messages(
                 row, round_idx=number, previous_output=answers, previous_round_info=info
             )
@@ -408,6 +409,15 @@ _AT_ONCE = 256  # samples whose pictures are read together
 
 def _digests(dataset: Any, docs: list[Any]) -> list[Hashable]:
     """Digests of the stored pictures of some samples; nothing where there are none."""
+    return [
+        tuple(digest_of(one) if isinstance(one, bytes) else one for one in own)
+        for own in stored_pictures(dataset, docs)
+    ]
+
+
+def stored_pictures(dataset: Any, docs: list[Any]) -> list[tuple[bytes | str, ...]]:
+    """Pictures of some samples as their data set stores them, files or paths; nothing where it
+    stores none."""
     names = [
         name
         for name, kind in (getattr(dataset, "features", None) or {}).items()
@@ -422,6 +432,6 @@ def _digests(dataset: Any, docs: list[Any]) -> list[Hashable]:
         stored = stored.cast_column(name, Image(decode=False))
     rows = stored[docs]
     return [
-        tuple(digest_of(one["bytes"]) if one and one["bytes"] else str(one) for one in own)
+        tuple(one["bytes"] if one and one["bytes"] else str(one and one["path"]) for one in own)
         for own in zip(*(rows[name] for name in names), strict=True)
     ]

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import tempfile
+from functools import cache
 from pathlib import Path
 
 from vlm_prune_ext.demo import CHECKPOINT
@@ -64,27 +65,30 @@ def is_by_path(name: str) -> bool:
 
 
 def is_ours(data: str) -> bool:
-    """Whether a data set has nothing to do with VLMEvalKit's data folder: one of the demo's, or a
-    table that is named by its path."""
-    return data in SHAPES or is_by_path(table_name(data))
+    """Whether a data set has nothing to do with VLMEvalKit's data folder: one of the demo's, a
+    table that is named by its path, or a task of lmms-eval."""
+    name = table_name(data)
+    return data in SHAPES or is_by_path(name) or task_file(name) is not None
 
 
 def table_name(data: str) -> str:
     """The name of a data set. A table (``path.tsv``, ``path.csv``) is known by its stem from here
-    on, in this process; other texts are names already.
+    on, in this process, and a task of lmms-eval (a YAML file, or a folder of one) by its own name;
+    other texts are names already.
 
     Raises:
-        InputError: no such file, a stem that is a data set of VLMEvalKit's, or that another table
-            of this process has.
+        InputError: no such file, a folder of several tasks, a name that is a data set of
+            VLMEvalKit's, or that another file of this process has.
     """
     path = Path(data).expanduser()
-    if path.suffix.lower() not in (".tsv", ".csv"):
-        if path.is_dir() and any(path.glob("*.yaml")):
-            raise InputError(f"data={data!r} is a folder of a task of lmms-eval: {_BY_LMMS}.")
+    if path.suffix.lower() in _OF_TASKS or (path.is_dir() and _tasks_of(path)):
+        path, name = _task_at(data, path)
+    elif path.suffix.lower() in (".tsv", ".csv"):
+        name = label_text(path.stem)
+    else:
         return data
     if not path.is_file():
         raise InputError(f"data={data!r} does not exist: a table (.tsv, .csv) is accepted.")
-    name = label_text(path.stem)
     if name in SHAPES or name in _spelled()[0]:
         raise InputError(f"data={data!r} has the name of a benchmark: rename the file.")
     if (other := _TABLES.setdefault(name, path.resolve())) != path.resolve():
@@ -92,44 +96,112 @@ def table_name(data: str) -> str:
     return name
 
 
-_BY_LMMS = "./run_lmms.sh evaluates these, with include_path=FOLDER for one's own"
+# -- tasks of lmms-eval ----------------------------------------------------------------------------
+_OF_TASKS = (".yaml", ".yml")
+_TASK = re.compile(r"""^(task|group):[ \t]*["']?([\w.+-]+)["']?[ \t]*(?:#.*)?$""", re.MULTILINE)
+
+
+def task_file(name: str) -> Path | None:
+    """File of a task of lmms-eval: one that was named by its path, or one of lmms-eval's own and of
+    this package's; ``None``: a name of VLMEvalKit's, or of nobody's."""
+    if name in _TABLES:
+        return _TABLES[name] if _TABLES[name].suffix.lower() in _OF_TASKS else None
+    if name in SHAPES or own_table(name).is_file():
+        return None
+    found = _known_tasks().get(name)
+    theirs = name[:1].isupper() and name in _spelled()[0]
+    return None if found is None or theirs else found[0]
+
+
+@cache
+def _known_tasks() -> dict[str, tuple[Path, str]]:
+    """Name -> file and kind (``task`` or ``group``), by the texts of lmms-eval's files and ours."""
+    found = importlib.util.find_spec("lmms_eval")
+    folders = (found.submodule_search_locations or []) if found else []
+    known: dict[str, tuple[Path, str]] = {}
+    for folder in [Path(__file__).parent, *map(Path, folders)]:
+        known = {**_tasks_of(folder / "tasks"), **known}
+    return known
+
+
+def _tasks_of(folder: Path) -> dict[str, tuple[Path, str]]:
+    found = {}
+    for path in sorted(folder.rglob("*.yaml")):
+        for kind, name in _TASK.findall(path.read_text("utf-8", "replace")):
+            found[name] = (path, kind)
+    return found
+
+
+def _task_at(data: str, path: Path) -> tuple[Path, str]:
+    """File and name of the only task that a path names."""
+    if path.is_dir():
+        found = {name: own for name, (own, kind) in _tasks_of(path).items() if kind == "task"}
+    else:
+        text = path.read_text("utf-8", "replace") if path.is_file() else ""
+        found = {name: path for kind, name in _TASK.findall(text) if kind == "task"}
+    if len(found) != 1:
+        what = f"{len(found)} tasks ({', '.join(found)})" if found else "no task of lmms-eval"
+        raise InputError(f"data={data!r} has {what}: the YAML file of one is accepted.")
+    ((name, own),) = found.items()
+    return own, name
+
+
+def _check_task(name: str) -> None:
+    """lmms-eval is there, and a name is that of one task whose rows have one answer each."""
+    if importlib.util.find_spec("lmms_eval") is None:
+        raise InputError(f'data={name!r} needs lmms-eval: pip install -e ".[lmms]" brings it.')
+    if name not in _TABLES and (found := _known_tasks()[name])[1] == "group":
+        beside = _tasks_of(found[0].parent)
+        some = ", ".join([task for task, (_, kind) in beside.items() if kind == "task"][:8])
+        raise InputError(
+            f"data={name!r} is a group of tasks of lmms-eval: name its tasks ({some})."
+        )
+
+    path = task_file(name)
+    kind = _OUTPUT.search(path.read_text("utf-8", "replace")) if path is not None else None
+    if kind is not None and kind[1] != "generate_until":
+        raise InputError(f"data={name!r} is a task of lmms-eval of the kind {kind[1]}: {_BY_LMMS}.")
+
+
+_OUTPUT = re.compile(r"""^output_type:[ \t]*["']?(\w+)""", re.MULTILINE)
+_BY_LMMS = "./run_lmms.sh evaluates these"
 
 
 def check_by_sight(name: str) -> None:
-    """Refuse a name that stands nowhere in VLMEvalKit's code and is no file.
+    """Refuse a name that stands nowhere in VLMEvalKit's code, is no task of lmms-eval's and no
+    file.
 
-    Its sources are searched for the name as a text: all of its data sets are spelled out there, or
-    begin with what an f-string does. What passes is looked up properly once it is imported.
+    The sources of VLMEvalKit are searched for the name as a text: all of its data sets are spelled
+    out there, or begin with what an f-string does. What passes is looked up properly once it is
+    imported.
 
     Raises:
         InputError: with the near name.
     """
     name = table_name(name)
-    if name in SHAPES or own_table(name).is_file():
+    if name in SHAPES:
+        return
+    if task_file(name) is not None:
+        _check_task(name)
         return
     words, starts = _spelled()
-    if words and name not in words and not name.startswith(tuple(starts)):
+    known = name in words or name.startswith(tuple(starts)) or own_table(name).is_file()
+    if words and not known:
         raise unknown_dataset(name, {word for word in words if word[:1].isupper()})
 
 
 def unknown_dataset(name: str, known: set[str]) -> InputError:
     """The error for a name that no data set has."""
-    if _is_lmms_task(name):
-        return InputError(f"data={name!r} is a task of lmms-eval: {_BY_LMMS}.")
-    short = str(unknown_name("dataset", name, {*known, *SHAPES})).split(" Accepted: ")[0]
+    every = {*known, *SHAPES} if name[:1].isupper() else {*known, *SHAPES, *_known_tasks()}
+    short = str(unknown_name("dataset", name, every)).split(" Accepted: ")[0]
     return InputError(
-        f"{short} Accepted: VLMEvalKit's data sets, {', '.join(SHAPES)}, a table by its path "
-        f"(.tsv, .csv), or a TSV of your own at {str(own_table(name))!r}."
+        f"{short} Accepted: VLMEvalKit's data sets, tasks of lmms-eval, {', '.join(SHAPES)}, a "
+        f"table or a task by its path (.tsv, .csv, .yaml), or a TSV of your own at "
+        f"{str(own_table(name))!r}."
     )
 
 
-def _is_lmms_task(name: str) -> bool:
-    """Whether lmms-eval has a task of this name, by the names of its files."""
-    found = importlib.util.find_spec("lmms_eval") if re.fullmatch(r"[\w.-]+", name) else None
-    folders = (found.submodule_search_locations or []) if found else []
-    return any(next(Path(f, "tasks").rglob(f"{name}.yaml"), None) for f in folders)
-
-
+@cache
 def _spelled() -> tuple[set[str], set[str]]:
     """Texts in the sources of VLMEvalKit's data sets, and beginnings of f-strings."""
     found = importlib.util.find_spec("vlmeval")

@@ -44,6 +44,7 @@ from vlm_prune_ext.evals.names import (
     is_by_path,
     own_table,
     table_name,
+    task_file,
     unknown_dataset,
 )
 from vlm_prune_ext.evals.vlmeval_store import own_reading
@@ -160,6 +161,10 @@ def check_name(name: str, mode: str) -> None:
             that VLMEvalKit cannot score.
     """
     name = table_name(name)
+    if task_file(name) is not None:
+        if mode != "all":
+            raise InputError(f"mode={mode!r} is not possible for {name}: lmms-eval does both.")
+        return
     cls = class_of(name)
     if cls is vlmeval.dataset.CustomVQADataset and mode != "infer":
         raise InputError(

@@ -24,7 +24,7 @@ from typing import Any
 
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.evals.choices import Choice, choices_of
-from vlm_prune_ext.evals.names import run_name, table_name
+from vlm_prune_ext.evals.names import run_name, table_name, task_file
 from vlm_prune_ext.experiment import grid, report, show
 from vlm_prune_ext.experiment.comparison import by_setting, failures, summary_table
 from vlm_prune_ext.experiment.grid import FAILED, SKIPPED, Cell, Held, Line, line_of, slot
@@ -126,6 +126,22 @@ def cell_of(settings: Settings) -> Cell:
     return Cell(plain, group, settings.label)
 
 
+def evaluate(settings: Settings, data: str, models: Any) -> Record | None:
+    """One model with one method on one data set of either framework's, see ``run_dataset``."""
+    name = table_name(data)
+    if task_file(name) is None:
+        from vlm_prune_ext.evals.vlmeval_run import run_dataset
+
+        return run_dataset(settings, data, models)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            f"data={data!r}: under torchrun ./run_lmms.sh evaluates tasks of lmms-eval."
+        )
+    from vlm_prune_ext.evals.lmms_run import run_task
+
+    return run_task(settings, name, models)
+
+
 # -- running ---------------------------------------------------------------------------------------
 class Evaluate:
     """Does cells: one data set with one method, on the model that it holds.
@@ -158,10 +174,10 @@ class Evaluate:
 
     def __call__(self, cell: Cell) -> Mapping[str, Any]:
         """The result is where the cell's record is, below the folder of all."""
-        from vlm_prune_ext.evals.vlmeval_run import Files, run_dataset
+        from vlm_prune_ext.evals.vlmeval_store import Files
 
         settings, _ = resolve({}, cell.settings)
-        record = run_dataset(settings, settings.data[0], self.held(cell.group))
+        record = evaluate(settings, settings.data[0], self.held(cell.group))
         path = Files(settings, table_name(settings.data[0])).ours("results.json")
         values = record.metrics if record is not None else {}
         return {"record": str(path.relative_to(settings.work_dir)), "metrics": values}

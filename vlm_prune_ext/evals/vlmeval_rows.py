@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -29,10 +28,9 @@ from vlmeval.vlm.base import BaseModel
 from vlm_prune_ext.errors import InputError, RowError
 from vlm_prune_ext.evals.answer import Query, Sizes
 from vlm_prune_ext.evals.batch_size import BatchSize
-from vlm_prune_ext.evals.feed import Batch, Feeder, Outcome, Row, by_picture
+from vlm_prune_ext.evals.feed import Batch, Feeder, Outcome, Row, Stint, by_picture, sample_in
 from vlm_prune_ext.evals.vlmeval import PrunedVLM
 from vlm_prune_ext.evals.vlmeval_store import exchange, index_of
-from vlm_prune_ext.experiment import host, measure
 from vlm_prune_ext.experiment.record import Sample, SampleLog, Stretch
 from vlm_prune_ext.experiment.report import say
 
@@ -92,22 +90,12 @@ class RowModel(BaseModel):
         model.show(self.dataset)
         self.sizes = Sizes.of(model.model.config)
         self.device = model.processor.device
-        self.warm_up = 3 if self.device.type == "cuda" else 1
-        measure.reset_peak(self.device)
-        self._energy, self._start = measure.EnergyMeter(self.device, None), time.perf_counter()
+        self._stint = Stint(self.device)
         return model
 
     def stretch(self, rank: int) -> Stretch | None:
         """What answering took; ``None`` if nothing was answered."""
-        if not self.answered:
-            return None
-        return Stretch(
-            rank=rank,
-            seconds=time.perf_counter() - self._start,
-            peak_memory_bytes=measure.peak_memory(self.device),
-            energy_joules=self._energy.joules(),
-            hardware=host.hardware(self.device),
-        )
+        return self._stint.stretch(rank) if self.answered else None
 
     # -- what the loop calls -------------------------------------------------------------------
     def ask(self, places: Sequence[int]) -> None:
@@ -157,15 +145,13 @@ class RowModel(BaseModel):
 
     def _write(self, batch: Batch) -> None:
         """Write a batch down, and keep what its rows' predictions are."""
-        warm_up, wrong = self.answered < self.warm_up, list[Exception]()
+        warm_up, wrong = self.answered < self._stint.warm_up, list[Exception]()
         samples = []
         for one in batch.outcomes:
             index = self._indices[one.index]
             if one.answer is not None:
                 self.answered += 1
-                sample = self.sizes.sample(index, one.answer, warm_up=warm_up)
-                share = batch.seconds / batch.size
-                sample = replace(sample, seconds=share, batch=batch.size)
+                sample = sample_in(batch, self.sizes, index, one.answer, warm_up=warm_up)
                 if one.index >= self._keep_positions:
                     sample = replace(sample, kept={}, patches={})
             elif (error := self._everybodys(index, one)) is not None:

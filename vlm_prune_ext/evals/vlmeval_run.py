@@ -49,6 +49,7 @@ from vlm_prune_ext.experiment.record import (
     Record,
     Sample,
     Score,
+    Stretch,
     changed,
     digest,
     read_record,
@@ -58,6 +59,7 @@ from vlm_prune_ext.experiment.record import (
 from vlm_prune_ext.experiment.settings import Settings, method_as_json
 from vlm_prune_ext.models import load
 from vlm_prune_ext.models.checkpoint import Checkpoint
+from vlm_prune_ext.tables import BadRow
 
 UNTRAINED = "The weights of this checkpoint are random: scores are those of guessing."
 
@@ -239,16 +241,19 @@ def _open_in_turn(dataset: str, ranks: Ranks) -> Table:
 
 
 def run_config(
-    settings: Settings, models: Models, rows: Table | Mapping[int | str, dict[str, str]]
+    settings: Settings,
+    models: Models,
+    rows: Table | Mapping[int | str, dict[str, str]],
+    prompts: str | None = None,
 ) -> dict[str, Any]:
-    """The resolved configuration, and what tells data (its rows, or their fingerprints) and
-    checkpoint apart from others."""
+    """The resolved configuration, and what tells data (its rows, or their fingerprints), checkpoint
+    and what makes ``prompts`` (not stated: VLMEvalKit) apart from others."""
     parts = row_parts(rows.dataset) if isinstance(rows, Table) else rows
     return {
         **settings.as_json(),
         "checkpoint": models.source.name,
         "weights": models.weights,
-        "prompts": f"VLMEvalKit {_vlmeval_version()}",
+        "prompts": prompts or f"VLMEvalKit {_vlmeval_version()}",
         "rows": digest([[str(index), found] for index, found in parts.items()]),
     }
 
@@ -321,28 +326,62 @@ def finish(
     samples = [sample for sample in every if sample.index in present]
     with _written(files.folder):
         scores, note = ({}, None) if settings.mode == "infer" else score(files, table.dataset)
+    return record_of(
+        settings,
+        models,
+        config,
+        (samples, stretches),
+        name=files.name,
+        dataset=files.dataset,
+        score=headline(table.dataset, files.dataset, scores, len(samples)),
+        scores=scores,
+        references=_references(table.dataset, [one for one in samples if not one.failed]),
+        bad=table.bad,
+        without_image=table.without_image,
+        note=note,
+    )
+
+
+def record_of(
+    settings: Settings,
+    models: Models,
+    config: Mapping[str, Any],
+    log: tuple[Sequence[Sample], Sequence[Stretch]],
+    *,
+    references: list[list[str]] | None = None,
+    bad: Sequence[BadRow] = (),
+    note: str | None = None,
+    **scored: Any,
+) -> Record:
+    """The record of a run, whoever scored it.
+
+    Args:
+        settings, models: of the run.
+        config: as :func:`run_config` makes it.
+        log: samples and stretches of the run's rows.
+        references: right answers of the rows that were answered; ``None``: there are none.
+        bad: rows that could not be asked.
+        note: what a reader must know.
+        **scored: name, data set, scores and what else the record has of these.
+    """
     notes = [note] if note else []
     if is_untrained(models.source):
         notes.append(UNTRAINED)
-    measured = summarise(samples, stretches)
-    answered = [sample for sample in samples if not sample.failed]
-    values, missing = metrics.score_all(answered, _references(table.dataset, answered))
-    bad = [{"index": row.index, "reason": row.reason} for row in table.bad]
+    measured = summarise(*log)
+    answered = [sample for sample in log[0] if not sample.failed]
+    values, missing = metrics.score_all(answered, references)
+    unasked = [{"index": row.index, "reason": row.reason} for row in bad]
     return Record(
-        name=files.name,
-        dataset=files.dataset,
         model_path=models.path,
         method=method_as_json(settings.method),
-        score=headline(table.dataset, files.dataset, scores, len(samples)),
-        scores=scores,
-        without_image=table.without_image,
         config={**config, "decoder": decoder_of(models.source)},
         versions=host.versions(),
         commit=host.commit(),
         note=" ".join(notes) or None,
         metrics=values,
         missing=missing,
-        **{**measured, "failed": bad + measured["failed"]},
+        **scored,
+        **{**measured, "failed": unasked + measured["failed"]},
     )
 
 

@@ -365,7 +365,9 @@ class Settings(ModelSettings):
 
     method: Method | None = None
     data: tuple[str, ...] = option(
-        (), NAMES, "VLMEvalKit's, path.tsv, path.csv, or the demo's, Shapes_* (default: these)"
+        (),
+        NAMES,
+        "VLMEvalKit's, lmms-eval's, path.tsv, .csv, .yaml, or the demo's (default: these)",
     )
     work_dir: str = option(
         "outputs", text("a folder", "DIR"), "default: outputs", "--work-dir", "--out"
