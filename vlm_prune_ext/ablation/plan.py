@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from vlm_prune_ext.demo import CHECKPOINT
 from vlm_prune_ext.errors import InputError, unknown_name
+from vlm_prune_ext.experiment.record import weights_fingerprint
 from vlm_prune_ext.experiment.settings import (
     DTYPES,
     FLAG,
@@ -181,7 +181,7 @@ def find_model(text: str) -> Model:
         InputError: none does.
     """
     if text == DEMO:
-        return Model(DEMO, str(CHECKPOINT), "vlm_prune_ext/demo", fingerprint(CHECKPOINT))
+        return Model(DEMO, str(CHECKPOINT), "vlm_prune_ext/demo", weights_fingerprint(CHECKPOINT))
     if text.lower() in CATALOGUE and not Path(text).is_dir():
         entry = CATALOGUE[text.lower()]
         return Model(entry.name, entry.name, entry.model_id)
@@ -206,20 +206,7 @@ def _local(name: str, path: Path, text: str) -> Model:
     from vlm_prune_ext.models.checkpoint import read_json
 
     read_json(path / "config.json", f"model {text!r}")
-    return Model(name, str(path.resolve()), path.resolve().name, fingerprint(path))
-
-
-def fingerprint(folder: Path) -> str:
-    """A short text that changes with a checkpoint's configuration, or where a file of its
-    weights has another size or age."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.rglob("*")):
-        if path.suffix in (".safetensors", ".bin", ".model"):
-            facts = path.stat()
-            digest.update(
-                f"{path.relative_to(folder)}:{facts.st_size}:{facts.st_mtime_ns}".encode()
-            )
-    return digest.hexdigest()[:16]
+    return Model(name, str(path.resolve()), path.resolve().name, weights_fingerprint(path))
 
 
 def suffix(method: Method | None) -> str:

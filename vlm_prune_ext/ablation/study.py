@@ -407,10 +407,8 @@ def comparison(records: Sequence[Record]) -> Table:
         Figure("s/row", 3, key="seconds_per_sample", path="seconds_per_sample"),
         Figure("peak GiB", 2, key="peak_memory_gib", path="peak_memory_bytes", scale=2**-30),
     ]
-    made = Table(columns, title="Captioning ablation")
-    for rank, record in enumerate(ranked(records), 1):
-        made.rows.append([column.of({**record, "rank": rank}) for column in columns])
-    return made
+    places = [{**record, "rank": rank} for rank, record in enumerate(ranked(records), 1)]
+    return Table.of(columns, places, title="Captioning ablation")
 
 
 def write_comparison(folder: Path, records: Sequence[Record]) -> None:

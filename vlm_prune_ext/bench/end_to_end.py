@@ -24,7 +24,7 @@ from vlm_prune_ext.evals.throughput import TASK, Run, lmms, lmms_own, vlmeval, w
 from vlm_prune_ext.experiment import host
 from vlm_prune_ext.experiment.log import write_json
 from vlm_prune_ext.experiment.measure import measure_roofline
-from vlm_prune_ext.experiment.report import Column, Table, write_table
+from vlm_prune_ext.experiment.report import Figure, Table, write_table
 from vlm_prune_ext.experiment.settings import Settings
 from vlm_prune_ext.methods.base import Method
 
@@ -116,32 +116,28 @@ def run(plan: Plan, folder: Path) -> list[Run]:
     return runs
 
 
+_PARTS = ("read", "open", "tokenise", "wait", "prefill", "decode", "around", "framework")
+FIGURES = (
+    Figure("framework", left=True, path="framework"),
+    Figure("method", left=True, path="method"),
+    Figure("rows", 0, path="rows"),
+    Figure("samples/s", 1, path="samples_per_second"),
+    Figure("second half", 1, path="steady"),
+    Figure("seconds in all", 1, path="seconds"),
+    Figure("batch", 0, path="largest_batch"),
+    Figure("GPU busy", 0, unit=" %", path="gpu_busy", scale=100),
+    Figure("in model", 0, unit=" %", path="in_model", scale=100),
+    *(Figure(f"{name} ms", 2, path=f"split.{name}", scale=1e3) for name in _PARTS),
+    Figure("floor ms", 2, path="floor", scale=1e3),
+    Figure("why not", left=True, path="error"),
+)
+
+
 def table_of(runs: Sequence[Run], flops: float) -> Table:
     """A row per run; ``flops``: of the device, per second."""
-    names = ("read", "open", "tokenise", "wait", "prefill", "decode", "around", "framework")
-    columns = [
-        Column("framework", left=True),
-        Column("method", left=True),
-        Column("rows", 0),
-        Column("samples/s", 1),
-        Column("second half", 1),
-        Column("seconds in all", 1),
-        Column("batch", 0),
-        Column("GPU busy", 0, unit=" %"),
-        Column("in model", 0, unit=" %"),
-        *(Column(f"{name} ms", 2) for name in names),
-        Column("floor ms", 2),
-        Column("why not", left=True),
-    ]
-    table = Table(columns, title="End to end")
-    for one in runs:
-        floor = 1e3 * one.prefill_flops / flops if one.prefill_flops else None
-        parts = [1e3 * one.split[name] if one.split else None for name in names]
-        busy = None if one.gpu_busy is None else 100 * one.gpu_busy
-        figures: list[Any] = [one.rows, one.samples_per_second, one.steady, one.seconds]
-        more = [one.largest_batch, busy, 100 * one.in_model, *parts, floor]
-        table.rows.append([one.framework, one.method, *figures, *more, one.error])
-    return table
+    floors = [one.prefill_flops / flops if one.prefill_flops else None for one in runs]
+    results = [{**asdict(one), "floor": floor} for one, floor in zip(runs, floors, strict=True)]
+    return Table.of(FIGURES, results, title="End to end")
 
 
 def random_checkpoint(shape: str, folder: Path, device: torch.device) -> Path:

@@ -105,14 +105,12 @@ COLUMNS = (
 
 def table(results: Sequence[Mapping[str, Any]], title: str) -> Table:
     """The results as people read them."""
-    made = Table(list(COLUMNS), title=title)
-    made.rows = [[column.of(result) for column in COLUMNS] for result in results]
-    made.notes = [
+    notes = [
         "TTFT: time to first token, from the planned arrival; tokens/s: of answers. Below what a "
         "server can take, tokens/s follow from the arrivals; above it, TTFT grows with the test.",
         break_even(results),
     ]
-    return made
+    return Table.of(COLUMNS, results, title=title, notes=notes)
 
 
 def break_even(results: Sequence[Mapping[str, Any]]) -> str:

@@ -79,13 +79,9 @@ def unpruned(results: Sequence[Result], result: Result) -> Result | None:
 
 def table(results: Sequence[Result], header: Mapping[str, Any]) -> Table:
     """One row a case."""
-    columns = [*FIGURES, *metric_figures()]
-    made = Table(columns, title=header["title"], notes=[legend(header)])
-    for result in results:
-        base = unpruned(results, result)
-        full = {**result, **ratios(result, base)}
-        made.rows.append([column.of(full) for column in columns])
-    return made
+    full = [{**one, **ratios(one, unpruned(results, one))} for one in results]
+    figures = [*FIGURES, *metric_figures()]
+    return Table.of(figures, full, title=header["title"], notes=[legend(header)])
 
 
 def ratios(result: Result, base: Result | None) -> dict[str, float | None]:

@@ -183,6 +183,11 @@ class Table:
     title: str = ""
     notes: list[str] = field(default_factory=list)
 
+    @staticmethod
+    def of(figures: Sequence[Figure], results: Iterable[Mapping[str, Any]], **more: Any) -> Table:
+        """A row per result, a column per figure; ``more``: title and notes."""
+        return Table(figures, [[one.of(result) for one in figures] for result in results], **more)
+
     def cells(self) -> list[list[object]]:
         """Rows as people read them."""
         return [
