@@ -7,7 +7,6 @@ import base64
 import io
 import re
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -266,8 +265,3 @@ def test_nothing_half_written_stays(writer, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="No space left"):
         writer(tmp_path / "old", 1, 4)
     assert [p.name for p in (tmp_path / "old").iterdir()] == ["mine.txt"]
-
-
-def test_write_sets_refuses_unknown_formats(tmp_path):
-    with pytest.raises(ValueError, match="xml"):
-        writers.write_sets(Path(tmp_path), seed=1, samples=1, formats=("xml",))

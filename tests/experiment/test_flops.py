@@ -19,7 +19,6 @@ from vlm_prune_ext.experiment.flops import (
     Sizes,
     VisionShape,
     decoder_flops,
-    flops_ratio,
     planned_lengths,
     tower_images,
     vision_flops,
@@ -91,9 +90,10 @@ def test_vision_drop_and_projector_by_hand() -> None:
 )
 def test_ratios_of_llava_7b(method: str, ratio: float) -> None:
     lengths = planned_lengths(parse_method(method), 32, text=35 + 32, visual=[576])
-    assert flops_ratio(LLAVA_7B, lengths) == pytest.approx(ratio, abs=0.0005)
+    whole = decoder_flops(LLAVA_7B, [643] * 32)
+    assert decoder_flops(LLAVA_7B, lengths) / whole == pytest.approx(ratio, abs=0.0005)
     # 790 TFLOP/s and 10.8 ms: the arithmetic floor of the whole prompt.
-    assert decoder_flops(LLAVA_7B, [643] * 32) / 790e12 == pytest.approx(0.0108, rel=0.01)
+    assert whole / 790e12 == pytest.approx(0.0108, rel=0.01)
 
 
 def test_planned_lengths() -> None:
@@ -120,9 +120,9 @@ def test_planned_lengths() -> None:
 
 
 def test_ratio_baselines() -> None:
-    assert flops_ratio(LLAVA_7B, [643] * 32) == 1.0
-    assert flops_ratio(LLAVA_7B, [211] * 32, 643) < 0.34
-    assert flops_ratio(LLAVA_7B, [211] * 32, [643] * 32) == flops_ratio(LLAVA_7B, [211] * 32, 643)
+    sizes = Sizes(LLAVA_7B, None)
+    assert sizes.prompt(643, 576, [643] * 32).ratio == 1.0
+    assert sizes.prompt(643, 576, [211] * 32).ratio < 0.34
 
 
 def test_shapes_from_composite_configs() -> None:
@@ -162,7 +162,8 @@ def test_ratio_of_visual_tokens_alone() -> None:
     cost = Sizes(LLAVA_7B, None).prompt(67 + 576, 576, lengths)
     layer = LLAVA_7B.layer_flops
     assert cost.ratio_visual == (2 * layer(576) + 30 * layer(288)) / (32 * layer(576))
-    assert cost.ratio == flops_ratio(LLAVA_7B, lengths) and cost.ratio > cost.ratio_visual
+    whole = decoder_flops(LLAVA_7B, [643] * 32)
+    assert cost.ratio == decoder_flops(LLAVA_7B, lengths) / whole > cost.ratio_visual
     assert cost.ratio_with_vision is None
     assert (cost + cost).ratio_visual == cost.ratio_visual
     bare = Sizes(LLAVA_7B, None).prompt(67, 0, [67] * 32)

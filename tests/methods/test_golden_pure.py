@@ -14,15 +14,24 @@ from vlm_prune_ext.methods.fastv import FastV
 from vlm_prune_ext.methods.himap import HiMAP
 from vlm_prune_ext.methods.saint import (
     SAINT,
+    SaintRanking,
     SAINTViT,
     iterative_keep,
     saint_drop,
-    saint_kept_raw,
     saint_ranking,
 )
 from vlm_prune_ext.select import mean_over_heads, top_k_ascending
 
 FOLDER = Path(__file__).parents[1] / "golden"
+
+
+def saint_kept_raw(metric: torch.Tensor, ranking: SaintRanking) -> torch.Tensor:
+    """The published code's answer: one drop count for a batch (the average of the rows' counts,
+    rounded down), surviving even places by falling rank, then the odd ones."""
+    batch, n = metric.shape[:2]
+    places = torch.arange(n).expand(batch, n)
+    drop = int(ranking.counts.sum()) // batch
+    return torch.cat([ranking.order[:, drop:], places[:, 1::2]], dim=1) if drop else places
 
 
 def items(name: str, kind: str) -> list[dict]:

@@ -22,7 +22,6 @@ from vlm_prune_ext.methods.random_drop import RandomDrop
 from vlm_prune_ext.methods.registry import (
     METHODS,
     get_method,
-    method_from_config,
     parse_method,
     settings_method,
     standard_method,
@@ -528,18 +527,13 @@ def test_fields_of_model_config() -> None:
         fast_v_agg_layer=2,
         fast_v_inplace=False,
     )
-    assert method_from_config(config) == FastV(2, 64, image_token_length=576, mode="mask")
+    assert settings_method(FastV, config) == FastV(2, 64, image_token_length=576, mode="mask")
     config.fast_v_inplace = True
-    assert method_from_config(config) == FastV(2, 64, image_token_length=576)
-    config.use_fast_v = False
-    assert method_from_config(config) is None
+    assert settings_method(FastV, config) == FastV(2, 64, image_token_length=576)
     config.use_hmap_v, config.hmap_v_attn_img_rank, config.hmap_v_sys_length = True, 50, 35
-    assert method_from_config(config) == HiMAP(attn_img_rank=50, sys_length=35)
+    assert settings_method(HiMAP, config) == HiMAP(attn_img_rank=50, sys_length=35)
     config.hmap_v_attn_img_layer = None
-    assert len(method_from_config(config).decoder_stages(32)) == 1
-    config.use_fast_v = True
-    with pytest.raises(InputError, match="use_fast_v, use_hmap_v"):
-        method_from_config(config)
+    assert len(settings_method(HiMAP, config).decoder_stages(32)) == 1
     custom = SimpleNamespace(
         use_custom_selection=True,
         custom_sys_length=35,
@@ -550,7 +544,7 @@ def test_fields_of_model_config() -> None:
         custom_temperature=0.1,
     )
     want = CustomSelection("similarity", 8, 12, 0.1, sys_length=35, image_token_length=576)
-    assert method_from_config(custom) == want
+    assert settings_method(CustomSelection, custom) == want
 
 
 def saint(**fields: object) -> SAINT:

@@ -288,23 +288,3 @@ def write_caption_csv(folder: str | os.PathLike[str], seed: int, samples: int) -
             rows.append({"image": name, "prompt": CAPTION_PROMPT, "reference": sample["answer"]})
         pd.DataFrame(rows).to_csv(part / "captions.csv", index=False)
     return Path(folder) / "captions.csv"
-
-
-def write_sets(
-    folder: str | os.PathLike[str],
-    *,
-    seed: int,
-    samples: int,
-    formats: tuple[str, ...] = ("tsv", "parquet"),
-) -> None:
-    """Write all sets in each of `formats`: `tsv`, `parquet`, `csv`."""
-    writers: dict[str, Callable[..., Any]] = {
-        "tsv": write_vlmeval_tsv,
-        "parquet": write_lmms_parquet,
-        "csv": write_caption_csv,
-    }
-    for name in formats:
-        if name not in writers:
-            raise InputError(f"formats has {name!r}; accepted are {', '.join(writers)}.")
-    for name in formats:
-        writers[name](folder, seed, samples)

@@ -247,22 +247,6 @@ def vision_flops(
     return (total + _linear(*shape.projector) * patches) * images
 
 
-def flops_ratio(
-    shape: DecoderShape, lengths: Sequence[int], baseline: Sequence[int] | int | None = None
-) -> float:
-    """Prefill FLOPs with ``lengths`` over those of the unpruned prompt (decoder and head).
-
-    Args:
-        shape: sizes of the decoder.
-        lengths: tokens that enter each layer.
-        baseline: the same without pruning, or the prompt's length; ``None``: ``lengths[0]``, for
-            methods that leave layer 0 whole.
-    """
-    whole = lengths[0] if baseline is None else baseline
-    full = [whole] * shape.layers if isinstance(whole, int) else whole
-    return decoder_flops(shape, lengths) / decoder_flops(shape, full)
-
-
 @dataclass(frozen=True)
 class PromptFlops:
     """FLOPs of one prompt, pruned and not. Sums over prompts are prompts again (``+``).

@@ -139,19 +139,6 @@ def _value(key: str, text: str) -> Any:
         raise InputError(f"{key}={text!r} is not valid: a number, name or list.") from error
 
 
-def method_from_config(config: Any) -> Method | None:
-    """The method that ``use_*`` fields of a ``model.config`` turn on, or ``None``.
-
-    Raises:
-        InputError: if more than one is on.
-    """
-    on = [cls for cls in classes() if getattr(config, cls.flag(), False)]
-    if len(on) > 1:
-        flags = ", ".join(cls.flag() for cls in on)
-        raise InputError(f"{flags} are all on: exactly one method may be.")
-    return settings_method(on[0], config) if on else None
-
-
 def settings_method(cls: type[Method], config: Any) -> Method:
     """Build ``cls`` from the ``model.config`` fields that belong to it and are there.
 

@@ -107,24 +107,6 @@ def saint_drop(
     return keep.scatter(1, order, rank >= counts.unsqueeze(1))
 
 
-def saint_kept_raw(metric: torch.Tensor, ranking: SaintRanking) -> torch.Tensor:
-    """The published code's own answer: one drop count for a batch, and its unsorted order.
-
-    The count is the batch average of the rows' counts, rounded down. For comparison only:
-    :func:`saint_drop` gives each row its own count.
-
-    Returns:
-        int64 ``(batch, kept)``: surviving even places by falling rank, then the odd places;
-        ``0 ... n-1`` where nothing is dropped.
-    """
-    batch, n = metric.shape[:2]
-    places = torch.arange(n, device=metric.device).expand(batch, n)
-    drop = int(ranking.counts.sum()) // batch
-    if drop == 0:
-        return places
-    return torch.cat([ranking.order[:, drop:], places[:, 1::2]], dim=1)
-
-
 def drop_schedule(patches: int, keep: int, r: int) -> list[int]:
     """How many patches each round of the iterative drop takes, down to ``keep``.
 
