@@ -160,6 +160,8 @@ def test_break_even(results: Results) -> None:
     row = by_label(results)["fastv_rank64"]
     assert row["saved_ms"] == pytest.approx(40)
     assert row["choosing_ms"] == pytest.approx(60 - 100 * 64 / 576)
+    assert row["saved_flops"] == pytest.approx(100 - 100 * 64 / 576)
+    assert row["saved_flops"] - row["break_even"] == pytest.approx(40)  # % of the time, too
 
 
 def test_methods_against_each_other(results: Results) -> None:

@@ -5,10 +5,10 @@
 Every model with every method at every budget on every data set; the unpruned model is always among
 them, and so are random dropping and downsampling at each budget. Each checkpoint is loaded once per
 process. A start with the same --out goes on where the last one ended, however it ended; vlm-prune
-status OUT says meanwhile where it stands. OUT has sweep.csv, .md, .tex, .html, .json, .png and .pdf
-(vlm-prune show makes them again), and a folder per cell as run_vlmeval.py makes it. A method that
-cannot have a budget costs its cell, not the sweep. Under torchrun or accelerate, and with
---launcher ray, processes elsewhere share the cells.
+status OUT says meanwhile where it stands. OUT has sweep.csv, .md, .tex, .json, .png and .pdf, one
+page, index.html (vlm-prune show makes them again), and a folder per cell as run_vlmeval.py makes
+it. A method that cannot have a budget costs its cell, not the sweep. Under torchrun or accelerate,
+and with --launcher ray, processes elsewhere share the cells.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ def run(args: argparse.Namespace) -> int:
     from vlm_prune_ext.evals.names import SHAPES, is_ours, keep_out_of_lmudata
     from vlm_prune_ext.evals.precheck import prompt_of
     from vlm_prune_ext.experiment.budgets import solve
+    from vlm_prune_ext.experiment.report import say, terminal_text
     from vlm_prune_ext.experiment.settings import Settings
+    from vlm_prune_ext.pages.show import write_page
 
     data = tuple(dict.fromkeys(args.data or SHAPES))
     if all(map(is_ours, data)):
@@ -110,7 +112,14 @@ def run(args: argparse.Namespace) -> int:
     made = sweep.plan(base, list(dict.fromkeys(models)), choices)
     launch = sweep.Launch(args.workers, args.launcher, args.address)
     results = sweep.carry_out(made, Path(args.out), launch, settings=vars(args))
-    return 0 if results is None else sweep.finish(results, start)
+    if results is None:
+        return 0
+    code = sweep.finish(results, start)
+    try:
+        print(f"Page: {terminal_text(write_page(results))}")
+    except InputError as error:  # the extra is not installed: all else is there
+        say(error, error=True)
+    return code
 
 
 def _why(check: Callable[[Any], None], value: Any) -> str:

@@ -32,7 +32,7 @@ from vlm_prune_ext.experiment.log import Log, lock, write_json
 from vlm_prune_ext.experiment.published import published_table
 from vlm_prune_ext.experiment.record import Record
 from vlm_prune_ext.experiment.report import Line as Curve
-from vlm_prune_ext.experiment.report import line_plot, write_table
+from vlm_prune_ext.experiment.report import line_plot
 from vlm_prune_ext.experiment.results import LOG, Results, Run, read
 from vlm_prune_ext.experiment.settings import MODEL, Settings, resolve
 
@@ -359,7 +359,6 @@ def finish(results: Results, start: float, titles: Mapping[str, str] | None = No
     show.write(results, titles=titles)
     if (beside := published_table(results)).rows:
         beside.show(boxed=True)
-    write_table(results.folder, "sweep", show.long_table(results), ["html"])
     for line in failures(results):
         report.say(line, error=True)
     failed = sum(len(one.failed) for one in records)

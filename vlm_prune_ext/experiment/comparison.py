@@ -237,6 +237,20 @@ FIGURES = (
         key="choosing_ms",
         path="choosing",
     ),
+    Figure(
+        "saved FLOPs",
+        1,
+        "% of the unpruned prefill's FLOPs, tower included",
+        key="saved_flops",
+        path="saved_flops",
+    ),
+    Figure(
+        "break-even",
+        1,
+        "% of these that has to be saved until time is: what choosing costs, in the same unit",
+        key="break_even",
+        path="break_even",
+    ),
 )
 WHY = Figure("why", left=True, note="why a cell was skipped or failed", path="why")
 
@@ -325,14 +339,20 @@ def _hard(results: Results, run: Run) -> Rows | None:
 
 
 def _break_even(run: Run, base: Run | None) -> dict[str, float]:
-    """Time saved, and what choosing costs of it."""
+    """Time and FLOPs saved, and what choosing costs of either."""
     times = [r.record.seconds.prefill if r and r.record else None for r in (run, base)]
     flops = run.record.flops if run.record else None
     if base is run or flops is None or times[0] is None or times[1] is None:
         return {}
     mine, whole = times[0].median, times[1].median
     ratio = flops.ratio if flops.ratio_with_vision is None else flops.ratio_with_vision
-    return {"saved": 1e3 * (whole - mine), "choosing": 1e3 * (mine - ratio * whole)}
+    choosing = mine - ratio * whole
+    return {
+        "saved": 1e3 * (whole - mine),
+        "choosing": 1e3 * choosing,
+        "saved_flops": 100 * (1 - ratio),
+        "break_even": 100 * choosing / whole,
+    }
 
 
 def pair_table(results: Results) -> Table:
