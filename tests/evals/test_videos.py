@@ -4,6 +4,7 @@ and with rows that cost only themselves."""
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import pytest
 pytest.importorskip("vlmeval")
 pytest.importorskip("lmms_eval")
 
+from lmms_eval import evaluator
 from lmms_eval.api.instance import Instance
+from lmms_eval.tasks import TaskManager
 from vlmeval.dataset import videomme
 
 import vlm_prune_ext as vp
@@ -229,6 +232,55 @@ def test_lmms(checkpoint: Path, clips: Path) -> None:
         found[kind, batch, budget] = [one.text for one in results]
     assert found["LlavaFastvChat", 4, "frame"] == found["LlavaFastvSimple", 4, "frame"]
     assert found["LlavaFastvChat", 4, "frame"] == found["LlavaFastvChat", 1, "frame"]
+
+
+TASK = """\
+task: moving
+dataset_path: parquet
+dataset_kwargs: {data_files: {test: %s}}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function utils.visuals
+doc_to_text: "Where does it go?"
+doc_to_target: answer
+generation_kwargs: {max_new_tokens: 3, temperature: 0, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+
+
+def test_a_task_of_lmms_eval(
+    checkpoint: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """lmms-eval's own evaluator on a task that hands over files: pruned and not, one clip broken;
+    what it measured stands in the results."""
+    names = ["0.mp4", "1.mp4", "0.mp4", "broken.mp4"]
+    rows = pd.DataFrame({"clip": [str(clips / name) for name in names], "answer": "left"})
+    rows.to_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "utils.py").write_text("def visuals(doc):\n    return [doc['clip']]\n")
+    (tmp_path / "moving.yaml").write_text(TASK % (tmp_path / "rows.parquet"))
+    monkeypatch.setattr(
+        "lmms_eval.api.task._resolve_hf_datasets_cache_dir", lambda: str(tmp_path / "hf")
+    )
+    left = {"llava_baseline": None, "llava_fastv": 3 * FRAMES[checkpoint.name]}
+    for name, after in left.items():
+        settings = ",agg_layer=2,attention_rank=3" if after else ""
+        results = evaluator.simple_evaluate(
+            model=name,
+            model_args=f"pretrained={checkpoint},device=cpu,frames=4{settings}",
+            tasks=["moving"],
+            batch_size=2,
+            task_manager=TaskManager(
+                "ERROR", include_path=str(tmp_path), include_defaults=False, model_name=name
+            ),
+            cli_args=Namespace(process_with_media=False, output_path=None),
+            bootstrap_iters=0,
+        )
+        said = {one["doc_id"]: one["resps"][0][0] for one in results["samples"]["moving"]}
+        assert said[0] == said[2] != "" and said[3] == ""
+        figures = results["throughput"]
+        before = figures["avg_visual_tokens_before"]
+        assert figures["avg_visual_tokens_after"] == (after or before) and before > 16
+        assert figures["avg_failed_samples"] == 1
 
 
 def test_lmms_baseline_and_bad_settings(clips: Path, tmp_path: Path) -> None:

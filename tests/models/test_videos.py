@@ -19,6 +19,7 @@ import vlm_prune_ext as vp
 from tests import family_makers, makers, tables, video_makers
 from tests.models import test_families as families
 from vlm_prune_ext.errors import RowError
+from vlm_prune_ext.methods import base
 from vlm_prune_ext.models.clips import read_clip
 from vlm_prune_ext.models.images import digest_of
 
@@ -236,6 +237,32 @@ def test_what_is_wrong_with_a_video_is_one_sentence(
         processor.prompt("<video>?", [Clip(clip, 2), Clip(clip, 2)])
     with pytest.raises(vp.InputError, match="video budget 'clip'"):
         vp.prune(processor._live_model(), vp.FastV(), video="clip")
+
+
+def test_budgets_below_one_token_per_frame(
+    folders: Any, clip: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A ratio keeps one token of each frame, a count for a whole video none of some: each is said
+    once, in one sentence."""
+    form = families.load_form("qwen3_vl", folders["qwen3_vl"])
+    inputs = form.processor.prompt("What?", Clip(clip, 8))
+    base._SAID.clear()
+    for budget, video, left, said in (
+        (0.001, "frame", 4, "attention_rank=0.001 is below one token of some images or frames"),
+        (
+            3,
+            "video",
+            3,
+            "a budget of 3 tokens for a video of 4 frames is below one token per frame",
+        ),
+    ):
+        method = vp.FastV(agg_layer=2, attention_rank=budget)
+        caplog.clear()
+        for _ in range(2):
+            with vp.prune(form.model, method, video=video) as trace:
+                form.generate(inputs, steps=1)
+            assert trace.visual_tokens[2] == [left]
+        assert [said in line for line in caplog.messages if "below" in line] == [True]
 
 
 def test_families_that_take_none(folders: Any, clip: Path, tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ class Answerer:
         share: bool = True,
         video: str = "frame",
     ) -> None:
-        self.model, self.processor, self.method = model, processor, method
+        self.model, self.processor, self.method, self.video = model, processor, method, video
         self._sharing = Sharing(model, processor, method) if share else None
         self.largest: int | None = None
         self._num_layers = _count_layers(model, method)

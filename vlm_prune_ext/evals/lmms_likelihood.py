@@ -108,7 +108,7 @@ class _Steer(LogitsProcessor):
 
 
 def score_rows(
-    model: Any, processor: Any, method: Method | None, rows: Sequence[Row]
+    model: Any, processor: Any, method: Method | None, rows: Sequence[Row], video: str = "frame"
 ) -> list[RowScore]:
     """Score one batch, or its halves where it does not fit into memory. A batch gives the same as
     single rows.
@@ -117,13 +117,14 @@ def score_rows(
         model, processor: as :func:`vlm_prune_ext.load` returns them.
         method: what prunes; ``None`` is the baseline.
         rows: the batch.
+        video: what a budget is of, see :func:`vlm_prune_ext.prune`.
 
     Raises:
         InputError: a prompt or span that is not accepted.
         torch.OutOfMemoryError: a single row does not fit.
     """
     try:
-        return _score_batch(model, processor, method, rows)
+        return _score_batch(model, processor, method, rows, video)
     except torch.OutOfMemoryError:
         if len(rows) == 1:
             raise
@@ -133,20 +134,20 @@ def score_rows(
     return [
         score
         for part in (rows[:half], rows[half:])
-        for score in score_rows(model, processor, method, part)
+        for score in score_rows(model, processor, method, part, video)
     ]
 
 
 @torch.inference_mode()
 def _score_batch(
-    model: Any, processor: Any, method: Method | None, rows: Sequence[Row]
+    model: Any, processor: Any, method: Method | None, rows: Sequence[Row], video: str
 ) -> list[RowScore]:
     inputs = processor.batch(
         [row.prompt for row in rows], [list(row.images) for row in rows], style="plain"
     )
     stop = _stop_id(model, processor)
     steer = _Steer(rows, stop)
-    with prune(model, method):
+    with prune(model, method, video=video):
         model.generate(
             **inputs,
             do_sample=False,
@@ -269,7 +270,7 @@ class Scorer:
         """Scores, or in their place what is wrong with a row."""
         one = self._answerer
         try:
-            return list(score_rows(one.model, one.processor, one.method, rows))
+            return list(score_rows(one.model, one.processor, one.method, rows, one.video))
         except (InputError, torch.OutOfMemoryError) as error:
             fault = str(error)
         if len(rows) == 1:
