@@ -11,7 +11,7 @@ import vlm_prune_ext as vp
 from tests import tables
 from tests.makers import QUESTIONS, photos, tiny_original
 from vlm_prune_ext.errors import InputError
-from vlm_prune_ext.evals.answer import Answer, Answerer, Query
+from vlm_prune_ext.evals.answer import Answer, Answerer, Query, _Ends
 from vlm_prune_ext.experiment.host import commit, hardware, versions
 from vlm_prune_ext.experiment.measure import EnergyMeter, TokenClock
 from vlm_prune_ext.experiment.record import Spread
@@ -87,6 +87,20 @@ def test_answers_end_at_a_string(loaded: tuple[Any, Any]) -> None:
     assert short.new_tokens < whole.new_tokens
 
 
+def test_strings_end_an_answer_wherever_they_are_complete(
+    loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only tokens that can complete a string are looked at closely: the same as looking at all."""
+    answerer = Answerer(*loaded)
+    text = answerer.answer([Query("What?", photos(1), max_new_tokens=12)])[0].text
+    ends = sorted({text[a : a + n] for n in (1, 2, 4) for a in range(0, len(text) - n, 3)})
+    asked = [Query("What?", photos(1), max_new_tokens=12, until=(end,)) for end in ends]
+    quick = [(one.text, one.new_tokens) for one in answerer.answer(asked)]
+    assert [one for one, _ in quick] == [text[: text.find(end)].strip() for end in ends]
+    monkeypatch.setattr(_Ends, "_may_end", lambda *_: True)
+    assert [(one.text, one.new_tokens) for one in answerer.answer(asked)] == quick
+
+
 def test_a_batch_that_does_not_fit_is_halved(
     loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,18 +108,18 @@ def test_a_batch_that_does_not_fit_is_halved(
     expected = [content(answer) for answer in answerer.answer(queries())]
     original, sizes = answerer._generate, []
 
-    def small_memory(batch: list[Query]) -> list[Answer]:
+    def small_memory(batch: list[Query], planned: Any) -> Any:
         sizes.append(len(batch))
         if len(batch) > 1:
             raise torch.OutOfMemoryError
-        return original(batch)
+        return original(batch, planned)
 
     monkeypatch.setattr(answerer, "_generate", small_memory)
     assert [content(answer) for answer in answerer.answer(queries())] == expected
     assert sizes == [4, 2, 1, 1, 1, 1]
     assert answerer.largest == 1
 
-    def no_memory(batch: list[Query]) -> list[Answer]:
+    def no_memory(*_: Any) -> Any:
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(answerer, "_generate", no_memory)

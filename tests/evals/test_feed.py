@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -68,9 +69,9 @@ def test_batches_answer_as_single_questions(loaded: tuple[Any, Any], method: Any
     assert len(set(alone.values())) > 5
     shuffled = rows(asked)
     random.Random(1).shuffle(shuffled)
-    for size in (1, 4, "auto"):
+    for size, overlap in ((1, True), (4, False), ("auto", True)):
         for given in (rows(asked), shuffled, by_picture(shuffled, lambda row: row.index % 3)):
-            batches = run(answerer, given, size)
+            batches = run(answerer, given, size, overlap=overlap)
             assert texts(batches) == alone
             assert sum(batch.size for batch in batches) == len(asked)
             assert all(batch.seconds > 0 for batch in batches)
@@ -105,16 +106,17 @@ def test_what_cannot_be_answered_costs_its_row(loaded: tuple[Any, Any]) -> None:
     answerer, asked = Answerer(*loaded, FASTV), queries(6)
     original = answerer._generate
 
-    def picky(batch: list[Query]) -> Any:
+    def picky(batch: list[Query], planned: Any) -> Any:
         if any(one.text == asked[2].text for one in batch):
             raise InputError("it contradicts the prompt")
-        return original(batch)
+        return original(batch, planned)
 
     answerer._generate = picky  # type: ignore[method-assign]
-    batches = run(answerer, rows(asked), 4)
-    failed = [one for batch in batches for one in batch.outcomes if one.error]
-    assert [(one.index, one.asked) for one in failed] == [(2, True)]
-    assert len(texts(batches)) == 5
+    for overlap in (False, True):
+        batches = run(answerer, rows(asked), 4, overlap=overlap)
+        failed = [one for batch in batches for one in batch.outcomes if one.error]
+        assert [(one.index, one.asked) for one in failed] == [(2, True)]
+        assert len(texts(batches)) == 5
     with pytest.raises(InputError, match="contradicts"):
         list(answer_rows(answerer, [(n, lambda q=q: q) for n, q in enumerate(asked)], 4))
 
@@ -138,6 +140,33 @@ def test_a_batch_that_does_not_fit_is_halved_for_good(loaded: tuple[Any, Any]) -
             assert batches[-2].size == 2 and answerer.largest == 2
     finally:
         hook.remove()
+
+
+def test_nothing_is_in_the_model_after_the_end(loaded: tuple[Any, Any]) -> None:
+    """Whoever stops, or meets an error of the model, finds it as it was; what was done before the
+    error was handed out."""
+    answerer, asked = Answerer(*loaded, FASTV), queries()
+    original, inside, calls = answerer._generate, [0], [0]
+
+    def slow(batch: list[Query], planned: Any) -> Any:
+        inside[0], calls[0] = inside[0] + 1, calls[0] + 1
+        try:
+            time.sleep(0.05)
+            if calls[0] == 3:
+                raise RuntimeError("of the model")
+            return original(batch, planned)
+        finally:
+            inside[0] -= 1
+
+    answerer._generate = slow  # type: ignore[method-assign]
+    batches = Feeder(answerer, BatchSize(2, CPU), overlap=True).batches(rows(asked))
+    assert next(batches).size == 2
+    batches.close()  # type: ignore[attr-defined]
+    assert inside == [0] and calls[0] < 4
+    calls[0], found = 0, list[Batch]()
+    with pytest.raises(RuntimeError, match="of the model"):
+        found += Feeder(answerer, BatchSize(2, CPU), overlap=True).batches(rows(asked))
+    assert inside == [0] and len(found) == 2
 
 
 def test_samples_come_in_order(loaded: tuple[Any, Any]) -> None:
@@ -235,6 +264,22 @@ def test_no_row_waits_for_long(loaded: tuple[Any, Any]) -> None:
 def test_rows_with_one_picture_stand_together() -> None:
     found = list(by_picture(range(10), lambda row: None if row == 4 else row % 3))
     assert found == [0, 3, 6, 9, 1, 7, 2, 5, 8, 4]
+
+
+def test_batches_end_where_a_picture_does(loaded: tuple[Any, Any]) -> None:
+    """Unless that leaves a quarter empty; longer runs fill theirs."""
+
+    def sizes(questions: list[int], size: int) -> list[int]:
+        asked = [
+            Query(f"Well {n}?", [png(picture)], max_new_tokens=1)
+            for picture, count in enumerate(questions)
+            for n in range(count)
+        ]
+        return [batch.size for batch in run(Answerer(*loaded), rows(asked), size)]
+
+    assert sizes([3, 3, 3, 3], 8) == [6, 6]
+    assert sizes([1] * 7, 3) == [3, 3, 1]
+    assert sizes([2, 7], 6) == [6, 3]  # a picture that fills no batch, and one that overfills one
 
 
 # -- how many ------------------------------------------------------------------------------------

@@ -199,13 +199,9 @@ def _split(
 
 def runs_of(slots: Sequence[int]) -> list[Span]:
     """Unbroken runs of ascending positions."""
-    runs: list[Span] = []
-    for slot in slots:
-        if runs and slot == sum(runs[-1]):
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-        else:
-            runs.append((slot, 1))
-    return runs
+    breaks = [place for place, (one, two) in enumerate(pairwise(slots), 1) if two != one + 1]
+    bounds = pairwise([0, *breaks, len(slots)] if slots else [])
+    return [(slots[first], stop - first) for first, stop in bounds]
 
 
 def sparing_last(images: list[Image], last: list[int]) -> list[Image]:

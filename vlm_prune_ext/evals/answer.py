@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
@@ -113,6 +113,36 @@ class Answer:
     patches: dict[int, list[int]] = field(default_factory=dict)
 
 
+Planned: TypeAlias = "list[tuple[list[int], Plan | None]]"
+"""Runs that a batch is answered in: rows, and what their prompts share (``None``: nothing)."""
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What is known when the device has done its part of a run, all of it on the host.
+
+    Attributes:
+        queries: answered.
+        output: int64 ``(rows, n)``, new tokens; counts: of each row, those of its answer.
+        prompt, mask: int64 ``(batch, n)``.
+        towers: of each row, what its pictures were for the tower.
+        trace: what was kept; clock: how long it took; spared: seconds of an earlier run that belong
+            to this one's time to first token; told: of each row, fields of its answer about what
+            was shared.
+    """
+
+    queries: Sequence[Query]
+    output: torch.Tensor
+    counts: list[int]
+    prompt: torch.Tensor
+    mask: torch.Tensor
+    towers: list[float]
+    trace: Trace
+    clock: TokenClock
+    spared: float
+    told: list[dict[str, Any]] | None
+
+
 class Answerer:
     """Answers with one model and one method.
 
@@ -163,14 +193,39 @@ class Answerer:
                 or with different options.
             torch.OutOfMemoryError: a single sample does not fit.
         """
-        if not queries:
-            return []
+        return self.run(queries, self.plan(queries))()
+
+    def plan(self, queries: Sequence[Query]) -> Planned:
+        """What of the prompts of a batch is computed together, for :meth:`run`. Needs no device:
+        another thread may plan the next batch while one is answered."""
+        if self._sharing is None:
+            return [(list(range(len(queries))), None)]
+        return self._sharing.plan(queries)
+
+    def run(
+        self, queries: Sequence[Query], planned: Planned | None = None
+    ) -> Callable[[], list[Answer]]:
+        """The device's part of :meth:`answer`.
+
+        Args:
+            queries: as there.
+            planned: :meth:`plan` of them; ``None``: it is made here.
+
+        Returns:
+            what makes the answers out of what is on the host now. Another thread may call it.
+
+        Raises:
+            InputError, torch.OutOfMemoryError: as :meth:`answer`.
+        """
         size = min(self.largest or len(queries), len(queries))
-        answers: list[Answer] = []
-        while len(answers) < len(queries):
-            batch = queries[len(answers) : len(answers) + size]
+        parts: list[Callable[[], list[Answer]]] = []
+        given = 0
+        while given < len(queries):
+            batch = queries[given : given + size]
             try:
-                answers += self._generate(batch)
+                whole = planned if len(batch) == len(queries) else None
+                parts.append(self._generate(batch, self.plan(batch) if whole is None else whole))
+                given += len(batch)
             except torch.OutOfMemoryError:
                 if len(batch) == 1:
                     raise
@@ -179,23 +234,28 @@ class Answerer:
                         "A batch of %d samples does not fit into memory: halved, and tried again.",
                         len(batch),
                     )
-                size = self.largest = len(batch) // 2
+                size = self.largest = (len(batch) + 1) // 2
             if self.largest == size and torch.cuda.is_available():
                 torch.cuda.empty_cache()  # outside of `except`, which still holds the tensors
-        return answers
+        return lambda: [answer for part in parts for answer in part()]
 
-    def _generate(self, queries: Sequence[Query]) -> list[Answer]:
-        if self._sharing is None:
-            return self._together(queries, None)
-        answers: list[Answer | None] = [None] * len(queries)
-        for rows, plan in self._sharing.plan(queries):
-            some = [queries[row] for row in rows]
-            for row, answer in zip(rows, self._together(some, plan), strict=True):
-                answers[row] = answer
-        return [answer for answer in answers if answer is not None]
+    def _generate(self, queries: Sequence[Query], planned: Planned) -> Callable[[], list[Answer]]:
+        made = [
+            (rows, self._together([queries[row] for row in rows], plan)) for rows, plan in planned
+        ]
+
+        def finish() -> list[Answer]:
+            found = {
+                row: one
+                for rows, part in made
+                for row, one in zip(rows, self._finish(part), strict=True)
+            }
+            return [found[row] for row in range(len(queries))]
+
+        return finish
 
     @torch.inference_mode()
-    def _together(self, queries: Sequence[Query], plan: Plan | None) -> list[Answer]:
+    def _together(self, queries: Sequence[Query], plan: Plan | None) -> _Said:
         """Answer queries in one run; ``plan``: what they share."""
         inputs = self._inputs(queries) if plan is None else plan.inputs(self.processor)
         clock = TokenClock(self.processor.device)
@@ -226,18 +286,28 @@ class Answerer:
             clock.stop()
             if output is not None:
                 towers = self._tiles(inputs, queries) if plan is None else plan.tiles()
+                seen = _on_host(trace)
                 spared = 0.0 if plan is None else plan.spared()
-                costs = _costs(self, inputs, towers, trace, clock, spared)
         if output is None:  # why is said where it was found out
             return self._together(queries, None)
-        if plan is not None:
-            costs = [replace(cost, **own) for cost, own in zip(costs, plan.told(), strict=True)]
-        if starts_with(output, inputs["input_ids"]):
-            output = output[:, inputs["input_ids"].shape[1] :]
+        output, prompt = output.cpu(), inputs["input_ids"].cpu()
+        if starts_with(output, prompt):
+            output = output[:, prompt.shape[1] :]
         counts = lengths_until(output, stops) if beams else ends.counts()
+        mask = inputs["attention_mask"].cpu()
+        told = None if plan is None else plan.told()
+        return _Said(queries, output, counts, prompt, mask, towers, seen, clock, spared, told)
+
+    def _finish(self, said: _Said) -> list[Answer]:
+        """The answers of a run."""
+        costs = _costs(self, said)
+        if said.told is not None:
+            costs = [replace(cost, **own) for cost, own in zip(costs, said.told, strict=True)]
         return [
-            replace(cost, text=self._text(output[row], count, query), new_tokens=count)
-            for row, (cost, count, query) in enumerate(zip(costs, counts, queries, strict=True))
+            replace(cost, text=self._text(said.output[row], count, query), new_tokens=count)
+            for row, (cost, count, query) in enumerate(
+                zip(costs, said.counts, said.queries, strict=True)
+            )
         ]
 
     def _tiles(self, inputs: Any, queries: Sequence[Query]) -> list[float]:
@@ -325,25 +395,29 @@ def _count_layers(model: Any, method: Method | None) -> int:
     return len(parts_of(model).layers)
 
 
-def _costs(
-    who: Answerer,
-    inputs: Any,
-    towers: Sequence[float],
-    trace: Trace,
-    clock: TokenClock,
-    spared: float,
-) -> list[Answer]:
-    """Answers that have everything but what was said; ``spared``: seconds of an earlier call that
-    belong to this one's time to first token."""
-    batch = inputs["input_ids"].shape[0]
-    visual = who.processor.count_visual_tokens(inputs)
-    is_visual = who.processor.is_visual(inputs["input_ids"])
-    prompts = inputs["attention_mask"].sum(dim=1).tolist()
+def _on_host(trace: Trace) -> Trace:
+    """A copy that the next run does not write to, with its tensors on the host."""
+    copied: dict[str, Any] = {}
+    for name, value in vars(trace).items():
+        if isinstance(value, dict):
+            value = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in value.items()}
+        copied[name] = list(value) if isinstance(value, list) else value
+    return Trace(**copied)
+
+
+def _costs(who: Answerer, said: _Said) -> list[Answer]:
+    """Answers that have everything but what was said."""
+    trace, clock, towers = said.trace, said.clock, said.towers
+    batch = len(said.queries)
+    image = who.processor.is_visual(said.prompt)
+    visual, prompts = image.sum(dim=1).tolist(), said.mask.sum(dim=1).tolist()
     patches = {layer: kept.shape[1] for layer, kept in sorted(trace.vision_kept.items())}
     tiles = [0, *itertools.accumulate(int(count) for count in towers)]
+    left = {n: _first_of_each(kept, batch) for n, kept in sorted(trace.visual_tokens.items())}
+    places = _places(trace, image)
     answers = []
     for row in range(batch):
-        counts = {layer: kept[row] for layer, kept in sorted(trace.visual_tokens.items())}
+        counts = {layer: kept[row] for layer, kept in left.items()}
         kept = {0: visual[row]} | counts
         answers.append(
             Answer(
@@ -352,14 +426,14 @@ def _costs(
                 new_tokens=0,
                 visual_tokens=visual[row],
                 visual_kept=kept,
-                prefill_seconds=(clock.ttft + spared) / batch,
+                prefill_seconds=(clock.ttft + said.spared) / batch,
                 decode_seconds=clock.decode / batch,
                 lengths=who._lengths(prompts[row] - visual[row], kept),
                 batch=batch,
                 tower_images=towers[row],
                 patches_kept=patches,
                 fast=trace.backend == "graphs",
-                kept=_places(trace, row, is_visual),
+                kept=places[row] if visual[row] else {},
                 patches={
                     layer: [place for place in found[tiles[row]].tolist() if place >= 0]
                     for layer, found in trace.vision_kept.items()
@@ -370,19 +444,34 @@ def _costs(
     return answers
 
 
-def _places(trace: Trace, row: int, is_visual: torch.Tensor) -> dict[int, list[int]]:
-    """``Answer.kept`` of a row. Where the tower left fewer tokens than the prompt has places, the
-    places of one picture still begin where the prompt's do."""
-    visual = is_visual[row].nonzero().flatten().tolist()
-    if not trace.kept or not visual:
-        return {}
-    if trace.vision_kept:
-        visual = list(range(visual[0], visual[0] + trace.visual_tokens[0][row]))
-    number = {place: n for n, place in enumerate(visual)}
-    return {
-        layer: sorted(number[place] for place in kept[row].tolist() if place in number)
-        for layer, kept in trace.kept.items()
-    }
+def _first_of_each(rows: Any, batch: int) -> Any:
+    """Of rows that are beams, the first of each sample."""
+    return rows[:: max(len(rows) // batch, 1)]
+
+
+def _places(trace: Trace, image: torch.Tensor) -> list[dict[int, list[int]]]:
+    """``Answer.kept`` of each row. Where the tower left fewer tokens than the prompt has places,
+    the places of one picture still begin where the prompt's do.
+
+    Args:
+        trace: of the run.
+        image: bool ``(batch, n)``, which tokens of the prompts are visual.
+    """
+    number = image.cumsum(dim=1) - 1  # of each visual token
+    if trace.vision_kept and trace.kept:
+        left = torch.tensor(_first_of_each(trace.visual_tokens[0], len(image)))[:, None]
+        number = torch.arange(image.shape[1]) - image.int().argmax(dim=1, keepdim=True)
+        image = (number >= 0) & (number < left)
+    found: list[dict[int, list[int]]] = [{} for _ in range(len(image))]
+    for layer, kept in trace.kept.items():
+        kept = _first_of_each(kept, len(image))
+        inside = (kept >= 0) & (kept < image.shape[1])
+        named = kept.where(inside, 0)
+        inside &= image.gather(1, named)
+        numbers = number.gather(1, named)
+        for row, own in enumerate(found):
+            own[layer] = numbers[row, inside[row]].sort().values.tolist()
+    return found
 
 
 class _Ends(StoppingCriteria):
@@ -394,25 +483,34 @@ class _Ends(StoppingCriteria):
         self.processor, self.queries, self.stop_ids = processor, queries, stop_ids
         self.step = 0
         self.ended: list[int | None] = [None] * len(queries)
+        self._pieces: dict[int, str] = {}
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         """``input_ids`` ``(batch, seq)`` so far -> bool ``(batch,)``: which are complete."""
         self.step += 1
-        newest = input_ids[:, -1].tolist()
+        tails = input_ids[:, -min(self.step, self.TAIL) :].tolist()
         for row, query in enumerate(self.queries):
-            if self.ended[row] is None and self._ends(input_ids[row], newest[row], query):
+            if self.ended[row] is None and self._ends(tails[row], query):
                 self.ended[row] = self.step
         done = [end is not None for end in self.ended]
         return torch.tensor(done, device=input_ids.device)
 
-    def _ends(self, ids: torch.Tensor, newest: int, query: Query) -> bool:
-        if newest in self.stop_ids or self.step >= query.max_new_tokens:
+    def _ends(self, tail: list[int], query: Query) -> bool:
+        if tail[-1] in self.stop_ids or self.step >= query.max_new_tokens:
             return True
-        if not any(query.until):
+        ends = [end for end in query.until if end and self._may_end(tail[-1], end)]
+        if not ends:
             return False
-        tail = ids[-min(self.step, self.TAIL) :]
         text = self.processor.tokenizer.decode(tail, skip_special_tokens=True)
-        return any(end in text for end in query.until if end)
+        return any(end in text for end in ends)
+
+    def _may_end(self, newest: int, end: str) -> bool:
+        """Whether a string can be complete with this token: where it has the last character, or may
+        have it (parts of a character, and blanks in front of a word, do not show)."""
+        if newest not in self._pieces:
+            self._pieces[newest] = self.processor.tokenizer.decode([newest])
+        piece = self._pieces[newest]
+        return end[-1] == " " or not piece or "\ufffd" in piece or end[-1] in piece
 
     def counts(self) -> list[int]:
         """Tokens of each answer."""

@@ -11,6 +11,7 @@ from vlm_prune_ext.errors import InputError
 AUTO = "auto"
 LARGEST = 64
 """Samples that ``auto`` answers together at most."""
+_FIRST = 16  # on a GPU
 
 
 def batch_size_of(name: str, given: Any) -> int | str:
@@ -33,9 +34,9 @@ def batch_size_of(name: str, given: Any) -> int | str:
 class BatchSize:
     """How many samples are answered together.
 
-    ``auto`` starts with one and grows, fourfold because the fast path records each size, as long as
-    memory allows and throughput rises by a tenth; of what was tried, the fastest stays. (Sizes
-    that run out of memory are halved by :class:`Answerer`, stated or not.)
+    ``auto`` starts with one, on a GPU with 16, and grows, fourfold because the fast path records
+    each size, as long as memory allows and throughput rises by a tenth; of what was tried, the
+    fastest stays. (Sizes that run out of memory are halved by :class:`Answerer`, stated or not.)
 
     Args:
         asked: a number, or ``auto``; ``None``: ``auto`` on a GPU, else 1.
@@ -51,7 +52,8 @@ class BatchSize:
             asked = AUTO if device.type == "cuda" else 1
         self._device, self._most = device, most
         self._grows = asked == AUTO
-        self.now = 1 if asked == AUTO else int(asked)
+        first = min(_FIRST, most) if device.type == "cuda" else 1
+        self.now = first if asked == AUTO else int(asked)
         self._rates: dict[int, float] = {}
         self._tries = 0
         on_gpu = self._grows and device.type == "cuda"
@@ -67,7 +69,7 @@ class BatchSize:
         """
         if largest is not None and largest < self.now:
             self.now, self._grows = largest, False
-        if not self._grows or count < self.now:
+        if not self._grows or 2 * count < self.now:
             return
         best = max((rate for size, rate in self._rates.items() if size < self.now), default=0.0)
         self._rates[self.now] = max(count / seconds, self._rates.get(self.now, 0.0))
@@ -76,7 +78,7 @@ class BatchSize:
             larger = next((n for n in (4, 2) if self._allowed(n)), 1)
             self._grows, self._tries = larger > 1, 0
             self.now *= larger
-        elif self._tries == 3:  # kernels are compiled for the first, and recorded at the second
+        elif self._tries == 4:  # kernels are compiled for the first, and recorded at the second
             self.now, self._grows = max(self._rates, key=lambda n: self._rates[n]), False
 
     def _allowed(self, times: int) -> bool:

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import torch
 
 from vlm_prune_ext.errors import InputError, reason_of
-from vlm_prune_ext.evals.answer import Answer, Answerer, Query, Sizes
+from vlm_prune_ext.evals.answer import Answer, Answerer, Planned, Query, Sizes
 from vlm_prune_ext.evals.batch_size import BatchSize
 from vlm_prune_ext.evals.spent import current
 from vlm_prune_ext.experiment import host, measure
@@ -144,6 +144,22 @@ class _Prepared:
         return query.style, query.max_new_tokens, query.until, options, self.shape
 
 
+_Part = Callable[[], Sequence[Answer | BaseException]]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Rows that go together.
+
+    ``made``: waits for the model's part of them, and says when it ended; ``None``: they could not
+    be prepared. ``since``: from when on they are waited for.
+    """
+
+    group: list[_Prepared]
+    since: float
+    made: Callable[[], tuple[list[_Part], float]] | None = None
+
+
 class Feeder:
     """Answers rows.
 
@@ -152,67 +168,112 @@ class Feeder:
         size: of batches.
         threads: that prepare; ``None``: one per core (16 at most) beside a GPU, two on a CPU, whose
             cores have the model to run.
+        overlap: ask the model in a thread of its own; ``None``: beside a GPU.
     """
 
-    def __init__(self, answerer: Answerer, size: BatchSize, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        answerer: Answerer,
+        size: BatchSize,
+        threads: int | None = None,
+        overlap: bool | None = None,
+    ) -> None:
         self._answerer, self._size = answerer, size
         self._on_gpu = answerer.processor.device.type == "cuda"
         self._threads = threads or (_cores() if self._on_gpu else 2)
+        self._overlap = self._on_gpu if overlap is None else overlap
         self._pictures = Pictures(answerer.processor.ready)
         self._adding = threading.Lock()
         self._spent = current()
 
     def batches(self, rows: Iterable[Row]) -> Iterator[Batch]:
         """Answer all rows, some at a time. Rows may come in another order than they went in, those
-        of several windows never.
+        of several windows never. Beside a GPU, a batch is at work while the one before it is
+        finished here and looked at by whoever asked for it.
 
         Raises:
             Exception: what the model raises, but for :class:`InputError` and a lack of memory,
                 which are the failures of their rows.
         """
-        waiting, ahead, held = iter(rows), deque[Future[_Prepared]](), list[_Prepared]()
-        falling, spent = False, self._spent
-        start = spent.start = time.perf_counter()
+        at_work: deque[_Work] = deque()
         pool = ThreadPoolExecutor(self._threads, "prepare", self._start_thread)
+        model = ThreadPoolExecutor(1, "model", self._start_thread) if self._overlap else None
+        self._ended = self._resumed = self._spent.start = time.perf_counter()
         try:
-            while True:
-                began = time.perf_counter()
-                self._submit(pool, waiting, ahead, held)
-                found = _window(ahead, self._size.now)
-                spent.waited += time.perf_counter() - began
-                if not found and not held:
-                    return
-                lost = [one for one in found if one.query is None]
-                if lost:
-                    outcomes = [Outcome(one.row.index, error=one.error) for one in lost]
-                    spent.note([one.answer for one in outcomes])
-                    yield Batch(outcomes, time.perf_counter() - start, 0)
-                    start = time.perf_counter()
-                window = held + [one for one in found if one.query is not None]
-                size = self._size.now
-                groups, held = _cut(window, size, falling, last=not found)
-                falling = not falling  # so that what waited for a full batch comes first
-                for place, group in enumerate(groups, 1):
-                    self._submit(pool, waiting, ahead, held)
-                    began = time.perf_counter()
-                    results = self._ask([one.query for one in group if one.query is not None])
-                    spent.asked += time.perf_counter() - began
-                    seconds = time.perf_counter() - start
-                    self._size.note(len(group), seconds, self._answerer.largest)
-                    outcomes = [
-                        Outcome(one.row.index, result, None, True)
-                        if isinstance(result, Answer)
-                        else Outcome(one.row.index, None, result, True)
-                        for one, result in zip(group, results, strict=True)
-                    ]
-                    spent.note([one.answer for one in outcomes])
-                    yield Batch(outcomes, seconds, len(group))
-                    start = time.perf_counter()
-                    if self._size.now != size:
-                        held = [one for group in groups[place:] for one in group] + held
-                        break
+            for group in self._groups(pool, iter(rows)):
+                if group is not None:
+                    at_work.append(self._start(model, group))
+                if at_work and (group is None or model is None or len(at_work) > 1):
+                    yield self._end(at_work.popleft())
+                    self._resumed = time.perf_counter()
+            while at_work:
+                yield self._end(at_work.popleft())
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+            if model is not None:  # what is in the model must be out of it when this returns
+                model.shutdown(wait=True, cancel_futures=True)
+
+    def _groups(
+        self, pool: ThreadPoolExecutor, waiting: Iterator[Row]
+    ) -> Iterator[list[_Prepared] | None]:
+        """Rows that go together, those that could not be prepared apart; ``None``: nothing is
+        ready, and this will wait."""
+        ahead, held, falling = deque[Future[_Prepared]](), list[_Prepared](), False
+        while True:
+            self._submit(pool, waiting, ahead, held)
+            if ahead and not ahead[0].done():
+                yield None
+            began = time.perf_counter()
+            found = _window(ahead, self._size.now)
+            self._spent.waited += time.perf_counter() - began
+            if not found and not held:
+                return
+            lost = [one for one in found if one.query is None]
+            if lost:
+                yield lost
+            window = held + [one for one in found if one.query is not None]
+            size = self._size.now
+            groups, held = _cut(window, size, falling, last=not found)
+            falling = not falling  # so that what waited for a full batch comes first
+            for place, group in enumerate(groups, 1):
+                self._submit(pool, waiting, ahead, held)
+                yield group
+                if self._size.now != size:
+                    held = [one for group in groups[place:] for one in group] + held
+                    break
+
+    def _start(self, model: ThreadPoolExecutor | None, group: list[_Prepared]) -> _Work:
+        """Have rows answered."""
+        queries, since = [one.query for one in group if one.query is not None], self._resumed
+        if not queries:
+            return _Work(group, since)
+        if model is not None:
+            planned = self._answerer.plan(queries)
+            return _Work(group, since, model.submit(self._ask, queries, planned).result)
+        began, made = time.perf_counter(), self._ask(queries, None)
+        self._spent.blocked += made[1] - began
+        return _Work(group, since, lambda: made)
+
+    def _end(self, work: _Work) -> Batch:
+        """What became of rows, once the model is done with them."""
+        if work.made is None:
+            lost = [Outcome(one.row.index, error=one.error) for one in work.group]
+            self._spent.note([None] * len(lost))
+            return Batch(lost, 0.0, 0)
+        began = time.perf_counter()
+        parts, ended = work.made()
+        self._spent.blocked += time.perf_counter() - began
+        seconds, self._ended = ended - max(self._ended, work.since), ended
+        results = [result for part in parts for result in part()]
+        self._size.note(len(results), seconds, self._answerer.largest)
+        outcomes = [
+            Outcome(one.row.index, result, None, True)
+            if isinstance(result, Answer)
+            else Outcome(one.row.index, None, result, True)
+            for one, result in zip(work.group, results, strict=True)
+        ]
+        self._spent.note([one.answer for one in outcomes], ended)
+        return Batch(outcomes, seconds, len(outcomes))
 
     def _start_thread(self) -> None:
         if self._on_gpu:
@@ -254,14 +315,26 @@ class Feeder:
         except BaseException as error:  # code of a task, or a decoder, on what nobody has checked
             return _Prepared(row, error=error.with_traceback(None))
 
-    def _ask(self, queries: list[Query]) -> list[Answer | BaseException]:
-        """Answers, or in their place what is wrong with a query."""
+    def _ask(self, queries: list[Query], planned: Planned | None) -> tuple[list[_Part], float]:
+        """The model's part, and when it ended."""
+        began = time.perf_counter()
+        parts = self._parts(queries, planned)
+        ended = time.perf_counter()
+        self._spent.asked += ended - began
+        return parts, ended
+
+    def _parts(self, queries: list[Query], planned: Planned | None) -> list[_Part]:
+        """What makes answers; in their place what is wrong with a query."""
         try:
-            return list(self._answerer.answer(queries))
+            if self._overlap:
+                return [self._answerer.run(queries, planned)]
+            answers = self._answerer.answer(queries)
+            return [lambda: answers]
         except (InputError, torch.OutOfMemoryError) as error:
             if len(queries) == 1:
-                return [error.with_traceback(None)]
-        return [one for query in queries for one in self._ask([query])]
+                failed = error.with_traceback(None)
+                return [lambda: [failed]]
+        return [part for query in queries for part in self._parts([query], None)]
 
 
 def _window(ahead: deque[Future[_Prepared]], size: int) -> list[_Prepared]:
@@ -285,20 +358,35 @@ def _cut(
         kinds.setdefault(one.kind, []).append(one)
     batches, held = [], list[_Prepared]()
     for mine in kinds.values():
+        runs: dict[Hashable, list[_Prepared]] = {}
+        for one in mine:
+            runs.setdefault(one.picture, []).append(one)
         if size > 1:
-            runs: dict[Hashable, list[_Prepared]] = {}
-            for one in mine:
-                runs.setdefault(one.picture, []).append(one)
             longest = {key: max(one.length for one in run) for key, run in runs.items()}
             order = sorted(runs, key=lambda key: longest[key], reverse=falling)
-            mine = [one for key in order for one in runs[key]]
-        cut = [mine[start : start + size] for start in range(0, len(mine), size)]
+            runs = {key: runs[key] for key in order}
+        cut = _filled(list(runs.values()), size)
         if len(cut[-1]) < size and not last and not any(one.waited for one in cut[-1]):
             held += cut.pop()
         batches += cut
     for one in held:
         one.waited = True
     return batches, held
+
+
+def _filled(runs: list[list[_Prepared]], size: int) -> list[list[_Prepared]]:
+    """Batches of runs of rows with one picture. A run that does not fit into what is left of a
+    batch begins the next one, unless a quarter would stay empty: pictures are computed once
+    and many batches have the same shape."""
+    batches: list[list[_Prepared]] = [[]]
+    for run in runs:
+        if size >= len(run) > size - len(batches[-1]) and 4 * len(batches[-1]) >= 3 * size:
+            batches.append([])
+        for one in run:
+            if len(batches[-1]) == size:
+                batches.append([])
+            batches[-1].append(one)
+    return batches
 
 
 def _bytes_of(image: Any) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from transformers import BatchFeature
 
@@ -56,9 +58,15 @@ class Sharing:
         self.model, self.processor, self.method = model, processor, method
         self._met = _MET.setdefault(model, OrderedDict())
         self._known: OrderedDict[Hashable, tuple[str, list[int]]] = OrderedDict()
+        self._planning = threading.Lock()
 
     def plan(self, queries: Sequence[Question]) -> list[tuple[list[int], Plan | None]]:
-        """Runs: rows, and how they are answered together (``None``: with whole prompts)."""
+        """Runs: rows, and how they are answered together (``None``: with whole prompts). Several
+        threads may be in here."""
+        with self._planning:
+            return self._plan(queries)
+
+    def _plan(self, queries: Sequence[Question]) -> list[tuple[list[int], Plan | None]]:
         runs: list[tuple[list[int], Plan | None]] = []
         engine = self._engine() if any(query.images for query in queries) else None
         if engine is not None:
@@ -159,6 +167,7 @@ class Plan:
     ) -> None:
         self._sharing, self._engine, self.groups = sharing, engine, groups
         self._queries = queries
+        self._host = self._table()
         self._asked = Asked(
             [index for index, group in enumerate(groups) for _ in group.rows],
             [ids[group.length :] for group in groups for ids in group.ids],
@@ -167,20 +176,20 @@ class Plan:
             self._make,
         )
 
-    def inputs(self, processor: Any) -> BatchFeature:
-        """The whole prompts, without pixels."""
+    def _table(self) -> dict[str, torch.Tensor]:
+        """The whole prompts, filled up in front."""
         lengths = [len(ids) for group in self.groups for ids in group.ids]
-        width, row = max(lengths), 0
-        table = torch.full((len(lengths), width), processor.pad_token_id)
-        for group in self.groups:
-            prefix = torch.tensor(group.ids[0][: group.length])
-            for ids in group.ids:
-                behind = torch.tensor(ids[group.length :])
-                table[row, width - len(ids) :] = torch.cat([prefix, behind])
-                row += 1
-        real = torch.arange(width) >= width - torch.tensor(lengths)[:, None]
-        made = {"input_ids": table, "attention_mask": real.long()}
-        return BatchFeature({name: value.to(processor.device) for name, value in made.items()})
+        width = max(lengths)
+        table = np.full((len(lengths), width), self._sharing.processor.pad_token_id)
+        for row, ids in enumerate(ids for group in self.groups for ids in group.ids):
+            table[row, width - len(ids) :] = ids
+        real = np.arange(width) >= width - np.array(lengths)[:, None]
+        made = {"input_ids": table, "attention_mask": real.astype(np.int64)}
+        return {name: torch.from_numpy(value) for name, value in made.items()}
+
+    def inputs(self, processor: Any) -> BatchFeature:
+        """The whole prompts, without pixels, on the device."""
+        return BatchFeature({name: t.to(processor.device) for name, t in self._host.items()})
 
     def answer(self, inputs: Any, options: Mapping[str, Any]) -> torch.Tensor | None:
         """As ``generate``; ``None``: nothing can be shared in such a call."""

@@ -38,7 +38,7 @@ class Run:
         largest_batch: of all.
         gpu_busy: share of ``answering`` in which a kernel ran, by NVML's sampling (its ``gpu``
             utilisation, read 20 times a second); ``None`` without it.
-        in_model: share of ``answering`` in ``generate``.
+        in_model: share of ``answering`` in which the model was asked.
         split: seconds of a sample, mean: ``read`` (row to question), ``open`` (pictures, with
             padding, resizing, normalising) and ``tokenise`` in threads; ``wait`` for these,
             ``prefill``, ``decode``, ``around`` generate, and the ``framework``'s own.
@@ -175,7 +175,7 @@ def _fill(run: Run, spent: Spent, samples: Mapping[float, int]) -> None:
     run.steady = left / (last - middle) if left else run.samples_per_second
     within = [busy for moment, busy in samples.items() if spent.start <= moment <= last]
     run.gpu_busy = sum(within) / len(within) / 100 if within else None
-    run.in_model = (spent.prefill + spent.decode) / run.answering
+    run.in_model = spent.asked / run.answering
     parts = {
         "read": spent.read,
         "open": spent.opened,
@@ -184,7 +184,7 @@ def _fill(run: Run, spent: Spent, samples: Mapping[float, int]) -> None:
         "prefill": spent.prefill,
         "decode": spent.decode,
         "around": spent.asked - spent.prefill - spent.decode,
-        "framework": run.answering - spent.waited - spent.asked,
+        "framework": run.answering - spent.waited - spent.blocked,
     }
     run.split = {name: seconds / run.rows for name, seconds in parts.items()}
     run.fast = spent.fast / run.rows

@@ -151,9 +151,10 @@ class RowModel(BaseModel):
             index = self._indices[one.index]
             if one.answer is not None:
                 self.answered += 1
-                sample = sample_in(batch, self.sizes, index, one.answer, warm_up=warm_up)
+                answer = one.answer
                 if one.index >= self._keep_positions:
-                    sample = replace(sample, kept={}, patches={})
+                    answer = replace(answer, kept={}, patches={})
+                sample = sample_in(batch, self.sizes, index, answer, warm_up=warm_up)
             elif (error := self._everybodys(index, one)) is not None:
                 wrong.append(error)
                 continue

@@ -10,7 +10,7 @@ on each question is a row of its own, with what is left of its picture.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -369,11 +369,7 @@ class _Joint:
         self.positions = torch.cat([positions, wide], dim=1)
         positions = _axes_first(positions)
         counts = [prefix.count for prefix in prefixes]
-        images = [
-            Image.of(row, runs_of(slots))
-            for row, prefix in enumerate(prefixes)
-            for slots in prefix.images
-        ]
+        images = _images(prefixes, range(len(prefixes)), [0] * len(prefixes))
         aligned, state = _state(counts, [0] * len(counts), images, table.device)
         self.front = Run(pieces, aligned, state, limit)
         room = (table.length + min(limit, ROOM)) * table.together + QUESTION_STEP
@@ -401,11 +397,7 @@ class _Joint:
     def apart(self, stages: dict[int, Stage]) -> Run:
         """The other layers, in which each question is a row of its own."""
         table, pieces = self.table, self.pieces
-        images = [
-            Image.of(row, runs_of(slots))
-            for row, owner in enumerate(table.asked.owner)
-            for slots in self.prefixes[owner].images
-        ]
+        images = _images(self.prefixes, table.asked.owner, [0] * table.rows)
         pads = [table.width - total for total in table.totals]
         aligned, state = _state(table.totals, pads, images, table.device)
         run = Run(pieces, aligned, state, self.limit)
@@ -458,6 +450,16 @@ def _axes_first(positions: torch.Tensor) -> torch.Tensor:
     return positions if positions.dim() == 2 else positions.movedim(-1, 0)
 
 
+def _images(prefixes: list[Prefix], owner: Iterable[int], pads: list[int]) -> list[Image]:
+    """The images of rows: ``owner``, each row's prefix, has ``pads`` fillers in front there."""
+    spans = [[runs_of(slots) for slots in prefix.images] for prefix in prefixes]
+    return [
+        Image.of(row, [(start + pads[row], length) for start, length in runs])
+        for row, index in enumerate(owner)
+        for runs in spans[index]
+    ]
+
+
 def _state(
     counts: list[int], pads: list[int], images: list[Image], device: torch.device
 ) -> tuple[Aligned, Prefill]:
@@ -497,11 +499,7 @@ def _write_trace(
         trace.merged[-1] = max(prefix.added or 0 for prefix in mine)
     trace.vision_attention = mine[0].attention
     pads = [table.width - total for total in table.totals]
-    images = [
-        Image.of(row, runs_of([slot + pads[row] for slot in slots]))
-        for row, prefix in enumerate(mine)
-        for slots in prefix.images
-    ]
+    images = _images(prefixes, owner, pads)
     origin = Prefill.start(images, table.rows, table.width, None, device)
     call = Call(State(origin, None), prefill=True)
     if apart:
