@@ -30,10 +30,10 @@ from vlm_prune_ext.experiment.flops import DecoderShape, Sizes, prefill_flops
 from vlm_prune_ext.experiment.measure import Roofline, energy_of, seconds_of
 from vlm_prune_ext.experiment.metrics import score_all
 from vlm_prune_ext.experiment.record import Sample, Spread
+from vlm_prune_ext.fast.front import reach
 from vlm_prune_ext.fast.generate import FastGenerate
 from vlm_prune_ext.fast.pieces import PROMPT_STEP
 from vlm_prune_ext.fast.possible import why_not
-from vlm_prune_ext.fast.reach import reach
 from vlm_prune_ext.methods.base import Method
 from vlm_prune_ext.models import parts_of
 from vlm_prune_ext.models.base import starts_with

@@ -28,6 +28,7 @@ from vlm_prune_ext.fast.front import (
     RecordedRules,
     RecordedTower,
     drops_inside,
+    reach,
     site_of,
     takes_pixels,
 )
@@ -40,7 +41,6 @@ from vlm_prune_ext.fast.possible import (
     why_not_now,
     why_not_options,
 )
-from vlm_prune_ext.fast.reach import reach
 from vlm_prune_ext.fast.run import Prompt, Run, start
 from vlm_prune_ext.fast.shared import (
     Asked,

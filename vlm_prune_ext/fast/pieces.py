@@ -9,10 +9,18 @@ from typing import Any
 import torch
 
 from vlm_prune_ext.engine.parts import ModelParts
-from vlm_prune_ext.fast.follow import Follow
 from vlm_prune_ext.fast.fused import FusedLayers
 from vlm_prune_ext.fast.graphs import LRU, Arena, Recorder
-from vlm_prune_ext.fast.segments import Activations, Head, Part, Segment, SegmentCache, Step, widen
+from vlm_prune_ext.fast.segments import (
+    Activations,
+    Follow,
+    Head,
+    Part,
+    Segment,
+    SegmentCache,
+    Step,
+    widen,
+)
 
 PROMPT_STEP = 4  # what a piece holds is filled up to a multiple; fillers stay to the last layer
 VARYING_STEP = 16  # the same where counts depend on the picture, so that many share a recording

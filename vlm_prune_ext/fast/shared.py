@@ -3,7 +3,7 @@
 Causal attention keeps what follows from what stands in front, so a picture's tokens are the same in
 all prompts up to the first choice that depends on the question
 (:meth:`~vlm_prune_ext.methods.base.Method.first_by_question`). Up to there pictures are the rows of
-the batch, first alone (run.py), then with all their questions behind them (follow.py); from there
+the batch, first alone (run.py), then with all their questions behind them; from there
 on each question is a row of its own, with what is left of its picture.
 """
 
@@ -22,10 +22,9 @@ from vlm_prune_ext.engine.layout import Layout, Prefill, iota, sent
 from vlm_prune_ext.engine.prompt import Image, runs_of
 from vlm_prune_ext.engine.state import Call, State
 from vlm_prune_ext.engine.trace import Trace
-from vlm_prune_ext.fast.follow import own_places
 from vlm_prune_ext.fast.pieces import QUESTION_STEP, Pieces, round_up
 from vlm_prune_ext.fast.run import ROOM, Aligned, Behind, Prompt, Run
-from vlm_prune_ext.fast.segments import Bundle, turns
+from vlm_prune_ext.fast.segments import Bundle, own_places, turns
 from vlm_prune_ext.methods.base import Method
 from vlm_prune_ext.methods.evidence import Stage
 
