@@ -259,7 +259,8 @@ class DecoderPruner:
             )
         trace.visual_input[:] = tokens_by_sample(images, given.batch)
         trace.spans[:] = spans_of(images, given.batch)
-        check_stated(self.stated, images, given.first_tokens())
+        if self.stated != (None, None):
+            check_stated(self.stated, images, given.first_tokens())
         state, kwargs = self._start(given, images, kwargs)
         trace.visual_tokens[0] = state.prefill.visual_counts()
         self._now.call = Call(state, prefill=True)

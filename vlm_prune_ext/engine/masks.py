@@ -181,7 +181,7 @@ class LayerArguments:
                 attention=self._attention(),
                 dtype=hidden.dtype,
             )
-            return self._hide_keys(made, hiding, width, hidden, call)
+            return self._hide_keys(made, hiding, width, hidden, call) if hiding else made
 
         return call.once(("cut", id(layout), id(mask), len(hiding)), mask, cut)
 

@@ -1,6 +1,6 @@
 """Triton kernels of attention that is read: what keys receive, with no attention map in memory.
 
-Import needs Triton; :mod:`vlm_prune_ext.engine.kernels` asks.
+Import needs Triton; :mod:`vlm_prune_ext.engine.evidence` asks.
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 

@@ -2,7 +2,7 @@
 
 They round where transformers' own operations round (after the norm and after the weight, after each
 product of the rotary embedding, after the activation), so that results differ from it by the order
-of one sum and no more. Import needs Triton; :mod:`vlm_prune_ext.engine.kernels` knows whether it
+of one sum and no more. Import needs Triton; :mod:`vlm_prune_ext.engine.evidence` knows whether it
 works.
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
