@@ -107,11 +107,11 @@ class _Steer(LogitsProcessor):
         return forced
 
 
+@torch.inference_mode()
 def score_rows(
     model: Any, processor: Any, method: Method | None, rows: Sequence[Row], video: str = "frame"
 ) -> list[RowScore]:
-    """Score one batch, or its halves where it does not fit into memory. A batch gives the same as
-    single rows.
+    """Score one batch, which gives the same as single rows.
 
     Args:
         model, processor: as :func:`vlm_prune_ext.load` returns them.
@@ -121,27 +121,8 @@ def score_rows(
 
     Raises:
         InputError: a prompt or span that is not accepted.
-        torch.OutOfMemoryError: a single row does not fit.
+        torch.OutOfMemoryError: the batch does not fit.
     """
-    try:
-        return _score_batch(model, processor, method, rows, video)
-    except torch.OutOfMemoryError:
-        if len(rows) == 1:
-            raise
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    half = len(rows) // 2
-    return [
-        score
-        for part in (rows[:half], rows[half:])
-        for score in score_rows(model, processor, method, part, video)
-    ]
-
-
-@torch.inference_mode()
-def _score_batch(
-    model: Any, processor: Any, method: Method | None, rows: Sequence[Row], video: str
-) -> list[RowScore]:
     inputs = processor.batch(
         [row.prompt for row in rows], [list(row.images) for row in rows], style="plain"
     )
@@ -267,7 +248,8 @@ class Scorer:
         return scored
 
     def _score_some(self, rows: list[Row]) -> list[RowScore | str]:
-        """Scores, or in their place what is wrong with a row."""
+        """Scores, or in their place what is wrong with a row: a batch that is not accepted, or
+        does not fit into memory, is halved."""
         one = self._answerer
         try:
             return list(score_rows(one.model, one.processor, one.method, rows, one.video))
@@ -275,7 +257,10 @@ class Scorer:
             fault = str(error)
         if len(rows) == 1:
             return [fault]
-        return [one for row in rows for one in self._score_some([row])]
+        if torch.cuda.is_available():  # outside of `except`, which still holds the tensors
+            torch.cuda.empty_cache()
+        half = len(rows) // 2
+        return [*self._score_some(rows[:half]), *self._score_some(rows[half:])]
 
     def _likelihood(
         self,
