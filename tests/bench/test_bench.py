@@ -124,8 +124,12 @@ def test_checkpoints_of_other_families(kind: str, tmp_path: Path) -> None:
     folder = tmp_path / "m"
     family_makers.KINDS[kind].make(folder)
     more = ["--batch-sizes", "2", "--methods", "none", "random:0.5,layer=1"]
+    if kind == "qwen2_5_vl":  # pictures as small as is said
+        more += ["--min-pixels", str(28 * 28), "--max-pixels", str(28 * 28 * 2)]
     assert run(folder, tmp_path / "out", *more) == 0
-    found = json.loads((tmp_path / "out" / "bench.json").read_text())["cells"]
+    made = json.loads((tmp_path / "out" / "bench.json").read_text())
+    found = made["cells"]
+    assert kind != "qwen2_5_vl" or made["prompt"]["visual"] == 1
     assert {cell["way"] for cell in found} == {"hf", "hf-attentions", "ordinary"}
     assert all(cell["unseen_samples_per_second"] > 0 for cell in found)
 
@@ -278,6 +282,7 @@ def test_ttft_beside_flops_of_qwens_shapes(
         (["--ways", "fast", "--methods", "none"], "leaves nothing to measure: CUDA graphs need a"),
         (["--ways", "hf", "--methods", FASTV], "transformers does not prune"),
         (["--visual", "100"], "--visual 100 is not possible"),
+        (["--end-to-end", "--max-pixels", "9"], "--max-pixels 9 is not possible"),
         (["--dtype", " "], "--dtype ' ' is not valid: it is empty"),
         (["--dtype", "float8", "--methods", "none"], "float8"),
     ],

@@ -23,6 +23,7 @@ from PIL import Image
 import vlm_prune_ext as vp
 from tests.family_makers import KINDS, internvl_chat
 from tests.makers import photo, tiny_hf_llava, tiny_next
+from vlm_prune_ext.ablation.plan import AblationSettings
 from vlm_prune_ext.cli import main
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.experiment.grid import Line, read_lines
@@ -91,9 +92,8 @@ def measure(
                 raise KeyboardInterrupt
 
     cells = cells_of(chosen, examples)
-    return run_cells(
-        cells, examples, out, track, lambda line: None, trust_remote_code=trust, fresh=fresh
-    )
+    load = {"trust_remote_code": trust}
+    return run_cells(cells, examples, out, track, lambda line: None, load=load, fresh=fresh)
 
 
 def lines_of(out: Path) -> list[dict[str, Any]]:
@@ -102,6 +102,16 @@ def lines_of(out: Path) -> list[dict[str, Any]]:
 
 
 # ---------------------------------------------------------------------------------- the grid
+
+
+def test_sizes_of_pictures_reach_the_processor(folder: Path) -> None:
+    """And make cells of their own; what is not said changes nothing of a cell's name."""
+    examples = read_folder(folder)
+    usual, smaller = (resolved(plan(said)) for said in ({}, {"max_pixels": 3136}))
+    assert usual.load() == {} and smaller.load() == {"max_pixels": 3136}
+    one, other = (cells_of(said, examples)[0] for said in (usual, smaller))
+    assert one.key != other.key and "max_pixels" not in one.settings
+    assert AblationSettings(max_pixels=3136).load() == smaller.load()
 
 
 def test_axes_multiply_and_keys_tell_cells_apart(folder: Path) -> None:

@@ -93,6 +93,8 @@ class AblationSettings(Declared):
     dtype: str | None = option(None, named(DTYPES), "float32, float16 or bfloat16")
     attn_implementation: str | None = shared("attn_implementation")
     fast: bool | None = shared("fast")
+    min_pixels: int | None = shared("min_pixels")
+    max_pixels: int | None = shared("max_pixels")
     trust_remote_code: bool = option(
         False, FLAG, "accept checkpoints that bring code of their own (internvl2-2b)"
     )
@@ -100,7 +102,7 @@ class AblationSettings(Declared):
 
     def load(self) -> dict[str, Any]:
         """What :func:`vlm_prune_ext.load` is given; only what was said."""
-        names = ("dtype", "attn_implementation", "fast")
+        names = ("dtype", "attn_implementation", "fast", "min_pixels", "max_pixels")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return {**given, "trust_remote_code": True} if self.trust_remote_code else given
 

@@ -81,6 +81,7 @@ class Study:
             "prompt": self.options.prompt,
             "dtype": self.options.dtype,
             "rows": len(self.data.rows),
+            **{name: value for name, value in self.load.items() if name.endswith("_pixels")},
             **self._digests,
         }
 

@@ -44,6 +44,7 @@ METHODS = ("none", "fastv:100", "fastv:288,agg_layer=2", "himap")
 QUESTION = "Describe this picture."
 OWN = "llava_hf"
 PROMPTED = ("shape", "model_path")
+PIXELS = ("min_pixels", "max_pixels")
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class BenchSettings(Declared):
     visual: int | None = option(
         None, whole(1), "visual tokens of Qwen's and Gemma's shapes; default: 576"
     )
+    min_pixels: int | None = shared("min_pixels")
+    max_pixels: int | None = shared("max_pixels")
     end_to_end: bool = option(
         False,
         FLAG,
@@ -213,7 +216,7 @@ def _cell(case: Case, said: BenchSettings) -> grid.Cell:
     from vlm_prune_ext.experiment.grid import Cell
     from vlm_prune_ext.experiment.settings import method_as_json
 
-    names = ("shape", "model_path", "visual", "dtype", "device", "new_tokens", "repeat")
+    names = ("shape", "model_path", "visual", "dtype", "device", "new_tokens", "repeat", *PIXELS)
     shared = {name: getattr(said, name) for name in names}
     own = {"backend": case.backend, "batch_size": case.batch_size}
     settings = {**shared, **own, "method": method_as_json(case.method)}
@@ -226,6 +229,13 @@ def _check(said: BenchSettings) -> None:
         raise InputError(
             "--fast and --backend exclude each other: --fast is --backend graphs, or an error."
         )
+    for name in PIXELS:
+        value, flag = getattr(said, name), f"--{name.replace('_', '-')}"
+        if value is not None and (said.shape or said.end_to_end or said.serve):
+            raise InputError(
+                f"{flag} {value} is not possible: it is of prompts of --model, which --shape, "
+                "--end-to-end and --serve do not make."
+            )
     if Path(said.out).exists() and not Path(said.out).is_dir():
         raise InputError(f"--out {said.out!r} is a file: a folder is needed.")
 
@@ -268,6 +278,7 @@ def _workload(said: BenchSettings) -> Workload:
         device=device,
         attn_implementation="sdpa",
         fast=False,
+        **{name: value for name in PIXELS if (value := getattr(said, name)) is not None},
     )
     picture = render(make_scene(0))
     return of_checkpoint(said.model_path or "demo model", model, processor, QUESTION, picture)

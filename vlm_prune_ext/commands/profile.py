@@ -75,8 +75,8 @@ def run(args: argparse.Namespace) -> int:
     folder = read_folder(source, said.samples)
     for row in folder.skipped:
         _say(f"Left out: {row}")
-    trust = {"trust_remote_code": said.trust_remote_code, "fresh": said.fresh}
-    outcome = run_cells(cells_of(said, folder), folder, out, _track, _say, **trust)
+    cells = cells_of(said, folder)
+    outcome = run_cells(cells, folder, out, _track, _say, load=said.load(), fresh=said.fresh)
     code = _report(out)
     print(
         f"{outcome.done} cells measured, {outcome.before} were there, {len(outcome.failed)} failed"

@@ -183,7 +183,7 @@ CATALOGUE: Mapping[str, Entry] = {
         Entry("qwen2.5-vl-3b", "Qwen/Qwen2.5-VL-3B-Instruct", "qwen2_5_vl", 3.8, "Qwen research"),
         Entry("qwen2.5-vl-7b", "Qwen/Qwen2.5-VL-7B-Instruct", "qwen2_5_vl", 8.3, _APACHE),
         Entry("qwen3-vl-8b", "Qwen/Qwen3-VL-8B-Instruct", "qwen3_vl", 8.8, _APACHE),
-        Entry("qwen3.5-9b", "Qwen/Qwen3.5-9B", "qwen3_5", 9.7, _APACHE),
+        Entry("qwen3.5-9b", "Qwen/Qwen3.5-9B", "qwen3_5", 9.4, _APACHE),
         Entry("gemma-3-4b", "google/gemma-3-4b-it", "gemma3", 4.3, "Gemma"),
         Entry("gemma-4-26b", "google/gemma-4-26B-A4B-it", "gemma4", 26.0, _APACHE),
         Entry("paligemma2-3b", "google/paligemma2-3b-mix-224", "paligemma", 3.0, "Gemma"),

@@ -137,3 +137,11 @@ class ProfileSettings(Declared):
         "least time that energy is measured over (default: 5; 0: not at all)",
     )
     trust_remote_code: bool = shared("trust_remote_code")
+    min_pixels: int | None = shared("min_pixels")
+    max_pixels: int | None = shared("max_pixels")
+
+    def load(self) -> dict[str, Any]:
+        """What :func:`vlm_prune_ext.load` is given besides; only what was said."""
+        names = ("min_pixels", "max_pixels")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {**given, "trust_remote_code": True} if self.trust_remote_code else given

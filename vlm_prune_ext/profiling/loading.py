@@ -80,9 +80,7 @@ def _has_compiler() -> bool:
     return any(shutil.which(name) for name in ("g++", "c++", "clang++"))
 
 
-def load_for(
-    name: str, device: str, optimization: Optimization, *, trust_remote_code: bool = False
-) -> Loaded:
+def load_for(name: str, device: str, optimization: Optimization, **more: Any) -> Loaded:
     """Load a model.
 
     Args:
@@ -90,7 +88,7 @@ def load_for(
             ``"random:llava-1.5-7b"`` a published shape with random weights.
         device: ``cpu`` or ``cuda:N``.
         optimization: what is asked for.
-        trust_remote_code: see :func:`vlm_prune_ext.load`.
+        more: further arguments of :func:`vlm_prune_ext.load`.
 
     Raises:
         InputError: whatever :func:`vlm_prune_ext.load` refuses.
@@ -98,14 +96,12 @@ def load_for(
     check_name(name)
     if name.startswith(RANDOM):
         return _finished(*_random(name.removeprefix(RANDOM), device, optimization), optimization)
-    more: dict[str, Any] = {"fast": optimization.form == "fast"}
-    if trust_remote_code:
-        more["trust_remote_code"] = True
     model, processor = load(
         str(CHECKPOINT) if name == "demo" else name,
         dtype=_dtype(optimization, device),
         device=device,
         attn_implementation=_ATTENTION[optimization.kernel] if optimization.kernel else None,
+        fast=optimization.form == "fast",
         **more,
     )
     return _finished(model, processor, optimization)

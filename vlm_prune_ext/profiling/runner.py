@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -78,6 +78,8 @@ def cells_of(said: ProfileSettings, data: Data) -> list[grid.Cell]:
     loaded model serves together."""
     count = len(data.rows)
     shared = {name: getattr(said, name) for name in SHARED}
+    # Cells of other sizes of pictures are others; those of earlier profiles keep their names.
+    shared |= {name: value for name, value in said.load().items() if name.endswith("_pixels")}
     shared |= {"samples": min(said.samples or count, count), "data": digest(data.digests())}
     found: dict[str, grid.Cell] = {}
     for own in grid.product({name: getattr(said, name) for name in AXES}):
@@ -104,7 +106,7 @@ def run_cells(
     track: Tracker,
     say: Callable[[str], None],
     *,
-    trust_remote_code: bool = False,
+    load: Mapping[str, Any] | None = None,
     fresh: bool = False,
 ) -> Outcome:
     """Measure what is not in the log yet, one cell after the other: cells that share a machine
@@ -116,7 +118,7 @@ def run_cells(
         out: folder of the log.
         track: shows progress.
         say: prints a line about a cell that failed.
-        trust_remote_code: see :func:`vlm_prune_ext.load`.
+        load: further arguments of :func:`vlm_prune_ext.load`.
         fresh: what is in ``out`` is put aside first.
 
     Returns:
@@ -133,7 +135,7 @@ def run_cells(
         known = {key for key, line in grid.read_lines(log).items() if line.status == grid.DONE}
         pending = [cell for cell in cells if cell.key not in known]
         before = len(cells) - len(pending)
-        lines = grid.run(pending, make_job, (data, trust_remote_code), log=log)
+        lines = grid.run(pending, make_job, (data, dict(load or {})), log=log)
         failed: list[Line] = []
         for line in track(lines, len(cells), before):
             if line.status == grid.FAILED:
@@ -145,12 +147,12 @@ def run_cells(
     return Outcome(done, before, failed)
 
 
-def make_job(data: Data, trust_remote_code: bool) -> grid.Job:
+def make_job(data: Data, given: dict[str, Any]) -> grid.Job:
     """What measures cells over the examples, one loaded model at a time."""
 
     def load(group: str) -> Loaded:
         name, device, how = json.loads(group)
-        return load_for(name, device, Optimization.parse(how), trust_remote_code=trust_remote_code)
+        return load_for(name, device, Optimization.parse(how), **given)
 
     held, hosts = grid.Held(load), dict[str, dict[str, Any]]()
 
