@@ -84,11 +84,10 @@ def test_inputs_are_those_of_the_processor(form: families.Form, clip: Path) -> N
             assert torch.equal(torch.as_tensor(value), made[name].cpu()), name
 
 
+@pytest.mark.parametrize("form", [n for n in NAMES if n != "gemma4"], indirect=True)  # 500 tokens
 def test_a_batch_of_videos_pictures_and_text_equals_singles(
     form: families.Form, clip: Path
 ) -> None:
-    if form.name == "gemma4":
-        pytest.skip("the same code as the others, and long prompts")
     photo, processor = makers.photo(), form.processor
     media: list[list[Any]] = [[Clip(clip, 4)], [photo], [], [Clip(clip, 4), photo]]
     texts = ["What?", "Red?", "Why is it so?", "Both?"]
@@ -108,11 +107,10 @@ def test_a_batch_of_videos_pictures_and_text_equals_singles(
             torch.testing.assert_close(logits[row], alone[0], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", [*tables.EVERYWHERE, "dart", "sparsevlm"])
+@pytest.mark.parametrize("form", ["qwen2_5_vl", "qwen3_vl", "llava_onevision"], indirect=True)
+@pytest.mark.parametrize("name", [*tables.EVERYWHERE, *families.OTHERS])
 def test_every_method_by_frame_and_by_video(form: families.Form, clip: Path, name: str) -> None:
     """A budget is of each frame, or of the whole video; keeping all is the unpruned model."""
-    if form.name not in ("qwen2_5_vl", "qwen3_vl", "llava_onevision"):
-        pytest.skip("the decoder of another one here")
     inputs = form.processor.prompt("What?", Clip(clip, 4))
     methods = {**families.METHODS, **families.OTHERS}
     with vp.prune(form.model, methods[name], video="frame") as trace:

@@ -59,7 +59,8 @@ def run_task(settings: Settings, name: str, models: Models) -> Record:
             start_files(files, config, rows, reuse=settings.reuse, fresh=settings.fresh)
             return {one.index: one for one in files.log().samples()[0] if one.failed is None}
 
-        model = LoggedModel(settings, Answerer(*models.loaded, settings.method), files, begin)
+        answerer = Answerer(*models.loaded, settings.method, video=settings.video_budget)
+        model = LoggedModel(settings, answerer, files, begin)
         try:
             with terminable():
                 results = _evaluate(settings, name, model)
