@@ -16,6 +16,7 @@ from vlm_prune_ext.models.catalogue import FamilyLine
 
 _TOWERS = ("vision_tower", "vision_model", "visual")
 _PROJECTORS = ("multi_modal_projector", "connector")
+_APPLY = "methods that work in the language model apply"
 _POOLS = ("vision_resampler", "apply_pooling")  # what makes frames of videos smaller
 
 
@@ -30,18 +31,15 @@ def find_tower(inner: Any) -> tuple[VisionParts | None, str]:
     """
     tower = next((getattr(inner, name) for name in _TOWERS if hasattr(inner, name)), None)
     if tower is None:
-        return None, "the model has no vision tower that is known"
+        return None, f"the model has no vision tower that is known; {_APPLY}"
     projector = next((getattr(inner, n) for n in _PROJECTORS if hasattr(inner, n)), None)
     feature = getattr(inner.config, "vision_feature_layer", None)
     pools = any(hasattr(inner, name) for name in _POOLS)
     if is_clip(tower) and projector is not None and feature is not None:
         found = vision_parts(tower, feature=feature, projector=projector)
-        why = "frames of videos are pooled between it and the projector" if pools else ""
+        why = f"frames are pooled between it and the projector; {_APPLY}" if pools else ""
         return replace(found, drops=not pools, pools_videos=pools), why
-    why = (
-        f"its vision tower, a {type(tower).__name__}, is not CLIP-like; methods that work in the "
-        "language model apply"
-    )
+    why = f"its vision tower, a {type(tower).__name__}, is not CLIP-like; {_APPLY}"
     by_tile = _packed(tower) or _by_tile(tower, projector, feature)
     return by_tile and replace(by_tile, pools_videos=pools), why
 
