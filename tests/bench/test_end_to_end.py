@@ -15,7 +15,7 @@ pytest.importorskip("lmms_eval")
 from vlm_prune_ext.bench import end_to_end
 from vlm_prune_ext.bench.shapes import _llama
 from vlm_prune_ext.cli import main
-from vlm_prune_ext.evals.spent import Spent
+from vlm_prune_ext.evals.feed import Spent
 from vlm_prune_ext.evals.throughput import Run, _fill
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from vlm_prune_ext.evals.answer import Answerer
-from vlm_prune_ext.evals.spent import Spent, watched
+from vlm_prune_ext.evals.feed import Spent, watched
 from vlm_prune_ext.experiment.settings import Settings
 from vlm_prune_ext.methods.base import Method
 
