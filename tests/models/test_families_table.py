@@ -163,6 +163,11 @@ def test_several_images_and_none(form: families.Form) -> None:
             torch.testing.assert_close(logits[i], one_logits[0], **exactly(form))
 
 
+def test_the_table_says_whether_the_tower_is_read(form: families.Form) -> None:
+    found = parts_of(form.model).vision is not None
+    assert catalogue.FAMILIES[form.name].behind == found
+
+
 def test_text_that_spells_a_part_of_an_image(form: families.Form) -> None:
     token = form.processor.tokenizer.convert_ids_to_tokens(form.processor.image_token_id)
     said = "<image>|marker" if token == "<image>" else "which stands for a part of an image"

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-SUPPORT = ("evaluate", "batch", "llm_side", "vision_side", "video", "fast")
+SUPPORT = ("evaluate", "batch", "llm_side", "behind_tower", "vision_side", "video", "fast")
 
 
 def _print_all(records: list[dict[str, Any]]) -> None:
@@ -48,6 +48,7 @@ def _print_all(records: list[dict[str, Any]]) -> None:
         "evaluate",
         "batch",
         "LLM side",
+        "behind tower",
         "vision side",
         "video",
         "fast",

@@ -38,6 +38,8 @@ class FamilyLine:
             without code of its own, transformers' class.
         home: module of :mod:`vlm_prune_ext.models` with its code; ``auto``: it needs none.
         tower: methods that work in the vision tower apply (it is CLIP's).
+        behind: methods that read the tower apply behind it; without, those that choose among its
+            tokens by these alone do (DivPrune, RandomDrop).
         video: its prompts may hold videos; each frame is pruned like a picture.
         fast: it can run on fixed shapes (``fast=True`` of ``load``).
     """
@@ -47,6 +49,7 @@ class FamilyLine:
     architectures: tuple[str, ...] = ()
     home: str = "auto"
     tower: bool = False
+    behind: bool = True
     video: bool = False
     fast: bool = False
 
@@ -90,17 +93,19 @@ FAMILIES: dict[str, FamilyLine] = {
             fast=True,
         ),
         FamilyLine("gemma3", "Gemma 3", _hf("Gemma3")),
-        FamilyLine("gemma4", "Gemma 4", _hf("Gemma4"), video=True),
+        FamilyLine("gemma4", "Gemma 4", _hf("Gemma4"), behind=False, video=True),
         FamilyLine("paligemma", "PaliGemma", _hf("PaliGemma")),
         FamilyLine("idefics3", "Idefics3", _hf("Idefics3"), fast=True),
         FamilyLine("smolvlm", "SmolVLM", _hf("SmolVLM"), fast=True),
-        FamilyLine("mistral3", "Mistral 3", _hf("Mistral3"), fast=True),
+        FamilyLine("mistral3", "Mistral 3", _hf("Mistral3"), behind=False, fast=True),
         FamilyLine("aya_vision", "Aya Vision", _hf("AyaVision")),
-        FamilyLine("ovis2", "Ovis2", _hf("Ovis2"), fast=True),
+        FamilyLine("ovis2", "Ovis2", _hf("Ovis2"), behind=False, fast=True),
         FamilyLine("glm4v", "GLM-4.1V", _hf("Glm4v"), video=True, fast=True),
-        FamilyLine("blip2", "BLIP-2 (OPT)", _hf("Blip2"), home="blip"),
-        FamilyLine("instructblip", "InstructBLIP (Vicuna)", _hf("InstructBlip"), home="blip"),
-        FamilyLine("fuyu", "Fuyu", ("FuyuForCausalLM",), home="fuyu"),
+        FamilyLine("blip2", "BLIP-2 (OPT)", _hf("Blip2"), behind=False, home="blip"),
+        FamilyLine(
+            "instructblip", "InstructBLIP (Vicuna)", _hf("InstructBlip"), behind=False, home="blip"
+        ),
+        FamilyLine("fuyu", "Fuyu", ("FuyuForCausalLM",), home="fuyu", behind=False),
     )
 }
 """Families that load, by short name. A new one that transformers knows, with a processor and with
@@ -143,6 +148,7 @@ class Entry:
             "batch": True,
             "llm_side": self.llm_side,
             "vision_side": line.tower,
+            "behind_tower": self.llm_side and line.behind,
             "video": line.video,
             "fast": line.fast,
             "note": self.note,
