@@ -16,6 +16,7 @@ import torch
 import vlm_prune_ext as vp
 from tests.makers import QUESTIONS, photo, photos, tiny_original
 from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.evals import feed
 from vlm_prune_ext.evals.answer import Answerer, Query
 from vlm_prune_ext.evals.batch_size import LARGEST, BatchSize, batch_size_of
 from vlm_prune_ext.evals.feed import Batch, Feeder, Row, answer_rows, by_picture
@@ -64,8 +65,10 @@ def texts(batches: list[Batch]) -> dict[Any, str]:
 # -- answers -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("method", [None, FASTV, vp.DivPrune(ratio=0.5), vp.RandomDrop(keep=5)])
 def test_batches_answer_as_single_questions(loaded: tuple[Any, Any], method: Any) -> None:
+    """What questions about one picture share is computed once; alone: whole prompts."""
     answerer, asked = Answerer(*loaded, method), queries()
-    alone = {place: answerer.answer([one])[0].text for place, one in enumerate(asked)}
+    whole = Answerer(*loaded, method, share=False)
+    alone = {place: whole.answer([one])[0].text for place, one in enumerate(asked)}
     assert len(set(alone.values())) > 5
     shuffled = rows(asked)
     random.Random(1).shuffle(shuffled)
@@ -78,9 +81,13 @@ def test_batches_answer_as_single_questions(loaded: tuple[Any, Any], method: Any
     assert max(batch.size for batch in run(answerer, rows(asked), 4)) == 4
 
 
-def test_what_fails_fails_alone(loaded: tuple[Any, Any]) -> None:
+@pytest.mark.parametrize("where", ["host", "device"])
+def test_what_fails_fails_alone(
+    loaded: tuple[Any, Any], where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In the middle of a batch: a picture cut short, none at all, a prompt that spells a marker,
     and a worker's thread that is told to end."""
+    monkeypatch.setattr(loaded[1], "preprocess", where)
     answerer, asked = Answerer(*loaded, FASTV), queries()
     good = {place: answerer.answer([one])[0].text for place, one in enumerate(asked)}
     broken = rows(asked)
@@ -199,6 +206,26 @@ def test_what_is_prepared_ahead_is_bounded(loaded: tuple[Any, Any]) -> None:
         assert next(batches).size == 2
         assert taken <= 3 * 8
     batches.close()  # type: ignore[attr-defined]
+
+
+def test_large_pictures_are_fewer_ahead(
+    loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once their size is known, as many rows are prepared as there is room for."""
+    monkeypatch.setattr(feed, "_ROOM", 5 * loaded[1].ready(PICTURES[0]).pixels.nbytes)
+    taken = answered = 0
+
+    def many() -> Iterator[Row]:
+        nonlocal taken
+        for place in range(80):
+            taken += 1
+            shown = [PICTURES[place % 3]]
+            yield Row(place, lambda s=shown: Query(QUESTIONS[0], s, max_new_tokens=1))
+
+    for batch in Feeder(Answerer(*loaded), BatchSize(2, CPU)).batches(many()):
+        answered += batch.size
+        assert taken - answered <= (16 if answered <= 16 else 10)
+    assert answered == 80
 
 
 def test_a_picture_is_opened_once(

@@ -34,7 +34,7 @@ from vlm_prune_ext.models.images import ImageLike, ReadyImage, digest_of
 T = TypeVar("T")
 
 _WINDOW = 4  # batches whose rows are put in order of length together
-_ROOM = 1 << 30  # bytes of prepared pictures from which no further row is prepared
+_ROOM = 1 << 30  # bytes that pictures prepared ahead take, about, and those that are kept
 _PICTURES = 64  # pictures that are kept, the newest, as far as there is room for them
 
 
@@ -126,7 +126,6 @@ class _Prepared:
     query: Query | None = None
     error: BaseException | None = None
     length: int = 0
-    size: int = 0  # bytes of its pictures
     shape: Hashable = None  # of its videos, where those of a batch must have one
     waited: bool = False  # for a full batch, once already
 
@@ -184,6 +183,7 @@ class Feeder:
         self._overlap = self._on_gpu if overlap is None else overlap
         self._pictures = Pictures(answerer.processor.ready)
         self._adding = threading.Lock()
+        self._seen = self._seen_bytes = 0
         self._spent = current()
 
     def batches(self, rows: Iterable[Row]) -> Iterator[Batch]:
@@ -287,12 +287,15 @@ class Feeder:
         ahead: deque[Future[_Prepared]],
         held: Sequence[_Prepared],
     ) -> None:
-        """Have rows prepared, up to two windows beside the one at work, if memory allows."""
-        room = max(2 * _WINDOW * self._size.now, 2 * self._threads) - len(ahead) - len(held)
-        taken = sum(one.result().size for one in ahead if one.done())
-        if ahead and taken > _ROOM:
-            return
-        ahead.extend(pool.submit(self._prepare, row) for row in islice(waiting, max(0, room)))
+        """Have rows prepared, up to two windows beside the one at work, as far as there is room for
+        pictures of the size seen so far. Before one was seen, few on a GPU: it gets whole ones."""
+        most = max(2 * _WINDOW * self._size.now, 2 * self._threads) - len(held)
+        if self._seen:
+            most = min(most, int(_ROOM * self._seen / max(1, self._seen_bytes)))
+        elif self._on_gpu:
+            most = min(most, 2 * self._threads)
+        count = max(most - len(ahead), 0 if ahead else 1)
+        ahead.extend(pool.submit(self._prepare, row) for row in islice(waiting, count))
 
     def _prepare(self, row: Row) -> _Prepared:
         processor, spent = self._answerer.processor, self._spent
@@ -306,12 +309,14 @@ class Feeder:
             marks.append(time.perf_counter())
             length = processor.length(query.text, images, query.style)
             marks.append(time.perf_counter())
+            size = sum(map(_bytes_of, images))
             with self._adding:
+                self._seen, self._seen_bytes = self._seen + 1, self._seen_bytes + size
                 spent.read += marks[1] - marks[0]
                 spent.opened += marks[2] - marks[1]
                 spent.tokenised += marks[3] - marks[2]
             shape = processor.shape_of(images)
-            return _Prepared(row, query, None, length, sum(map(_bytes_of, images)), shape)
+            return _Prepared(row, query, None, length, shape)
         except BaseException as error:  # code of a task, or a decoder, on what nobody has checked
             return _Prepared(row, error=error.with_traceback(None))
 
