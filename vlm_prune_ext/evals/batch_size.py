@@ -42,12 +42,21 @@ class BatchSize:
         asked: a number, or ``auto``; ``None``: ``auto`` on a GPU, else 1.
         device: of the model.
         most: of ``auto``.
+        together: what ``auto`` is, of an engine that makes its batches itself.
 
     Attributes:
         now: samples.
     """
 
-    def __init__(self, asked: int | str | None, device: torch.device, most: int = LARGEST) -> None:
+    def __init__(
+        self,
+        asked: int | str | None,
+        device: torch.device,
+        most: int = LARGEST,
+        together: int | None = None,
+    ) -> None:
+        if together is not None and asked in (None, AUTO):
+            asked = together
         if asked is None:
             asked = AUTO if device.type == "cuda" else 1
         self._device, self._most = device, most

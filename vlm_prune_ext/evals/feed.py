@@ -180,7 +180,8 @@ class Feeder:
         self._answerer, self._size = answerer, size
         self._on_gpu = answerer.processor.device.type == "cuda"
         self._threads = threads or (_cores() if self._on_gpu else 2)
-        self._overlap = self._on_gpu if overlap is None else overlap
+        ours = answerer.together is None  # an engine has processes of its own
+        self._overlap = self._on_gpu and ours if overlap is None else overlap
         self._pictures = Pictures(answerer.processor.ready)
         self._adding = threading.Lock()
         self._seen = self._seen_bytes = 0
@@ -434,24 +435,28 @@ class Stint:
     """Answering of one process, from now on.
 
     Args:
-        device: that it answers on.
+        answerer: answers; an engine has warmed up, and its memory is other processes'.
 
     Attributes:
         warm_up: answers whose times say nothing, the first ones.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device, self.warm_up = device, 3 if device.type == "cuda" else 1
-        measure.reset_peak(device)
-        self._energy, self._start = measure.EnergyMeter(device, None), time.perf_counter()
+    def __init__(self, answerer: Answerer) -> None:
+        self._answerer, self._device = answerer, answerer.processor.device
+        self.warm_up = 3 if self._device.type == "cuda" else 1
+        if answerer.together:
+            self.warm_up = 0
+        measure.reset_peak(self._device)
+        self._energy, self._start = measure.EnergyMeter(self._device, None), time.perf_counter()
 
     def stretch(self, rank: int = 0) -> Stretch:
         """What it took so far."""
+        engine = self._answerer.together is not None
         return Stretch(
             rank=rank,
             seconds=time.perf_counter() - self._start,
-            peak_memory_bytes=measure.peak_memory(self._device),
-            energy_joules=self._energy.joules(),
+            peak_memory_bytes=None if engine else measure.peak_memory(self._device),
+            energy_joules=self._energy.joules() if self._answerer.devices == 1 else None,
             hardware=host.hardware(self._device),
         )
 

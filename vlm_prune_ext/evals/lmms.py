@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any, ClassVar, Generic, TypeVar, overload
 
@@ -32,7 +33,7 @@ from vlm_prune_ext.evals.lmms_plugin import class_name, method_of, models, value
 from vlm_prune_ext.evals.lmms_requests import Reader, Source, Task
 from vlm_prune_ext.evals.lmms_tally import Tally
 from vlm_prune_ext.evals.precheck import check_fit
-from vlm_prune_ext.models import load
+from vlm_prune_ext.evals.served import make_answerer
 from vlm_prune_ext.models.checkpoint import Checkpoint
 from vlm_prune_ext.pruning import prune
 
@@ -64,6 +65,8 @@ class PruneModel(lmms):
             family's own.
         device_map: ``auto`` spreads one model over all GPUs of a single process.
         revision: branch, tag or commit of a checkpoint on the hub.
+        backend: ``vllm``: vLLM's engine answers, with the same prompts.
+        tensor_parallel_size, max_model_len, gpu_memory_utilization: of that engine.
         answerer: answers, in place of all that says which model and method.
         **given: parameters of the method, under their own or their ``model.config`` names.
 
@@ -94,6 +97,10 @@ class PruneModel(lmms):
         frames: int | None = None,
         fps: float | None = None,
         video_budget: str | None = None,
+        backend: str | None = None,
+        tensor_parallel_size: int | None = None,
+        max_model_len: int | None = None,
+        gpu_memory_utilization: float | None = None,
         answerer: Answerer | None = None,
         **given: Any,
     ) -> None:
@@ -106,12 +113,19 @@ class PruneModel(lmms):
         self._world_size = self.accelerator.num_processes
         self._style = value_of(conv_template)
         if answerer is None:
-            checkpoint = value_of(pretrained) or CHECKPOINT
+            checkpoint, served = str(value_of(pretrained) or CHECKPOINT), value_of(backend)
+            if served is not None and self._world_size > 1:
+                raise InputError(
+                    f"backend={served!r} is one process's: tensor_parallel_size shares it among "
+                    "GPUs, num_processes=1 is needed."
+                )
             check_fit(Checkpoint(checkpoint, revision=value_of(revision)), method)
-            model, processor = load(
+            answerer = make_answerer(
                 checkpoint,
+                method,
+                served,
                 dtype=value_of(dtype),
-                device=_device(device, self.accelerator),
+                device=device if served else _device(device, self.accelerator),
                 attn_implementation=value_of(attn_implementation),
                 fast=_flag("fast", fast),
                 trust_remote_code=bool(_flag("trust_remote_code", trust_remote_code)),
@@ -120,17 +134,20 @@ class PruneModel(lmms):
                 preprocess=value_of(preprocess),
                 frames=value_of(frames),
                 fps=value_of(fps),
+                video_budget=value_of(video_budget),
+                tensor_parallel_size=value_of(tensor_parallel_size),
+                max_model_len=value_of(max_model_len),
+                gpu_memory_utilization=value_of(gpu_memory_utilization),
                 **self._extra(device_map, revision),
             )
             # Is the style known? Does the method fit the model?
-            processor.messages([{"role": "user", "content": "?"}], style=self._style)
-            answerer = Answerer(model, processor, method, video=value_of(video_budget) or "frame")
-            with prune(model, method):
+            answerer.processor.messages([{"role": "user", "content": "?"}], style=self._style)
+            with nullcontext() if served else prune(answerer.model, method):
                 pass
         self._answerer: Answerer | None = answerer
         self._device, self._config = answerer.processor.device, answerer.model.config
         self._reader = Reader(self, answerer.processor, self._style)
-        self._tally = Tally(answerer.model, self._device)
+        self._tally = Tally(answerer, self._device)
         if self._rank == 0:
             label = method.label() if method is not None else "baseline"
             logger.info(
@@ -207,7 +224,7 @@ class PruneModel(lmms):
     ) -> Iterator[tuple[int, GenerationResult]]:
         """Answers as they are made. A sample that cannot be answered is reported and gets an empty
         answer."""
-        size = BatchSize(self.batch_size_per_gpu, self._device, self._most)
+        size = BatchSize(self.batch_size_per_gpu, self._device, self._most, self.answerer.together)
         self._tally.start()
         rows = (Row(place, tasks[place].query) for place in self._order(tasks))
         for batch in Feeder(self.answerer, size).batches(rows):
@@ -249,6 +266,8 @@ class PruneModel(lmms):
         multiple-choice tasks (which take the smallest) expect it. Tokens are dropped by the prompt
         alone, as in generation.
         """
+        if self.answerer.together:
+            raise InputError("backend='vllm' scores no likelihoods: take a task that is answered.")
         twins = _padding_twins(requests)
         places = [place for place in range(len(requests)) if place not in twins]
         self._tally.start()
@@ -265,6 +284,7 @@ class PruneModel(lmms):
         """
         if self._answerer is not None:
             self._tally.report(self._rank, self._world_size)
+            self._answerer.close()
             self._answerer = None
         super().clean()
 

@@ -30,6 +30,7 @@ from vlm_prune_ext.evals.lmms_plugin import (
     run_label,
     value_of,
 )
+from vlm_prune_ext.evals.precheck import check_backend, check_served
 from vlm_prune_ext.experiment.report import say
 
 TASKS = Path(__file__).parent / "tasks"
@@ -41,8 +42,10 @@ MODEL   one of: {models}
 TASKS   task names with commas between; local ones: {tasks}
 keys    of the model   pretrained (default: the demo checkpoint), dtype, device, device_map,
                        revision, conv_template, attn_implementation, trust_remote_code,
-                       min_pixels, max_pixels, preprocess, frames, fps, video_budget, and the
-                       method's parameters (vlm-prune methods)
+                       min_pixels, max_pixels, preprocess, frames, fps, video_budget, backend
+                       (vllm: docs/serve.md), tensor_parallel_size, max_model_len,
+                       gpu_memory_utilization (of vllm), and the method's parameters
+                       (vlm-prune methods)
         of lmms-eval   {options}
         of the launch  {launch}
         data           folder made by `vlm-prune demo-data`, for the local tasks
@@ -136,11 +139,13 @@ def make_plan(words: Sequence[str]) -> Plan:
     given = parse_pairs(words[2:])
     settings, options, launch = sort_keys(model, given)
     _check_device(settings)
-    if "device_map" in settings:  # one model over all GPUs, so one process
+    served = value_of(settings.get("backend"))
+    check_backend(served, {key: value_of(value) for key, value in settings.items()})
+    if "device_map" in settings or served:  # one model over all GPUs, so one process
         launch.setdefault("num_processes", "1")
     label = run_label(model, settings)  # checks the method's parameters
     _check_registered(model)
-    _check_tasks(tasks, options)
+    _check_tasks(tasks, options, served)
     _check_checkpoint(model, settings)
     _check_numbers(options)
     output = Path(options.pop("output_path", "") or f"logs/{label}")
@@ -148,7 +153,7 @@ def make_plan(words: Sequence[str]) -> Plan:
     evaluation = ["--model", model, "--tasks", ",".join(tasks)]
     evaluation += ["--model_args", ",".join(f"{k}={v}" for k, v in settings.items())]
     evaluation += ["--output_path", str(output), "--log_samples"]
-    evaluation += _option_words({"batch_size": "1" if cpu else "auto", **options})
+    evaluation += _option_words({"batch_size": "1" if cpu and not served else "auto", **options})
     command = [sys.executable, "-m", "accelerate.commands.launch", *launch_words(launch, cpu)]
     environment = _environment(launch, cpu)
     if "data" in given:
@@ -301,7 +306,7 @@ def _check_registered(model: str) -> None:
         )
 
 
-def _check_tasks(tasks: Sequence[str], options: dict[str, str]) -> None:
+def _check_tasks(tasks: Sequence[str], options: dict[str, str], served: str | None) -> None:
     """Every task exists; tasks of this package are put on lmms-eval's search path."""
     if not tasks:
         raise InputError("TASKS is empty: task names with commas between.")
@@ -323,6 +328,10 @@ def _check_tasks(tasks: Sequence[str], options: dict[str, str]) -> None:
             raise unknown_name("task", task, {*known, *local})
     kinds = {**known, **{task: local[task] for task in tasks if task in local}}
     scored = [task for task in tasks if kinds.get(task) in _LIKELIHOOD]
+    if scored and served:
+        raise InputError(
+            f"backend={served} does not go with {scored[0]}: it scores no likelihoods."
+        )
     if scored and "use_cache" in options:
         raise InputError(
             f"use_cache does not go with {scored[0]}: lmms-eval cannot read likelihoods back from "
@@ -338,7 +347,10 @@ def _check_checkpoint(model: str, settings: Mapping[str, str]) -> None:
 
     source = Checkpoint(settings.get("pretrained") or CHECKPOINT, revision=settings.get("revision"))
     check_trust(source, value_of(settings.get("trust_remote_code")) is True)
-    check_fit(source, method_of(model, method_keys(settings)))
+    method = method_of(model, method_keys(settings))
+    check_fit(source, method)
+    if value_of(settings.get("backend")):
+        check_served(source, method)
 
 
 def local_tasks() -> dict[str, str]:

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from vlm_prune_ext.errors import InputError, unknown_name
+from vlm_prune_ext.experiment.settings import ENGINE
 from vlm_prune_ext.methods.base import Method, label_text
 from vlm_prune_ext.methods.registry import METHODS, classes, get_method, method_class
 
@@ -68,6 +69,8 @@ MODEL_KEYS = (
     "frames",
     "fps",
     "video_budget",
+    "backend",
+    *ENGINE,
 )
 """Arguments that say which model and how it is loaded and prompted."""
 
@@ -203,7 +206,7 @@ def run_label(model: str, given: Mapping[str, Any]) -> str:
     checkpoint = str(given.get("pretrained") or "demo").rstrip("/").rsplit("/", 1)[-1]
     extra = [
         label_text(given[key])
-        for key in ("dtype", "attn_implementation", "conv_template")
+        for key in ("dtype", "attn_implementation", "conv_template", "backend")
         if given.get(key) is not None
     ]
     if value_of(given.get("fast")) is not None:

@@ -121,7 +121,7 @@ class LoggedModel(PruneModel):
         super().__init__(answerer=answerer, batch_size=settings.batch_size or usual)
         self._begin, self._log = begin, files.log(0)
         self._positions, self._sizes = settings.keep_positions, Sizes.of(answerer.model.config)
-        self._stint, self._answered = Stint(answerer.processor.device), 0
+        self._stint, self._answered = Stint(answerer), 0
         self.parts: Parts = {}
         self.pictures: dict[int | str, list[str]] = {}
 

@@ -12,7 +12,7 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from loguru import logger
 
 from vlm_prune_ext.errors import InputError
-from vlm_prune_ext.evals.answer import Answer
+from vlm_prune_ext.evals.answer import Answer, Answerer
 from vlm_prune_ext.evals.lmms_requests import Source
 from vlm_prune_ext.experiment.flops import PromptFlops, Sizes
 from vlm_prune_ext.experiment.measure import EnergyMeter, peak_memory
@@ -65,12 +65,14 @@ class Tally:
     """Counts on one process.
 
     Args:
-        model: what answers.
+        answerer: what answers.
         device: where.
     """
 
-    def __init__(self, model: Any, device: torch.device) -> None:
-        self._sizes = Sizes.of(model.config)
+    def __init__(self, answerer: Answerer, device: torch.device) -> None:
+        self._sizes = Sizes.of(answerer.model.config)
+        self._own = answerer.together is None  # else other processes' memory would be meant
+        self._alone = answerer.devices == 1
         self._device = device
         self._sums = Sums()
         self._first: Sequence[Answer] | None = None
@@ -80,7 +82,7 @@ class Tally:
 
     def start(self) -> None:
         """Begin to count energy, if that has not begun."""
-        if self._energy is None:
+        if self._energy is None and self._alone:
             self._energy = EnergyMeter(self._device, None)
 
     def add(self, seconds: float, answers: Sequence[Answer] = (), samples: int = 0) -> None:
@@ -134,7 +136,7 @@ class Tally:
         sums = self._sums
         if not sums.timed and self._first is not None:
             _add_times(sums, self._first)
-        sums.peak = peak_memory(self._device)
+        sums.peak = peak_memory(self._device) if self._own else 0
         sums.joules = self._energy.joules() if self._energy is not None else None
         everyone = _gather((sums, self._example), processes)
         total, longest = _added([one for one, _ in everyone])
@@ -200,6 +202,8 @@ def _metrics(total: Sums, seconds: float, processes: int) -> dict[str, float]:
     }
     if total.joules is None:
         del figures["joules_per_sample"]
+    if not total.peak:
+        del figures["peak_memory_gib"]
     return {name: value for name, value in figures.items() if value is not None}
 
 

@@ -1,15 +1,25 @@
-"""What a checkpoint's ``config.json`` alone says about a run, before hours are spent."""
+"""What settings and ``config.json`` alone say about a run, before hours are spent."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
+from importlib.metadata import packages_distributions, version
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.experiment.log import read_json
+from vlm_prune_ext.experiment.settings import ENGINE
 from vlm_prune_ext.methods.base import Method
+from vlm_prune_ext.methods.registry import short_form
+from vlm_prune_ext.serve.plugin import selected
+from vlm_prune_ext.serve.selection import FAMILIES, check_version
+
+VLLM = "vllm"
+"""The backend that is not transformers."""
 
 if TYPE_CHECKING:
     from vlm_prune_ext.experiment.budgets import Prompt
@@ -69,6 +79,58 @@ def check_config(config: Any, method: Method) -> None:
     if getattr(vision, "model_type", None) != "clip_vision_model":
         return  # other towers drop nothing, and their patches are not what becomes visual tokens
     method.vision_stages(vision.num_hidden_layers, _feature_layer(config, vision))
+
+
+def check_backend(backend: str | None, given: Mapping[str, Any]) -> None:
+    """Refuse settings that do not go with the backend, before anything is loaded.
+
+    Raises:
+        InputError: naming the setting.
+    """
+    if backend not in (None, VLLM):
+        raise InputError(f"backend={backend!r} is not valid: {VLLM}, or none for transformers.")
+    for name in ENGINE if backend is None else _OTHERS:
+        if given.get(name) not in (None, False):
+            why = "vLLM's: it needs backend='vllm'" if backend is None else "not possible with vLLM"
+            raise InputError(f"{name}={given[name]!r} is {why}.")
+
+
+_OTHERS = (
+    *("device", "device_map", "attn_implementation", "fast", "trust_remote_code"),
+    *("preprocess", "frames", "fps"),
+)
+
+
+def check_served(source: Checkpoint, method: Method | None) -> None:
+    """Refuse what the engine cannot do, before weights are read.
+
+    Raises:
+        InputError: no vLLM here or another version, a checkpoint or method that does not fit.
+    """
+    if find_spec("vllm") is None:
+        raise InputError(
+            "backend='vllm' needs vLLM, which is not installed here: `make vllm` makes an "
+            "environment that has it (docs/serve.md)."
+        )
+    from vlm_prune_ext.models.original import is_original
+
+    check_version(vllm_version())
+    if is_original(source.config):
+        raise InputError(
+            f"checkpoint {source.name!r} is in LLaVA's original format, which vLLM does not load: "
+            "`vlm-prune convert --model ... --out FOLDER` makes one that it does."
+        )
+    if source.architecture not in FAMILIES:
+        titles = ", ".join(line.title for line in FAMILIES.values())
+        raise InputError(
+            f"backend='vllm' is not possible with {source.architecture}: {titles} are."
+        )
+    selected(short_form(method), _config(source))
+
+
+def vllm_version() -> str:
+    """Of the vLLM here, whatever its build is named."""
+    return version(packages_distributions()["vllm"][0])
 
 
 def prompt_of(source: Checkpoint) -> Prompt:

@@ -31,6 +31,7 @@ from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.evals.answer import Answer, Answerer, Query
 from vlm_prune_ext.evals.names import run_name
 from vlm_prune_ext.evals.rows import MAX_NEW_TOKENS, register_datasets
+from vlm_prune_ext.evals.served import make_answerer
 from vlm_prune_ext.methods.base import Method
 from vlm_prune_ext.methods.registry import (
     METHODS,
@@ -40,7 +41,6 @@ from vlm_prune_ext.methods.registry import (
     parse_method,
     standard_method,
 )
-from vlm_prune_ext.models import load
 from vlm_prune_ext.models.clips import Clip
 from vlm_prune_ext.models.prompts import IMAGE, VIDEO
 
@@ -57,15 +57,16 @@ class PrunedVLM(BaseModel):
     Args:
         model_path: folder or hub name of a checkpoint.
         method: a ready-made method in place of the class's own and of ``parameters``.
-        dtype, device, attn_implementation, fast, preprocess, trust_remote_code: see
-            :func:`vlm_prune_ext.load`.
+        backend, dtype, device, attn_implementation, fast, preprocess, trust_remote_code,
+            tensor_parallel_size, max_model_len, gpu_memory_utilization: see
+            :func:`vlm_prune_ext.evals.served.make_answerer`.
         min_pixels, max_pixels: of an image, for families that take it as large as it is.
         frames, fps: how many frames of a video are shown, in all or of each second; ``None``: as
             the data set says, else as the checkpoint's processor chooses, else 32.
         video_budget: see ``video`` of :func:`vlm_prune_ext.prune`.
         max_new_tokens: limit of an answer; ``None``: 2048, as VLMEvalKit's ``LLaVA`` has it (the
             demo's data sets have shorter ones).
-        loaded: ``(model, processor)`` in place of ``model_path``.
+        answerer: answers, in place of all that says which model and method.
         parameters: of the method.
 
     Attributes:
@@ -97,17 +98,25 @@ class PrunedVLM(BaseModel):
         fps: float | None = None,
         video_budget: str = "frame",
         max_new_tokens: int | None = None,
-        loaded: tuple[Any, Any] | None = None,
+        backend: str | None = None,
+        tensor_parallel_size: int | None = None,
+        max_model_len: int | None = None,
+        gpu_memory_utilization: float | None = None,
+        answerer: Answerer | None = None,
         **parameters: Any,
     ) -> None:
         super().__init__()
-        if method is None:  # before loading: a wrong parameter costs nothing
+        if answerer is not None:
+            method = answerer.method
+        elif method is None:  # before loading: a wrong parameter costs nothing
             method = get_method(self.METHOD, **parameters)
         elif parameters:
             raise InputError(f"method and {', '.join(parameters)} are given: one of them may be.")
-        if loaded is None:
-            loaded = load(
+        if answerer is None:
+            answerer = make_answerer(
                 model_path,
+                method,
+                backend,
                 dtype=dtype,
                 device=device,
                 attn_implementation=attn_implementation,
@@ -118,17 +127,21 @@ class PrunedVLM(BaseModel):
                 preprocess=preprocess,
                 frames=frames,
                 fps=fps,
+                video_budget=video_budget,
+                tensor_parallel_size=tensor_parallel_size,
+                max_model_len=max_model_len,
+                gpu_memory_utilization=gpu_memory_utilization,
             )
         self.model: Any
         self.processor: Any
-        self.model, self.processor = loaded
+        self.model, self.processor = answerer.model, answerer.processor
         self.method = method
         self.max_new_tokens = max_new_tokens
         self.last: Answer | None = None
         self.VIDEO_LLM = self.processor.takes_videos  # else VLMEvalKit hands frames as pictures
         self.shown: dict[str, Any] = {}
         self._kinds: dict[str, Any] = {}
-        self.answerer = Answerer(self.model, self.processor, method, video=video_budget)
+        self.answerer = answerer
 
     # -- prompts: VLMEvalKit's own LLaVA makes them --------------------------------------------
     def use_custom_prompt(self, dataset: str) -> bool:

@@ -90,7 +90,7 @@ class RowModel(BaseModel):
         model.show(self.dataset)
         self.sizes = Sizes.of(model.model.config)
         self.device = model.processor.device
-        self._stint = Stint(self.device)
+        self._stint = Stint(model.answerer)
         return model
 
     def stretch(self, rank: int) -> Stretch | None:
@@ -122,7 +122,8 @@ class RowModel(BaseModel):
     def _batches(self) -> Iterator[Batch]:
         # A checkpoint that cannot be loaded is no row's fault.
         answerer = self.inner.answerer
-        feeder = Feeder(answerer, BatchSize(self._batch_size, self.device))
+        size = BatchSize(self._batch_size, self.device, together=answerer.together)
+        feeder = Feeder(answerer, size)
         return feeder.batches(Row(place, partial(self._query, place)) for place in self._open)
 
     def close(self) -> None:

@@ -25,9 +25,11 @@ from vlmeval.inference_video import infer_data_job_video
 
 from vlm_prune_ext.demo import CHECKPOINT
 from vlm_prune_ext.errors import InputError, reason_of
+from vlm_prune_ext.evals.answer import Answerer
 from vlm_prune_ext.evals.names import table_name
 from vlm_prune_ext.evals.precheck import check_fit, decoder_of, is_untrained
 from vlm_prune_ext.evals.rows import Table, open_table
+from vlm_prune_ext.evals.served import make_answerer
 from vlm_prune_ext.evals.vlmeval import PrunedVLM
 from vlm_prune_ext.evals.vlmeval_rows import Parts, RowModel, shown_in_order
 from vlm_prune_ext.evals.vlmeval_store import (
@@ -56,7 +58,8 @@ from vlm_prune_ext.experiment.record import (
     summarise,
     weights_fingerprint,
 )
-from vlm_prune_ext.experiment.settings import Settings, method_as_json
+from vlm_prune_ext.experiment.settings import ENGINE, MODEL, Settings, method_as_json
+from vlm_prune_ext.methods.base import Method
 from vlm_prune_ext.models import load
 from vlm_prune_ext.models.checkpoint import Checkpoint
 from vlm_prune_ext.tables import BadRow
@@ -129,6 +132,7 @@ class Models:
     def __init__(self, settings: Settings) -> None:
         self.path = settings.model_path or str(CHECKPOINT)
         self._settings = settings
+        self._served: Answerer | None = None
 
     @cached_property
     def source(self) -> Checkpoint:
@@ -157,6 +161,30 @@ class Models:
             frames=given.frames,
             fps=given.fps,
         )
+
+    def answerer(self, method: Method | None) -> Answerer:
+        """What answers with a method. An engine is one method's: the newest stays."""
+        given = self._settings
+        if given.backend is None:
+            return Answerer(*self.loaded, method, video=given.video_budget)
+        if self._served is None or self._served.method != method:
+            self.close()
+            self._served = make_answerer(
+                self.path,
+                method,
+                given.backend,
+                seed=given.seed,
+                **{
+                    name: getattr(given, name) for name in (*MODEL, *ENGINE) if name != "model_path"
+                },
+            )
+        return self._served
+
+    def close(self) -> None:
+        """Stop an engine that was started."""
+        if self._served is not None:
+            self._served.close()
+            self._served = None
 
 
 # -- the run -------------------------------------------------------------------------------------
@@ -280,12 +308,7 @@ def predict(
 
     def model() -> PrunedVLM:
         limit = settings.max_new_tokens
-        return PrunedVLM(
-            loaded=models.loaded,
-            method=settings.method,
-            max_new_tokens=limit,
-            video_budget=settings.video_budget,
-        )
+        return PrunedVLM(answerer=models.answerer(settings.method), max_new_tokens=limit)
 
     rows = RowModel(
         model, table.dataset, parts, log, settings.batch_size, on_sample, settings.keep_positions

@@ -45,7 +45,7 @@ from vlm_prune_ext.tables import BadRow, read_leniently
 DECISIVE = (
     *("method", "seed", "dtype", "attn_implementation", "max_new_tokens", "fast"),
     *("checkpoint", "weights", "prompts", "min_pixels", "max_pixels", "frames", "fps"),
-    "video_budget",
+    *("video_budget", "backend"),
 )
 """What decides predictions: where one of these differs, all rows are asked anew."""
 

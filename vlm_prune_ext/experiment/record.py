@@ -163,14 +163,14 @@ class Stretch:
     Attributes:
         rank: of the process.
         seconds: that it answered for.
-        peak_memory_bytes: allocated by tensors on a GPU, resident on a CPU.
+        peak_memory_bytes: allocated by tensors on a GPU, resident on a CPU; ``None``: not known.
         energy_joules: that its GPU used meanwhile; ``None`` where nothing counts.
         hardware: processor, cores, threads, memory, GPU.
     """
 
     rank: int
     seconds: float
-    peak_memory_bytes: int
+    peak_memory_bytes: int | None
     energy_joules: float | None
     hardware: dict[str, Any]
 
@@ -438,6 +438,7 @@ def _read_seconds(data: dict[str, Any]) -> Seconds:
 def summarise(samples: Sequence[Sample], stretches: Sequence[Stretch]) -> dict[str, Any]:
     """Fields of :class:`Record` that follow from the lines of a log alone."""
     energies = [s.energy_joules for s in stretches if s.energy_joules is not None]
+    peaks = [s.peak_memory_bytes for s in stretches if s.peak_memory_bytes is not None]
     hardware = {json.dumps(s.hardware, sort_keys=True): s.hardware for s in stretches}
     return {
         "samples": len(samples),
@@ -445,7 +446,7 @@ def summarise(samples: Sequence[Sample], stretches: Sequence[Stretch]) -> dict[s
         "visual_tokens": layer_groups(samples),
         "flops": mean_flops(samples),
         "seconds": timing(samples),
-        "peak_memory_bytes": max((s.peak_memory_bytes for s in stretches), default=None),
+        "peak_memory_bytes": max(peaks, default=None),
         "energy_joules": sum(energies) if energies else None,
         "wall_seconds": sum(s.seconds for s in stretches),
         "hardware": list(hardware.values()),

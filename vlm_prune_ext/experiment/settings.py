@@ -165,6 +165,12 @@ RATE = Kind(
     {"type": _number_or_text, "metavar": "X"},
     _number_or_text,
 )
+SHARE = Kind(
+    "a number above 0, at most 1",
+    lambda value: type(value) in (int, float) and 0 < value <= 1,
+    {"type": _number_or_text, "metavar": "X"},
+    _number_or_text,
+)
 BATCH = Kind(
     "an integer of at least 1, or auto",
     lambda value: value == "auto" or WHOLE.ok(value),
@@ -348,6 +354,8 @@ class Settings(ModelSettings):
 
     Attributes:
         method: what prunes; ``None`` is the baseline.
+        backend: what answers; ``None`` is transformers, in this process.
+        tensor_parallel_size, max_model_len, gpu_memory_utilization: of vLLM.
         data: names of datasets.
         work_dir: where results go.
         limit: rows of each dataset, the first ones; ``None``: all.
@@ -364,6 +372,16 @@ class Settings(ModelSettings):
     """
 
     method: Method | None = None
+    backend: str | None = option(
+        None,
+        named(("vllm",)),
+        "vllm: in vLLM's engine, with the same prompts (docs/serve.md); default: transformers",
+    )
+    tensor_parallel_size: int | None = option(None, WHOLE, "of vLLM: GPUs that share each layer")
+    max_model_len: int | None = option(None, WHOLE, "of vLLM: tokens of prompt and answer")
+    gpu_memory_utilization: float | None = option(
+        None, SHARE, "of vLLM: share of a GPU's memory that it takes"
+    )
     data: tuple[str, ...] = option(
         (),
         NAMES,
@@ -433,6 +451,9 @@ def method_of(value: Any) -> Method | None:
     name, parameters = _method_of(value)
     return get_method(name, **parameters)
 
+
+ENGINE = ("tensor_parallel_size", "max_model_len", "gpu_memory_utilization")
+"""Names of settings of vLLM's engine."""
 
 # Names of settings that are not a method's.
 RUN_KEYS = tuple(f.name for f in fields(Settings) if f.name != "method")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import json
 import pkgutil
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import yaml
@@ -121,6 +123,34 @@ def parse_settings(text: str) -> tuple[str, dict[str, Any]]:
         settings.update(given)
     stated = {cls.config_fields().get(key, key) for key in settings} if cls is not None else ()
     return name, {**{k: v for k, v in usual.items() if k not in stated}, **settings}
+
+
+def short_form(method: Method | None) -> str:
+    """A text that :func:`parse_method` reads as this method.
+
+    Raises:
+        InputError: there is none, e.g. of a function as a value.
+    """
+    if method is None:
+        return "none"
+    fields = {name: (getattr(method, name), one.default) for name, one in method.options().items()}
+    stated = [
+        f"{n}={_written(value)}" for n, (value, default) in fields.items() if value != default
+    ]
+    text = f"{method.name}:{','.join(stated)}".removesuffix(":")
+    try:
+        same = parse_method(text) == method
+    except InputError:
+        same = False
+    if not same:
+        raise InputError(
+            f"{method.label()} cannot be written as text, as another process needs it."
+        )
+    return text
+
+
+def _written(value: Any) -> str:
+    return json.dumps(asdict(value) if is_dataclass(value) else value, default=str)  # type: ignore[arg-type]
 
 
 def _split(text: str) -> list[str]:

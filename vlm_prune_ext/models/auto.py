@@ -34,7 +34,7 @@ from vlm_prune_ext.models.base import (
 from vlm_prune_ext.models.catalogue import FAMILIES, FamilyLine
 from vlm_prune_ext.models.checkpoint import Checkpoint, first_line
 from vlm_prune_ext.models.clips import Clip, ReadyClip, chooser, is_video, read_clip
-from vlm_prune_ext.models.images import ImageLike
+from vlm_prune_ext.models.images import ImageLike, Size
 from vlm_prune_ext.models.loading import check_files, load_model
 from vlm_prune_ext.models.prompts import IMAGE, VIDEO, Style, Turn
 
@@ -114,6 +114,7 @@ class AutoPrompts(PromptProcessor):
         self.takes_videos = family in FAMILIES and FAMILIES[family].video
         self.video_marker = marker_of(processor, "video") if self.takes_videos else None
         self._images: OrderedDict[tuple[int, ...], list[int]] = OrderedDict()
+        self._lengths: dict[Size, int] = {}
         if styles is None:
             styles = {}
             if getattr(processor, "chat_template", None):
@@ -151,6 +152,15 @@ class AutoPrompts(PromptProcessor):
         """``None``: how many tokens an image becomes, the processor says with its pixels."""
         return None
 
+    def visual_lengths(self, images: list[Any]) -> list[int]:
+        """Of each by itself, as the processor says it once for each size; LLaVA-OneVision's looks
+        at several pictures of one prompt less closely."""
+        for image in images:
+            if image.size not in self._lengths:
+                ids = self._made([0], [self.marker], [[image]])["input_ids"]
+                self._lengths[image.size] = int((ids == self.image_token_id).sum())
+        return [self._lengths[image.size] for image in images]
+
     def ids_like(
         self,
         text: str,
@@ -166,7 +176,7 @@ class AutoPrompts(PromptProcessor):
             text, images, style: as in :meth:`prompt`.
             known: the other's text, and its token ids.
         """
-        before, ids = self._unfilled(known[0], images, style), known[1]
+        before, ids = self.unfilled_ids(known[0], images, style=style), known[1]
         places = [place for place, token in enumerate(before) if token == self.image_token_id]
         runs = runs_of([place for place, token in enumerate(ids) if token == self.image_token_id])
         if len(places) == 1 and len(runs):  # whatever stands for the one image, its frame included
@@ -179,10 +189,12 @@ class AutoPrompts(PromptProcessor):
             return None
         if self._filled(before, filled) != ids:
             return None
-        return self._filled(self._unfilled(text, images, style), filled)
+        return self._filled(self.unfilled_ids(text, images, style=style), filled)
 
-    def _unfilled(self, text: str, images: Sequence[ImageLike], style: str | None) -> list[int]:
-        """A prompt's tokens with one placeholder for each image."""
+    def unfilled_ids(
+        self, text: str, images: Sequence[ImageLike], *, style: str | None = None
+    ) -> list[int]:
+        """See :meth:`PromptProcessor.unfilled_ids`."""
         marked = self._marked(self._style(style).single(text, len(images)), list(images))
         with self._tokenizing:
             return list(self.tokenizer(marked).input_ids)

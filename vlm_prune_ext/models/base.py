@@ -470,6 +470,19 @@ class PromptProcessor:
         prompt = self._style(style).single(text, *_counts(images))
         return self.token_ids(prompt, self.visual_lengths([open_image(i) for i in images]))
 
+    def unfilled_ids(
+        self, text: str, images: Sequence[ImageLike], *, style: str | None = None
+    ) -> list[int]:
+        """Token ids of one question's prompt with one placeholder for each image, for an engine
+        that makes room for images itself; all else as in :meth:`ids_of`."""
+        return self.token_ids(
+            self._style(style).single(_written(text), len(images)), [1] * len(images)
+        )
+
+    def drawn(self, image: ImageLike) -> Image:
+        """A picture for an engine that makes its pixels itself."""
+        return open_image(image)
+
     def ids_like(
         self,
         text: str,

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import transformers
-from PIL.Image import Image
+from PIL.Image import Image, fromarray
 from transformers import CLIPImageProcessor, LlavaConfig, LlavaNextConfig
 
 from vlm_prune_ext.engine.parts import ModelParts
@@ -90,12 +90,13 @@ class LlavaProcessor(PromptProcessor):
             return {"pixel_values": self.process(images)["pixel_values"]}
         return {"pixel_values": torch.cat([self._pixels_of(image) for image in images])}
 
-    def _pixels_of(self, image: Image | ReadyImage) -> torch.Tensor:
+    def _pixels_of(self, image: Image | ReadyImage, **how: bool) -> torch.Tensor:
         if isinstance(image, ReadyImage):
             return image.pixels.to(self.device, non_blocking=True)
         if self.aspect == "pad":
             image = pad_square(image, self._padding)
-        pixels: torch.Tensor = self.image_processor(image, return_tensors="pt")["pixel_values"]
+        made = self.image_processor(image, return_tensors="pt", **how)
+        pixels: torch.Tensor = made["pixel_values"]
         return pixels
 
     @property
@@ -120,6 +121,12 @@ class LlavaProcessor(PromptProcessor):
         pixels = self._pixels_of(opened).to(self.dtype)
         pinned = self.device.type == "cuda"  # a GPU can copy from there while it works
         return ReadyImage(opened.size, pixels.pin_memory() if pinned else pixels)
+
+    def drawn(self, image: ImageLike) -> Image:
+        """Resized and cut here, by Pillow: engines resize with torchvision, which is some levels of
+        255 apart at edges."""
+        made = self._pixels_of(open_image(image), do_rescale=False, do_normalize=False)[0]
+        return fromarray(made.permute(1, 2, 0).byte().numpy())
 
     def visual_lengths(self, images: list[Image]) -> list[int]:
         """The same for every image."""

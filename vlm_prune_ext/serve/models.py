@@ -28,7 +28,7 @@ from vlm_prune_ext.engine.parts import VisionParts
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.serve.plugin import selection_of
 from vlm_prune_ext.serve.positions import planned_positions, read_places, with_places
-from vlm_prune_ext.serve.rows import Left, RowPruner
+from vlm_prune_ext.serve.rows import RowPruner
 from vlm_prune_ext.serve.selection import KEY, Picture, Selection
 from vlm_prune_ext.serve.towers import PackedRead, packed_parts, served_watch, tile_parts
 
@@ -250,7 +250,10 @@ class _Packed(_Pruned):
             images = super()._process_image_input(image_input)  # type: ignore[misc]
         grids = [(rows // merge, columns // merge) for _, rows, columns in thw.tolist()]
         left = self._pruner.prune(images, grids, self.config.vision_config.out_hidden_size)
-        return [_placed(one, grid) for one, grid in zip(left, grids, strict=True)]
+        return [
+            with_places(one.rows, one.places, columns)
+            for one, (_, columns) in zip(left, grids, strict=True)
+        ]
 
     def get_mrope_input_positions(
         self, input_tokens: list[int], mm_features: list[Any]
@@ -292,10 +295,6 @@ class _Packed(_Pruned):
         positions.add_(self._moves[:, : positions.shape[-1]])
         self._moves.zero_()
         return super().forward(input_ids, positions, *args, **kwargs)  # type: ignore[misc]
-
-
-def _placed(left: Left, grid: tuple[int, int]) -> torch.Tensor:
-    return with_places(left.rows, left.places, grid[1])
 
 
 def _within(costs: Sequence[int], limit: int) -> Iterator[slice]:

@@ -46,7 +46,7 @@ def _asking(
     def ask(architectures: Any, model_config: Any) -> tuple[Any, str]:
         if asks(model_config) is None:
             return choose(architectures, model_config)
-        name = _published_name(model_config)
+        name = _published_name(model_config.hf_config)
         # vLLM remembers classes by this list: two engines of one process must not share an entry.
         model_config.hf_config.architectures = [f"{PREFIX}{name}"]
         return choose([f"{PREFIX}{name}"], model_config)[0], name
@@ -57,7 +57,9 @@ def _asking(
 def _selection_of_known(model_config: Any) -> Selection | None:
     """As :func:`selection_of`, of a configuration that was inspected: what is no family of ours
     then is the language model inside one, under the same configuration."""
-    return selection_of(model_config) if _published_name(model_config) in FAMILIES else None
+    return (
+        selection_of(model_config) if _published_name(model_config.hf_config) in FAMILIES else None
+    )
 
 
 def selection_of(model_config: Any) -> Selection | None:
@@ -76,8 +78,20 @@ def selection_of(model_config: Any) -> Selection | None:
     import vllm
 
     check_version(vllm.__version__)
-    config = model_config.hf_config
-    name = _published_name(model_config)
+    return selected(text, model_config.hf_config)
+
+
+def selected(text: str, config: Any) -> Selection | None:
+    """What a method's short form means on a model; ``None``: nothing is pruned.
+
+    Args:
+        text: the short form.
+        config: transformers' configuration of the model.
+
+    Raises:
+        InputError: a method, family, tower or budget that does not fit.
+    """
+    name = _published_name(config)
     selection = selection_for(text, name, config.get_text_config().num_hidden_layers)
     if selection is not None:
         _check_tower(config, text, name)
@@ -87,8 +101,8 @@ def selection_of(model_config: Any) -> Selection | None:
     return selection
 
 
-def _published_name(model_config: Any) -> str:
-    names = getattr(model_config.hf_config, "architectures", None) or [""]
+def _published_name(config: Any) -> str:
+    names = getattr(config, "architectures", None) or [""]
     return str(names[0]).removeprefix(PREFIX)
 
 

@@ -7,14 +7,14 @@ leaves must follow from the image's size. Nothing here knows the engine or a mod
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from vlm_prune_ext.errors import InputError, unknown_name
 from vlm_prune_ext.methods.base import Method, Stage, resolve_budget
 from vlm_prune_ext.methods.evidence import FeatureStage
-from vlm_prune_ext.methods.registry import parse_method
+from vlm_prune_ext.methods.registry import classes, parse_method
 
 KEY = "vlm_prune"
 """The key of ``hf_overrides``; its value is a method's short form."""
@@ -167,18 +167,32 @@ def selection_for(text: str, architecture: str, num_layers: int) -> Selection | 
             f"{', '.join(line.title for line in FAMILIES.values())} can be pruned in the engine."
         )
     family = FAMILIES[architecture]
-    stages = method.decoder_stages(num_layers)
-    between = method.feature_stage()
+    found = _fit(method, family, num_layers)
+    if isinstance(found, str):
+        fit = ", ".join(_fitting(family))
+        raise InputError(
+            f"{KEY}={text!r} is not possible with {family.title}: {found}; methods that fit: {fit}."
+        )
+    return found
+
+
+def _fit(method: Method, family: ServedFamily, num_layers: int) -> Selection | str:
+    """A method's selection, or why a family's engine cannot carry it out."""
+    stages, between = method.decoder_stages(num_layers), method.feature_stage()
     why = _why_not(method, stages, between) or _why_not_in(family, between)
     if why:
-        raise InputError(f"{KEY}={text!r} is not possible with {family.title}: {why}.")
+        return why
     if between is not None:
-        return Selection(method, between, _uses_tower(between))
+        return Selection(method, between, uses_tower=between.over != "span")
     return Selection(method, stages[0], uses_tower=False)
 
 
-def _uses_tower(stage: FeatureStage) -> bool:
-    return stage.over != "span"
+def _fitting(family: ServedFamily) -> Iterator[str]:
+    """Methods that fit a family as their papers set them, which is for 32 layers."""
+    for cls in classes():
+        method = cls.from_settings(cls.standard)
+        if isinstance(_fit(method, family, 32), Selection):
+            yield cls.name
 
 
 def _why_not(method: Method, stages: tuple[Stage, ...], between: FeatureStage | None) -> str | None:
@@ -189,7 +203,7 @@ def _why_not(method: Method, stages: tuple[Stage, ...], between: FeatureStage | 
     if late:
         return (
             f"it drops in front of layer {late[0]}, and the engine keeps as many tokens in each "
-            "layer: methods between vision tower and language model apply"
+            "layer"
         )
     if method.compares_frames:
         return "it compares the frames of videos, and the engine prunes pictures"
@@ -211,10 +225,7 @@ def _why_not_in(family: ServedFamily, stage: FeatureStage | None) -> str | None:
     if family.tower == "packed" and "keys" in stage.needs:
         return "it merges in front of the projector, which makes one token of several patches"
     if family.tower == "resized":
-        return (
-            "this family resizes features behind the projector: methods that choose among tokens "
-            "apply"
-        )
+        return "this family resizes features behind the projector"
     if family.tower == "tiles" and stage.over == "crop":
         return (
             "it chooses in each tile, and how many of its choices are padding that this family "
@@ -232,17 +243,12 @@ def check_budget(selection: Selection, most: int, title: str) -> None:
         most: visual tokens of the largest image.
         title: of the model's family.
     """
-    method = selection.method
-    counts = [value for value in _budgets(method) if isinstance(value, int)]
-    if sum(counts) > most:
-        said = ", ".join(f"{name}={getattr(method, name)}" for name in method.budgets())
+    budgets = {name: getattr(selection.method, name) for name in selection.method.budgets()}
+    if sum(value for value in budgets.values() if isinstance(value, int)) > most:
+        said = ", ".join(f"{name}={value}" for name, value in budgets.items())
         raise InputError(
             f"{said} is not valid for {title}: an image has {most} visual tokens at most."
         )
-
-
-def _budgets(method: Method) -> Iterable[Any]:
-    return [getattr(method, name) for name in method.budgets()]
 
 
 def check_version(version: str) -> None:
