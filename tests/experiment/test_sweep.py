@@ -22,8 +22,10 @@ from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.evals import sweep
 from vlm_prune_ext.evals.choices import choices_of
 from vlm_prune_ext.experiment import grid
+from vlm_prune_ext.experiment.record import SampleLog, read_record
 from vlm_prune_ext.experiment.report import plain_cell
 from vlm_prune_ext.experiment.results import read
+from vlm_prune_ext.experiment.settings import Settings
 from vlm_prune_ext.methods.fastv import FastV
 from vlm_prune_ext.methods.random_drop import RandomDrop
 
@@ -172,6 +174,39 @@ def test_status_reads_the_log_alone(place: Path, tmp_path: Path) -> None:
     assert "stopped: the same command goes on" in said.stdout and "running" not in said.stdout
 
 
+@pytest.mark.slow
+def test_parts_of_a_cell_are_taken_over(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each row is asked once, in its part; the whole cell asks nothing, and is as if undivided."""
+    from vlm_prune_ext.evals.answer import Answerer
+
+    monkeypatch.setenv("LMUData", str(place / "LMUData"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+    answer, asked = Answerer.answer, list[int]()
+    monkeypatch.setattr(
+        Answerer, "answer", lambda self, some: asked.append(len(some)) or answer(self, some)
+    )
+    job, found = sweep.Evaluate(), []
+    for folder in ("divided", "whole"):
+        base = Settings(
+            data=("Mine",), limit=5, max_new_tokens=3, device="cpu", work_dir=str(tmp_path / folder)
+        )
+        model = str(place / "llava-v1.5-7b")
+        (cell,) = sweep.plan(base, [model], lambda _: choices_of(["fastv:5"])).cells
+        for part, of in sweep.shares_of([cell], 2 if folder == "divided" else 0).values():
+            job(part)
+            assert of is cell
+        before = len(asked)
+        record = read_record(tmp_path / folder / job(cell)["record"])
+        assert len(asked) == (before if folder == "divided" else before + 5)
+        log = SampleLog(next((tmp_path / folder).glob("*/*_samples.jsonl")))
+        said = sorted((one.index, one.prediction, one.kept) for one in log.samples()[0])
+        found.append((record.score, record.visual_tokens, record.samples, said))
+    assert found[0] == found[1] and len(asked) == 10
+    assert sweep.shares_of([cell], 2) == {}  # it is done
+
+
 def test_methods_at_budgets() -> None:
     made = choices_of(["none", "fastv", "random:9", "fastv:5,agg_layer=2"], ["5", "0.5", "0"])
     assert [one.method for one in made] == [
@@ -229,6 +264,7 @@ def test_controls_and_seeds_come_along() -> None:
         (["--model", "no/where/at/all"], "no/where/at/all"),
         (["--limit", "0"], "limit=0"),
         (["--workers", "0"], "--workers 0"),
+        (["--shards", "0"], "--shards 0"),
         (["--budget-by", "means"], "'means'"),
         (["--buget", "5"], "'--budget'"),
     ],

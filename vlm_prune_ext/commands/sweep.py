@@ -62,6 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--out", default="outputs_sweep", metavar="DIR", help="default: outputs_sweep")
     add("--workers", type=int, metavar="N", help="processes (default: one per GPU, 2 on a CPU)")
+    add(
+        "--shards",
+        type=int,
+        default=1,
+        metavar="N",
+        help="parts of each cell's rows that are answered side by side (default: 1)",
+    )
     add("--launcher", choices=("local", "ray"), default="local", help="default: local")
     add("--address", metavar="HOST:PORT", help="of a Ray cluster (default: the environment's)")
     add_options(parser, SHARED)
@@ -72,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     if args.workers is not None and args.workers < 1:
         raise InputError(f"--workers {args.workers} is not valid: an integer of at least 1.")
+    if args.shards < 1:
+        raise InputError(f"--shards {args.shards} is not valid: an integer of at least 1.")
     if args.budget_by and not args.budget:
         raise InputError(f"--budget-by {args.budget_by} needs --budget: tokens, or ratios.")
     if args.launcher == "ray":
@@ -110,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
 
     models = [None if name == "demo" else name for name in args.model or ["demo"]]
     made = sweep.plan(base, list(dict.fromkeys(models)), choices)
-    launch = sweep.Launch(args.workers, args.launcher, args.address)
+    launch = sweep.Launch(args.workers, args.launcher, args.address, args.shards)
     results = sweep.carry_out(made, Path(args.out), launch, settings=vars(args))
     if results is None:
         return 0

@@ -126,13 +126,15 @@ def cell_of(settings: Settings) -> Cell:
     return Cell(plain, group, settings.label)
 
 
-def evaluate(settings: Settings, data: str, models: Any) -> Record | None:
+def evaluate(
+    settings: Settings, data: str, models: Any, share: Sequence[int] | None = None
+) -> Record | None:
     """One model with one method on one data set of either framework's, see ``run_dataset``."""
     name = table_name(data)
     if task_file(name) is None:
         from vlm_prune_ext.evals.vlmeval_run import run_dataset
 
-        return run_dataset(settings, data, models)
+        return run_dataset(settings, data, models, share=share)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(
             f"data={data!r}: under torchrun ./run_lmms.sh evaluates tasks of lmms-eval."
@@ -140,6 +142,26 @@ def evaluate(settings: Settings, data: str, models: Any) -> Record | None:
     from vlm_prune_ext.evals.lmms_run import run_task
 
     return run_task(settings, name, models)
+
+
+SHARE = "share"
+"""Setting of a cell that is a part of another: which, of how many."""
+
+
+def shares_of(cells: Sequence[Cell], count: int) -> dict[str, tuple[Cell, Cell]]:
+    """Parts of cells that are to be done first, by their keys, each with the cell that it is of.
+    Tasks of lmms-eval, and what is done, have none."""
+    from vlm_prune_ext.evals.vlmeval_store import Files
+
+    found = {}
+    for cell in cells:
+        settings, _ = resolve({}, cell.settings)
+        name = table_name(settings.data[0])
+        ended = Files(settings, name).ours("results.json").is_file() and not settings.fresh
+        for k in range(count if task_file(name) is None and not ended else 0):
+            part = Cell({**cell.settings, SHARE: [k, count]}, cell.group, cell.label)
+            found[part.key] = (part, cell)
+    return found
 
 
 # -- running ---------------------------------------------------------------------------------------
@@ -176,8 +198,10 @@ class Evaluate:
         """The result is where the cell's record is, below the folder of all."""
         from vlm_prune_ext.evals.vlmeval_store import Files
 
-        settings, _ = resolve({}, cell.settings)
-        record = evaluate(settings, settings.data[0], self.held(cell.group))
+        plain = dict(cell.settings)
+        share = plain.pop(SHARE, None)
+        settings, _ = resolve({}, plain)
+        record = evaluate(settings, settings.data[0], self.held(cell.group), share)
         path = Files(settings, table_name(settings.data[0])).ours("results.json")
         values = record.metrics if record is not None else {}
         return {"record": str(path.relative_to(settings.work_dir)), "metrics": values}
@@ -191,11 +215,13 @@ class Launch:
         workers: processes; ``None``: one per GPU, or two on a CPU.
         launcher: ``"local"`` or ``"ray"``.
         address: of a Ray cluster; ``None``: the one that the environment names, else a local one.
+        shards: parts of a cell's rows that are done side by side before they are put together.
     """
 
     workers: int | None = None
     launcher: str = "local"
     address: str | None = None
+    shards: int = 1
 
 
 def carry_out(
@@ -238,6 +264,16 @@ def carry_out(
                     running = keys
                     log.append({"running": keys})
 
+            if launch.shards > 1:
+                parts = shares_of(mine, launch.shards)
+
+                def watch_parts(some: Sequence[Cell]) -> None:
+                    watch(list({id(c): c for c in (parts[one.key][1] for one in some)}.values()))
+
+                first = [part for part, _ in parts.values()]
+                for line in _lines(first, folder, launch, world, watch_parts, say):
+                    if line.status == FAILED:  # what is missing is asked with the whole cell
+                        report.say(f"A part of {line.label} failed: {line.why}", error=True)
             for line in _lines(mine, folder, launch, world, watch, say):
                 log.append(vars(line))
                 tell(line)

@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +34,9 @@ from vlm_prune_ext.evals.vlmeval import PrunedVLM
 from vlm_prune_ext.evals.vlmeval_rows import Parts, RowModel, shown_in_order
 from vlm_prune_ext.evals.vlmeval_store import (
     DECISIVE,
+    SHARES,
     Files,
+    adopt,
     collect,
     index_of,
     own_files,
@@ -193,6 +195,7 @@ def run_dataset(
     dataset: str,
     models: Models,
     on_sample: Callable[[], None] | None = None,
+    share: Sequence[int] | None = None,
 ) -> Record | None:
     """Predict and score, as ``settings.mode`` says.
 
@@ -201,6 +204,8 @@ def run_dataset(
         dataset: which of its data sets.
         models: the checkpoint.
         on_sample: called after every row.
+        share: ``(k, n)``: only predict, and that the ``k``-th of ``n`` equal parts of the rows,
+            into a folder of its own; a run of all rows goes on from there.
 
     Returns:
         the record, which is also written beside the predictions; ``None`` in processes other than
@@ -210,6 +215,9 @@ def run_dataset(
         InputError: data, checkpoint, folder or settings that are not accepted.
     """
     dataset = table_name(dataset)
+    if share is not None:
+        folder = Path(settings.work_dir) / SHARES / f"{share[0]}_of_{share[1]}"
+        settings = replace(settings, mode="infer", work_dir=str(folder))
     ranks, files = Ranks.here(), Files(settings, dataset)
     if settings.mode == "eval" and not files.predictions.is_file():
         raise InputError(
@@ -219,6 +227,11 @@ def run_dataset(
     table = _open_in_turn(dataset, ranks)
     if settings.limit is not None:
         table.dataset.data = table.dataset.data.iloc[: settings.limit].copy()
+    if share is not None:
+        ends = [len(table.dataset.data) * k // share[1] for k in (share[0], share[0] + 1)]
+        table.dataset.data = table.dataset.data.iloc[slice(*ends)].copy()
+        if table.dataset.data.empty:
+            return None
     with lock(files.folder) if ranks.rank == 0 else contextlib.nullcontext():
         parts = row_parts(table.dataset)
         config = run_config(settings, models, parts)
@@ -230,6 +243,8 @@ def run_dataset(
         if settings.mode != "eval":
             if ranks.rank == 0:
                 start_files(files, config, parts, reuse=settings.reuse, fresh=settings.fresh)
+                if adopt(files, config, parts):
+                    start_files(files, config, parts)
             ranks.wait()
             predict(settings, files, table, parts, models, on_sample)
             ranks.wait()

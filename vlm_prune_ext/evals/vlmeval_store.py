@@ -142,6 +142,42 @@ def start_files(
     write_json(files.ours("config.json"), config)
 
 
+SHARES = "shares"
+"""Folder, below that of all results, of runs of a part of the rows: see :func:`adopt`."""
+
+
+def adopt(
+    files: Files, config: Mapping[str, Any], rows: Mapping[int | str, dict[str, str]]
+) -> bool:
+    """Take over what runs of parts of these rows have answered, as if it had been answered here.
+
+    Args:
+        files: of the run, made ready by :func:`start_files`.
+        config, rows: as there.
+
+    Returns:
+        whether there was anything.
+    """
+    known = {sample.index for sample in files.log().samples()[0]}
+    decisive = {name: config.get(name) for name in DECISIVE}
+    found: list[Sample | Stretch] = []
+    for folder in sorted(files.folder.parent.glob(f"{SHARES}/*/{files.stem}")):
+        before = read_json(folder / files.ours("config.json").name)
+        if not isinstance(before, dict) or changed(before, decisive):
+            continue
+        for path in sorted(folder.glob(f"{files.stem}_samples*.jsonl")):
+            samples, stretches = SampleLog(path).samples()
+            mine = [
+                one
+                for one in samples
+                if one.failed is None and one.index not in known and rows.get(one.index) == one.row
+            ]
+            known.update(one.index for one in mine)
+            found += [*mine, *stretches] if mine else []
+    files.log().add(*found)
+    return bool(found)
+
+
 def _still_right(
     files: Files, config: dict[str, Any], rows: Mapping[int | str, dict[str, str]] | None
 ) -> tuple[list[Sample | Stretch], str]:
