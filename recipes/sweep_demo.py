@@ -208,8 +208,9 @@ tokens. Papers mean different things by a budget; the x axis is the mean over la
 AGAIN = """ The sweep killed {killed} times on the way
 (SIGKILL after each sixth of its runs) and started again ({took.cpu:.0f} s CPU) gave the same
 {answers} answers, scores, tests and counts, to the digit."""
-BUSY = """ Wall times are those of a busy machine, each
-start's another: their ratio is left out."""
+BUSY = """
+Wall times are those of a busy machine, each start's another, so their ratio and times to first
+token are left out."""
 MUCH = 10  # % of the cores that other work may have where wall times still mean something
 
 
@@ -227,6 +228,11 @@ def page(notes: Notes, out: Path, rows: int) -> str:
     spent = [whole, *singles]
     others = sum(one.busy - one.cpu for one in spent) / sum(one.wall for one in spent)
     others *= 100 / hardware["cores"]
+    table = summary_table(read(out), title="")
+    if others >= MUCH:
+        place = next(n for n, one in enumerate(table.columns) if one.name == "prefill")
+        for row in (table.columns, *table.rows):
+            row.pop(place)
     return PAGE.format(
         rows=rows,
         cells=CELLS,
@@ -246,7 +252,7 @@ def page(notes: Notes, out: Path, rows: int) -> str:
             f"`{name}` {one.wall:.0f} s ({one.cpu:.0f} s CPU)"
             for name, one in zip(names, singles, strict=True)
         ),
-        table=summary_table(read(out), title="").markdown(),
+        table=table.markdown(),
     )
 
 
