@@ -70,13 +70,16 @@ def plan(
         InputError: checkpoints that are not there. A method that does not fit one is skipped.
     """
     from vlm_prune_ext.demo import CHECKPOINT
-    from vlm_prune_ext.evals.precheck import check_fit
-    from vlm_prune_ext.models.adapters import check_pictures
+    from vlm_prune_ext.evals.precheck import check_fit, check_stated
+    from vlm_prune_ext.models.catalogue import PICTURES, VIDEOS
     from vlm_prune_ext.models.checkpoint import Checkpoint, check_trust
 
-    def why_not(source: Checkpoint, choice: Choice) -> str:
+    def why_not(model: str | None, source: Checkpoint, choice: Choice) -> str:
         try:
-            check_fit(source, choice.method)
+            if model is None:  # all that matters is stated, and transformers need not be imported
+                check_stated(source.folder, choice.method)
+            else:
+                check_fit(source, choice.method)
         except InputError as error:
             return str(error)
         return choice.why
@@ -85,9 +88,12 @@ def plan(
     made = Plan([], [], {})
     for model, source in zip(models, sources, strict=True):
         check_trust(source, base.trust_remote_code)
-        check_pictures(source, base.as_json())
+        if any(base.as_json().get(name) is not None for name in (*PICTURES, *VIDEOS)):
+            from vlm_prune_ext.models.adapters import check_pictures
+
+            check_pictures(source, base.as_json())
         chosen = list(choices(source))
-        reasons = [why_not(source, choice) for choice in chosen]
+        reasons = [why_not(model, source, choice) for choice in chosen]
         for name in base.data:
             for choice, why in zip(chosen, reasons, strict=True):
                 seed = getattr(choice.method, "seed", base.seed)
@@ -327,13 +333,19 @@ def _wait_for(made: Plan, folder: Path, date: str) -> None:
 
 def _workers(asked: int | None, cells: Sequence[Cell]) -> tuple[int, int]:
     """Processes, and torch's threads in each."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpus = _gpus([cell.settings["device"] for cell in cells])
+    count = max(1, min(asked or gpus or min(2, cores or 1), len(cells)))
+    return count, 1 if count > 1 and not gpus else 0
+
+
+def _gpus(devices: Sequence[str | None]) -> int:
+    """How many GPUs there are for what is asked for these devices."""
+    if "cpu" in devices:
+        return 0
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    on_gpu = torch.cuda.is_available() and all(c.settings["device"] != "cpu" for c in cells)
-    count = asked or (torch.cuda.device_count() if on_gpu else min(2, cores or 1))
-    count = max(1, min(count, len(cells)))
-    return count, 1 if count > 1 and not on_gpu else 0
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 @contextmanager
@@ -405,6 +417,10 @@ def finish(results: Results, start: float, titles: Mapping[str, str] | None = No
 
 # -- the demo --------------------------------------------------------------------------------------
 DEMO_ROWS = 50
+DEMO_BATCH = 10
+"""Rows that are answered together on a CPU, where a decode step of so small a model costs more in
+Python than in arithmetic: captions take 6 % (all tokens) to 34 % (32) less processor time, short
+answers up to 14 %. Answers are the same as one by one."""
 DEMO_METHODS = ("none", "fastv:288", "fastv:100", "fastv:32", "random:32")
 DEMO_DATA = {  # the longest answers first: they are what two processes can share worst
     "Shapes_Caption": "BLEU-4",
@@ -426,6 +442,8 @@ def demo(settings: Settings) -> int:
     start = time.perf_counter()
     limit = settings.limit or DEMO_ROWS
     base = replace(settings, limit=limit, data=tuple(DEMO_DATA))
+    if not _gpus([settings.device]):
+        base = replace(base, batch_size=DEMO_BATCH)
     folder = Path(settings.work_dir)
     titles = {name: DEMO_DATA[name] for name in _IN_TABLE}
     made = plan(base, [None], lambda _: choices_of(DEMO_METHODS, seeds=[settings.seed]))

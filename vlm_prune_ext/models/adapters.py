@@ -16,14 +16,18 @@ from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.errors import InputError, unknown_name
 from vlm_prune_ext.experiment.settings import PREPROCESS
 from vlm_prune_ext.models.base import (
-    PICTURES,
-    VIDEOS,
     Family,
     LoadOptions,
     PromptProcessor,
     check_keywords,
 )
-from vlm_prune_ext.models.catalogue import FAMILIES, FamilyLine, check_versions
+from vlm_prune_ext.models.catalogue import (
+    FAMILIES,
+    PICTURES,
+    VIDEOS,
+    FamilyLine,
+    check_versions,
+)
 from vlm_prune_ext.models.checkpoint import (
     FETCHING,
     Checkpoint,

@@ -23,7 +23,6 @@ from vlm_prune_ext.engine.prompt import runs_of
 from vlm_prune_ext.errors import InputError
 from vlm_prune_ext.models import generic
 from vlm_prune_ext.models.base import (
-    PICTURES,
     Family,
     LoadOptions,
     PromptProcessor,
@@ -31,7 +30,7 @@ from vlm_prune_ext.models.base import (
     is_named,
     spelled,
 )
-from vlm_prune_ext.models.catalogue import FAMILIES, FamilyLine
+from vlm_prune_ext.models.catalogue import FAMILIES, PICTURES, FamilyLine
 from vlm_prune_ext.models.checkpoint import Checkpoint, first_line
 from vlm_prune_ext.models.clips import Clip, ReadyClip, chooser, is_video, read_clip
 from vlm_prune_ext.models.images import ImageLike, Size

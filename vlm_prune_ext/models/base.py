@@ -17,7 +17,7 @@ from transformers.image_processing_backends import TorchvisionBackend
 
 from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.errors import InputError, RowError, unknown_name
-from vlm_prune_ext.models.catalogue import FAMILIES, FamilyLine
+from vlm_prune_ext.models.catalogue import FAMILIES, PICTURES, VIDEOS, FamilyLine
 from vlm_prune_ext.models.checkpoint import FETCHING, first_line
 from vlm_prune_ext.models.clips import Clip, ReadyClip, check_sampling, is_video
 from vlm_prune_ext.models.images import ImageLike, ReadyImage, bytes_of, on_device, open_image
@@ -94,26 +94,6 @@ KEYWORDS = (
     "weights_only",
 )
 """Further arguments of transformers' ``from_pretrained`` that loading a model takes."""
-
-
-PICTURES = (
-    "min_pixels",
-    "max_pixels",
-    "min_patches",
-    "max_patches",
-    "crop_to_patches",
-    "do_image_splitting",
-    "do_pan_and_scan",
-    "max_image_size",
-    "max_soft_tokens",
-    "size",
-)
-"""Settings of a family's image processor that loading takes: how large an image may be, and whether
-it is cut into tiles."""
-
-VIDEOS = ("frames", "fps")
-"""How many frames of a video are shown, where the video does not say so itself; see
-:class:`~vlm_prune_ext.models.clips.Clip`."""
 
 
 def check_keywords(given: Mapping[str, Any]) -> None:

@@ -21,6 +21,25 @@ DEMO = Path(__file__).parent.parent / "demo" / "checkpoint"
 MINIMUM = {"transformers": "5.17", "torch": "2.6"}
 """Oldest versions that have all families in the form that is needed here."""
 
+PICTURES = (
+    "min_pixels",
+    "max_pixels",
+    "min_patches",
+    "max_patches",
+    "crop_to_patches",
+    "do_image_splitting",
+    "do_pan_and_scan",
+    "max_image_size",
+    "max_soft_tokens",
+    "size",
+)
+"""Settings of a family's image processor that loading takes: how large an image may be, and whether
+it is cut into tiles."""
+
+VIDEOS = ("frames", "fps")
+"""How many frames of a video are shown, where the video does not say so itself; see
+:class:`~vlm_prune_ext.models.clips.Clip`."""
+
 
 def _hf(name: str) -> tuple[str, ...]:
     """The class of transformers that holds a whole vision-language model."""

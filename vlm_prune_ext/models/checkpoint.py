@@ -10,9 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vlm_prune_ext.errors import InputError
+from vlm_prune_ext.lazy import torch
 from vlm_prune_ext.models.catalogue import resolve
 
 WEIGHT_FILES = (
