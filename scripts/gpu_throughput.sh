@@ -33,7 +33,7 @@ bench() { # stage, further words
 
 alone() { bench alone --model "$work/$shape" --rows "${ROWS:-512}" --questions 1 --method "${methods[@]}" llava_hf; }
 shared() { bench shared --model "$work/$shape" --rows "${ROWS:-512}" --questions 16 --method "${methods[@]}"; }
-long() { bench long --model "$work/$shape" --rows "${LONG:-9000}" --questions 18 --method none divprune:64; }
+long() { bench long --model "$work/$shape" --rows "${LONG:-9000}" --questions 18 --method "${methods[@]}"; }
 
 date +"%T model"
 "$PYTHON" - "$shape" "$work/$shape" <<'E' 2>"$out/model.log" || { tail -n 3 "$out/model.log"; exit 1; }

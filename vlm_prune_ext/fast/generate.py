@@ -23,7 +23,6 @@ from vlm_prune_ext.engine.parts import ModelParts
 from vlm_prune_ext.engine.prune import Session, session_on, trace_of
 from vlm_prune_ext.engine.state import Call
 from vlm_prune_ext.errors import InputError
-from vlm_prune_ext.experiment.measure import now
 from vlm_prune_ext.fast.front import (
     RecordedRules,
     RecordedTower,
@@ -32,7 +31,7 @@ from vlm_prune_ext.fast.front import (
     site_of,
     takes_pixels,
 )
-from vlm_prune_ext.fast.graphs import RecordingError
+from vlm_prune_ext.fast.graphs import Mark, RecordingError
 from vlm_prune_ext.fast.pieces import Pieces
 from vlm_prune_ext.fast.possible import (
     INPUTS,
@@ -403,7 +402,7 @@ class FastGenerate:
         self, model: Any, session: Session | None, asked: Asked, which: list[int]
     ) -> list[Prefix]:
         device = self.pieces.recorder.device
-        start = now(device)
+        start = Mark(device)
         inputs, tiles = asked.make(which)
         unknown = sorted(set(inputs) - INPUTS)
         if unknown:
@@ -412,9 +411,8 @@ class FastGenerate:
         lengths = [asked.lengths[index] for index in which]
         trace = None if session is None else session.trace
         made = take_prefixes(prompt, call, lengths, tiles, trace)
-        seconds = (now(device) - start) / len(made)
         for prefix in made:
-            prefix.seconds = seconds
+            prefix.took = start, Mark(device), len(made)
         return made
 
 

@@ -173,6 +173,27 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+class Mark:
+    """A moment in a device's work, which is not waited for before it is asked for.
+
+    Args:
+        device: on a GPU the moment at which it has done what is queued now.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._at, self._event = time.perf_counter(), None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)
+            self._event.record(torch.cuda.current_stream(device))
+
+    def since(self, earlier: Mark) -> float:
+        """Seconds between two of one device."""
+        if self._event is None or earlier._event is None:
+            return self._at - earlier._at
+        self._event.synchronize()
+        return earlier._event.elapsed_time(self._event) / 1e3
+
+
 class LRU(Generic[Value]):
     """The last few things that were made, by key.
 

@@ -22,6 +22,7 @@ from vlm_prune_ext.engine.layout import Layout, Prefill, iota, sent
 from vlm_prune_ext.engine.prompt import Image, runs_of
 from vlm_prune_ext.engine.state import Call, State
 from vlm_prune_ext.engine.trace import Trace
+from vlm_prune_ext.fast.graphs import Mark
 from vlm_prune_ext.fast.pieces import QUESTION_STEP, Pieces, round_up
 from vlm_prune_ext.fast.run import ROOM, Aligned, Behind, Prompt, Run
 from vlm_prune_ext.fast.segments import Bundle, own_places, turns
@@ -70,7 +71,7 @@ class Prefix:
         tower: what the trace says of the tower: by layer, rows of its images.
         stacked: ``(n, levels, hidden)``, see :class:`~vlm_prune_ext.fast.run.Prompt`.
         added, attention: see :class:`~vlm_prune_ext.engine.trace.Trace`.
-        seconds: that it took to make, its share of those that were made together.
+        took: when it was begun and made, and how many were made together.
     """
 
     embeds: torch.Tensor
@@ -85,12 +86,20 @@ class Prefix:
     stacked: torch.Tensor | None = None
     added: int | None = None
     attention: Any = None
-    seconds: float = 0.0
+    took: tuple[Mark, Mark, int] | None = None
 
     @property
     def count(self) -> int:
         """Tokens, ``n``."""
         return self.embeds.shape[0]
+
+    @property
+    def seconds(self) -> float:
+        """That it took to make, its share of those that were made together."""
+        if self.took is None:
+            return 0.0
+        begun, made, together = self.took
+        return made.since(begun) / together
 
     @property
     def bytes(self) -> int:
