@@ -231,8 +231,8 @@ def page(notes: Notes, out: Path, rows: int) -> str:
     table = summary_table(read(out), title="")
     if others >= MUCH:
         place = next(n for n, one in enumerate(table.columns) if one.name == "prefill")
-        for row in (table.columns, *table.rows):
-            row.pop(place)
+        table.columns = [one for n, one in enumerate(table.columns) if n != place]
+        table.rows = [[one for n, one in enumerate(row) if n != place] for row in table.rows]
     return PAGE.format(
         rows=rows,
         cells=CELLS,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -166,10 +167,12 @@ def test_nothing_is_in_the_model_after_the_end(loaded: tuple[Any, Any]) -> None:
             inside[0] -= 1
 
     answerer._generate = slow  # type: ignore[method-assign]
+    switching = sys.getswitchinterval()
     batches = Feeder(answerer, BatchSize(2, CPU), overlap=True).batches(rows(asked))
     assert next(batches).size == 2
+    assert sys.getswitchinterval() < switching
     batches.close()  # type: ignore[attr-defined]
-    assert inside == [0] and calls[0] < 4
+    assert inside == [0] and calls[0] < 4 and sys.getswitchinterval() == switching
     calls[0], found = 0, list[Batch]()
     with pytest.raises(RuntimeError, match="of the model"):
         found += Feeder(answerer, BatchSize(2, CPU), overlap=True).batches(rows(asked))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,24 @@ from vlmeval.dataset import image_base
 from vlmeval.dataset.utils import multiple_choice
 from vlmeval.smp import dump, load
 
+from vlm_prune_ext.evals.vlmeval_rows import _seldom
 from vlm_prune_ext.evals.vlmeval_store import own_files
+
+
+def test_what_the_loop_has_so_far_is_written_seldom_and_whole_at_the_end() -> None:
+    """For a fiftieth of the time at most."""
+    written = []
+
+    def slow(data: Any, path: str) -> None:
+        written.append(len(data))
+        time.sleep(0.02)
+
+    dump, began = _seldom(slow, 500), time.perf_counter()
+    for done in range(1, 501):
+        time.sleep(0.001)
+        dump(dict.fromkeys(range(done)), "rows.pkl")
+    assert written[0] == 1 and written[-1] == 500
+    assert len(written) <= 3 + (time.perf_counter() - began) / (50 * 0.02)
 
 
 @pytest.fixture

@@ -222,7 +222,7 @@ def test_other_encodings_are_one_sentence(tmp_path: Path, encoding: str) -> None
     ("header", "sentence"),
     [
         ("index\tquestion\tquestion\timage", "column 'question' twice"),
-        ("index\tquestion", "'image' or 'image_path' is missing"),
+        ("index\tquestion", "'image', 'image_path' or 'video' is missing"),
         ("index\tanswer\timage", "'question' is missing"),
     ],
 )

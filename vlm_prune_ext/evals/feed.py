@@ -11,6 +11,7 @@ fails alone.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections import OrderedDict, deque
@@ -35,6 +36,9 @@ T = TypeVar("T")
 
 _WINDOW = 4  # batches whose rows are put in order of length together
 _ROOM = 1 << 30  # bytes that pictures prepared ahead take, about, and those that are kept
+# Seconds after which a thread that computes lets another have the interpreter. At Python's own 5 ms
+# the model's thread, which gives it up at each kernel that it launches, waits longer than it works.
+_SWITCH = 0.0002
 _PICTURES = 64  # pictures that are kept, the newest, as far as there is room for them
 
 
@@ -103,7 +107,7 @@ class Pictures:
             if made is None:
                 made = self._kept[digest] = Future()
             self._kept.move_to_end(digest)
-            while len(self._kept) > 1 and (len(self._kept) > _PICTURES or self._bytes() > _ROOM):
+            while mine and len(self._kept) > 1 and self._too_many():
                 self._kept.popitem(last=False)
         if mine:
             try:
@@ -112,10 +116,10 @@ class Pictures:
                 made.set_exception(error)
         return made.result(), digest
 
-    def _bytes(self) -> int:
-        """Of the kept ones that are made (videos are large)."""
+    def _too_many(self) -> bool:
+        """By number, or by the bytes of those that are made (videos are large)."""
         made = (one for one in self._kept.values() if one.done() and one.exception() is None)
-        return sum(_bytes_of(one.result()) for one in made)
+        return len(self._kept) > _PICTURES or sum(_bytes_of(one.result()) for one in made) > _ROOM
 
 
 @dataclass
@@ -200,6 +204,9 @@ class Feeder:
         pool = ThreadPoolExecutor(self._threads, "prepare", self._start_thread)
         model = ThreadPoolExecutor(1, "model", self._start_thread) if self._overlap else None
         self._ended = self._resumed = self._spent.start = time.perf_counter()
+        switching = sys.getswitchinterval()
+        if self._overlap:
+            sys.setswitchinterval(_SWITCH)
         try:
             for group in self._groups(pool, iter(rows)):
                 if group is not None:
@@ -210,6 +217,7 @@ class Feeder:
             while at_work:
                 yield self._end(at_work.popleft())
         finally:
+            sys.setswitchinterval(switching)
             pool.shutdown(wait=False, cancel_futures=True)
             if model is not None:  # what is in the model must be out of it when this returns
                 model.shutdown(wait=True, cancel_futures=True)

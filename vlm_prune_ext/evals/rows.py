@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -480,7 +480,7 @@ _KINDS = ((b"\xff\xd8", ".jpg"), (b"GIF8", ".gif"), (b"RIFF", ".webp"), (b"BM", 
 
 
 def unpack(encoded: str) -> str:
-    """A file with a picture's bytes, as they are; rows with one picture come soon after each other.
+    """A file with a picture's bytes, as they are. Text that was met before is not decoded again.
 
     Args:
         encoded: base64, with either alphabet; blanks and line ends in it do not count.
@@ -489,20 +489,35 @@ def unpack(encoded: str) -> str:
         InputError: it is not base64.
         OSError: the folder cannot be written.
     """
-    path = _unpacked(encoded, cache_folder())
-    if not Path(path).is_file():
-        _unpacked.cache_clear()
-        path = _unpacked(encoded, cache_folder())
+    key = hashlib.sha256(encoded.encode(errors="surrogatepass")).digest(), cache_folder()
+    path, state = _unpacked.get(key, ("", ()))
+    if not path or _state(path) != state:
+        path = str(keep(_decoded(encoded)))
+        if len(_unpacked) >= _PATHS:
+            _unpacked.clear()
+        _unpacked[key] = path, _state(path)
     return path
 
 
-@lru_cache(64)
-def _unpacked(encoded: str, _: Path) -> str:
+_PATHS = 1 << 16  # files that are known at a time
+_unpacked: dict[tuple[bytes, Path], tuple[str, tuple[int, ...]]] = {}
+
+
+def _state(path: str) -> tuple[int, ...]:
+    """Changes when a file is written to; nothing where it is gone."""
+    try:
+        found = Path(path).stat()
+    except OSError:
+        return ()
+    return found.st_size, found.st_mtime_ns
+
+
+def _decoded(encoded: str) -> bytes:
     if encoded.startswith("data:"):
         encoded = encoded.partition(",")[2]
     try:
         plain = "".join(encoded.split()).translate(_OTHER_ALPHABET)
-        return str(keep(base64.b64decode(plain, validate=True)))
+        return base64.b64decode(plain, validate=True)
     except (binascii.Error, ValueError) as error:
         raise InputError("the image is not base64 data") from error
 

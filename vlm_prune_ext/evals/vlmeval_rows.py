@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -35,6 +36,7 @@ from vlm_prune_ext.experiment.record import Sample, SampleLog, Stretch
 from vlm_prune_ext.experiment.report import say
 
 _NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+_SELDOM = 50
 Parts = Mapping[int | str, Mapping[str, str]]
 """Index of a row -> part -> fingerprint."""
 
@@ -226,6 +228,30 @@ def shown_in_order(model: RowModel, known: set[int | str], rank: int, world: int
         gpu = SimpleNamespace(empty_cache=lambda: None, synchronize=torch.cuda.synchronize)
         exchange(stack, loop, "torch", SimpleNamespace(cuda=gpu))
         yield
+
+
+def _seldom(dump: Callable[..., Any], rows: int) -> Callable[..., Any]:
+    """What the loop writes all its answers with after every tenth row. It takes longer each time,
+    and nothing is lost without it, since every answer is in the log: so it is done for a fiftieth
+    of the time at most, and at the end.
+
+    Args:
+        dump: VLMEvalKit's.
+        rows: of the loop.
+    """
+    ended = took = 0.0
+
+    def write(data: Any, path: str, *args: Any, **options: Any) -> Any:
+        nonlocal ended, took
+        began = time.perf_counter()
+        if not isinstance(data, dict) or len(data) >= rows or began - ended >= _SELDOM * took:
+            made = dump(data, path, *args, **options)
+            ended = time.perf_counter()
+            took = ended - began
+            return made
+        return None
+
+    return write
 
 
 class _Shown:
