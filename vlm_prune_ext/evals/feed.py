@@ -39,6 +39,9 @@ _ROOM = 1 << 30  # bytes that pictures prepared ahead take, about, and those tha
 # Seconds after which a thread that computes lets another have the interpreter. At Python's own 5 ms
 # the model's thread, which gives it up at each kernel that it launches, waits longer than it works.
 _SWITCH = 0.0002
+# More would not prepare more, which takes the interpreter for half of the time, but each stands in
+# the model's way when that wants it.
+_THREADS = 3
 _PICTURES = 64  # pictures that are kept, the newest, as far as there is room for them
 
 
@@ -169,7 +172,7 @@ class Feeder:
     Args:
         answerer: the model and what prunes it.
         size: of batches.
-        threads: that prepare; ``None``: one per core (16 at most) beside a GPU, two on a CPU, whose
+        threads: that prepare; ``None``: at most three beside a GPU, two on a CPU, whose
             cores have the model to run.
         overlap: ask the model in a thread of its own; ``None``: beside a GPU.
     """
@@ -183,7 +186,7 @@ class Feeder:
     ) -> None:
         self._answerer, self._size = answerer, size
         self._on_gpu = answerer.processor.device.type == "cuda"
-        self._threads = threads or (_cores() if self._on_gpu else 2)
+        self._threads = threads or (min(_THREADS, _cores()) if self._on_gpu else 2)
         ours = answerer.together is None  # an engine has processes of its own
         self._overlap = self._on_gpu and ours if overlap is None else overlap
         self._pictures = Pictures(answerer.processor.ready)
@@ -412,7 +415,7 @@ def _bytes_of(image: Any) -> int:
 def _cores() -> int:
     """That this process may use, of several on one machine its share."""
     every = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(16, (every or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return max(1, (every or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 # -- orders of rows --------------------------------------------------------------------------------
