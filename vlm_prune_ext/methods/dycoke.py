@@ -38,10 +38,12 @@ class DyCoke(Method):
     which is said once.
 
     Deviations: the paper's second part, which exchanges tokens of the KV cache at every decoded
-    token, is left out (prefill does not depend on it); the last window may be shorter, and its
+    token, is left out (prefill does not depend on it); every window is treated alike, where the
+    published loop leaves the third frame of the last one whole; the last may be shorter, and its
     frames are compared as far as they are there; a rate that leaves no token of a frame leaves one;
     what closes a video (LLaVA-OneVision's newline) stays; every video of every sample of a batch
-    decides for itself; ties go to the lower position.
+    decides for itself; ties go to the lower position. No outputs of the published code were at hand
+    to compare with: the tests compare with a second, plain writing of the rule above.
     """
 
     name = "dycoke"
