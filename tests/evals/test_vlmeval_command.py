@@ -325,7 +325,7 @@ def test_broken_rows_fail_alone(
         (["--model-path", "no/where/at/all"], "no/where/at/all"),
         (["--config", "absent.yaml"], "absent.yaml"),
         (["--data", "MMBench_DEV_EN_V12"], "'MMBench_DEV_EN_V11'"),
-        (["--data", "Video-MME"], "videos"),
+        (["--data", "Video-MME"], "which frames of a video"),
         (["--method", "fastvv"], "'fastv'"),
         (["--fast-v-atention-rank", "3"], "--fast-v-attention-rank"),
         (["--fast-v-attention-rank", "3"], "needs its method"),

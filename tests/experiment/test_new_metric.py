@@ -135,7 +135,7 @@ def test_eval(
     words = ["--model", str(model), "--method", "none", "fastv:5", "--data", "Mine"]
     words += ["--no-controls", "--max-new-tokens", "3", "--device", "cpu", "--out", str(out)]
     assert cli.main(["sweep", *words]) == 0
-    names = {form: f"sweep.{form}" for form in ("md", "html", "csv")}
+    names = {form: f"sweep.{form}" for form in ("md", "csv")} | {"html": "index.html"}
     check(out, capsys.readouterr().out, {**names, "record": "sweep.json", "log": sweep.LOG}, 2)
 
 

@@ -806,7 +806,7 @@ def test_wrong_arguments_are_named(folders: dict[str, Path], original: Loaded) -
     with pytest.raises(InputError, match="Unknown role"):
         processor.messages([{"role": "bot", "content": "x"}])
     with pytest.raises(InputError, match="Unknown type of a message item"):
-        processor.messages([{"role": "user", "content": [{"type": "video"}]}])
+        processor.messages([{"role": "user", "content": [{"type": "smell"}]}])
     with pytest.raises(InputError, match="needs one of"):
         processor.messages([{"role": "user", "content": [{"type": "image"}]}])
 

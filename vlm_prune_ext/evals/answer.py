@@ -419,7 +419,8 @@ def _costs(who: Answerer, said: _Said) -> list[Answer]:
     trace, clock, towers = said.trace, said.clock, said.towers
     batch = len(said.queries)
     image = who.processor.is_visual(said.prompt)
-    visual, prompts = image.sum(dim=1).tolist(), said.mask.sum(dim=1).tolist()
+    visual = who.processor.count_visual_tokens({"input_ids": said.prompt})
+    prompts = said.mask.sum(dim=1).tolist()
     patches = {layer: kept.shape[1] for layer, kept in sorted(trace.vision_kept.items())}
     tiles = [0, *itertools.accumulate(int(count) for count in towers)]
     left = {n: _first_of_each(kept, batch) for n, kept in sorted(trace.visual_tokens.items())}
