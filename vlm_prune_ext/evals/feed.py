@@ -1,8 +1,8 @@
 """Rows in, answers out: what every evaluation feeds its model with.
 
 Threads make queries ahead of the model: rows are read, pictures opened, padded, resized and turned
-into tensors, texts into tokens. Most of that lets go of the interpreter's lock, so threads suffice,
-and they share what processes would have to send each other. Rows with one picture go together
+into tensors, texts into tokens. Enough of that lets go of the interpreter's lock for a few threads,
+which share what processes would have to send each other. Rows with one picture go together
 whatever the order of the file, rows of similar length share a batch, and what is prepared and not
 answered yet is bounded, however many rows there are. A row that cannot be prepared or answered
 fails alone.
